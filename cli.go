@@ -1,0 +1,439 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+const defaultSchema = "public"
+
+// cli is one invocation: what it is to do, where it reads and writes, and the values of its flags.
+type cli struct {
+	command
+	env            func(string) string
+	stdin          io.Reader
+	stdout, stderr io.Writer
+
+	dsn, schema, tenant, email, appRole, expires, host, tlsCert, tlsKey               string
+	withUsers, dryRun, yes, readOnly, quiet, inactive, asJSON, requireAuth, anonymous bool
+	port                                                                              int
+	grace                                                                             time.Duration
+	expiresAt                                                                         *time.Time
+}
+
+// command is one line of the command table. flagNames marks with "!" what must be given. Whatever has flags gets a store,
+// and the database ends a statement of it after timeout; 0 is never.
+type command struct {
+	name, about, flagNames, example string
+	timeout                         time.Duration
+	run                             func(c *cli, ctx context.Context, st *store) error
+}
+
+var commands = []command{
+	{"create tables", "Create what is missing of timedb's tables.", "dsn schema with-users app-role dry-run yes",
+		"--with-users", 0, (*cli).createTables},
+	{"delete tables", "Delete timedb's tables and all that is in them.", "dsn schema yes", "--schema test", 0, (*cli).deleteTables},
+	{"users create", "Create a user and print the API key.", "dsn schema tenant-id! email! read-only expires quiet",
+		"-t 6f1c2a34-… -e alice@example.com --expires 90d", 0, (*cli).usersCreate},
+	{"users list", "List users.", "dsn schema tenant-id include-inactive json", "--json", 0, (*cli).usersList},
+	{"users deactivate", "Refuse a user's key from now on.", "dsn schema email! tenant-id yes",
+		"-e alice@example.com", 0, (*cli).changeUser},
+	{"users activate", "Admit a deactivated user's key again.", "dsn schema email! tenant-id",
+		"-e alice@example.com", 0, (*cli).changeUser},
+	{"users regenerate-key", "Replace a user's key and print the new one.", "dsn schema email! tenant-id grace quiet yes",
+		"-e alice@example.com --grace 24h", 0, (*cli).changeUser},
+	{"api", "Serve HTTP.", "dsn schema host port tls-cert tls-key require-auth allow-anonymous",
+		"--port 8000", statementTimeout, (*cli).api},
+	{"version", "Print the version.", "", "", 0, func(c *cli, _ context.Context, _ *store) error {
+		return c.report(nil, "timedb %s\n", versionOf())
+	}},
+}
+
+// flags returns those of the command. Parsing them sets c's fields, which until then have the defaults given here.
+func (c *cli) flags() *flag.FlagSet {
+	all := flag.NewFlagSet("", flag.ContinueOnError)
+	all.StringVar(&c.dsn, "dsn", "", "`URL` of the database (default $TIMEDB_DSN, then $DATABASE_URL); a password given here "+
+		"shows in ps: use the variables or PGPASSFILE")
+	all.StringVar(&c.schema, "schema", defaultSchema, "PostgreSQL schema `NAME` that holds everything")
+	all.BoolVar(&c.withUsers, "with-users", false, "create users_table too: from then on every request needs a key")
+	all.StringVar(&c.appRole, "app-role", "", "grant this existing `ROLE` what `timedb api` needs and no more")
+	all.BoolVar(&c.dryRun, "dry-run", false, "print the SQL and run nothing")
+	all.BoolVar(&c.yes, "yes", false, "do not ask")
+	all.StringVar(&c.tenant, "tenant-id", "", "`UUID` of the tenant")
+	all.StringVar(&c.email, "email", "", "the user's `EMAIL`")
+	all.BoolVar(&c.readOnly, "read-only", false, "the key may read but not write")
+	all.StringVar(&c.expires, "expires", "", "when the key ends: `90d`, 12h or an RFC 3339 time")
+	all.BoolVar(&c.quiet, "quiet", false, "print the key alone")
+	all.BoolVar(&c.inactive, "include-inactive", false, "accepted for scripts; deactivated users are always listed")
+	all.BoolVar(&c.asJSON, "json", false, "print JSON")
+	all.DurationVar(&c.grace, "grace", 0, "keep the old key valid for so long, such as `24h`")
+	all.StringVar(&c.host, "host", "127.0.0.1", "`ADDRESS` to listen on")
+	all.IntVar(&c.port, "port", 8000, "`PORT` to listen on")
+	all.StringVar(&c.tlsCert, "tls-cert", "", "certificate `FILE`, to serve HTTPS")
+	all.StringVar(&c.tlsKey, "tls-key", "", "private key `FILE`")
+	all.BoolVar(&c.requireAuth, "require-auth", false, "refuse everyone while there is no users_table")
+	all.BoolVar(&c.anonymous, "allow-anonymous", false, "serve a network without users_table: everyone may read and write everything")
+	set := flag.NewFlagSet("", flag.ContinueOnError)
+	set.SetOutput(io.Discard)
+	for _, name := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
+		f := all.Lookup(name)
+		set.Var(f.Value, name, f.Usage)
+		if slices.Contains([]string{"dsn", "schema", "tenant-id", "email", "yes", "quiet"}, name) {
+			set.Var(f.Value, name[:1], f.Usage)
+		}
+	}
+	return set
+}
+
+// run carries out one command line and returns the exit code: 0 done, 1 failed, 2 wrong usage.
+func run(ctx context.Context, args []string, env func(string) string, stdin io.Reader, stdout, stderr io.Writer) int {
+	c := &cli{env: env, stdin: stdin, stdout: stdout, stderr: stderr}
+	err := c.parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		c.help()
+		return 0
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "ERROR: %v; see: timedb %s\n", err, strings.TrimSpace("help "+c.name))
+		return 2
+	}
+	if err := c.execute(ctx); err != nil {
+		fmt.Fprintln(stderr, "ERROR:", err)
+		return 1
+	}
+	return 0
+}
+
+// parse finds the command and reads its flags. Its errors are those of usage, and flag.ErrHelp.
+func (c *cli) parse(args []string) error {
+	line := strings.Join(args, " ")
+	for _, cmd := range commands {
+		words := strings.Fields(cmd.name)
+		if line == "help "+cmd.name || slices.Equal(args[:min(len(args), len(words))], words) {
+			c.command, args = cmd, args[len(words):]
+			break
+		}
+	}
+	if slices.Contains([]string{"", "-h", "--help", "help", "help " + c.name}, line) {
+		return flag.ErrHelp
+	}
+	if c.name == "" {
+		return fmt.Errorf("unknown command %q", line)
+	}
+	set := c.flags()
+	if err := set.Parse(args); err != nil {
+		return err
+	}
+	return c.check(set.Args())
+}
+
+// check refuses what cannot be meant, before anything is done. rest is what follows the flags.
+func (c *cli) check(rest []string) (err error) {
+	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
+	c.email = strings.TrimSpace(c.email)
+	user, domain, _ := strings.Cut(c.email, "@")
+	c.expiresAt, err = parseExpiry(c.expires, time.Now())
+	err = cmp.Or(checkUUID("--tenant-id", &c.tenant), err)
+	switch {
+	case len(rest) > 0:
+		return fmt.Errorf("unexpected argument %q", rest[0])
+	case c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"):
+		return errors.New("--tenant-id is required")
+	case c.email == "" && strings.Contains(c.flagNames, "email!"):
+		return errors.New("--email is required")
+	case c.name == "users create" && (user == "" || domain == "" || checkText("--email", c.email, maxText) != nil):
+		return errors.New("--email: expected an address such as alice@example.com")
+	case c.grace < 0:
+		return errors.New("--grace: expected a duration such as 24h")
+	case (c.tlsCert == "") != (c.tlsKey == ""):
+		return errors.New("--tls-cert and --tls-key go together")
+	case err == nil && c.dsn == "" && c.flagNames != "" && !c.dryRun:
+		return errors.New("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
+	}
+	return err
+}
+
+// execute runs the command, with a store whose database answers if it needs one.
+func (c *cli) execute(ctx context.Context) error {
+	if c.flagNames == "" || c.dryRun {
+		return c.run(c, ctx, nil)
+	}
+	st, err := openStore(c.dsn, c.schema, c.timeout)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	if err := st.db.PingContext(ctx); err != nil {
+		return fmt.Errorf("cannot use the database: %w", err)
+	}
+	if err = c.run(c, ctx, st); sqlState(err) == "42P01" {
+		return errors.New("there is no users_table: run timedb create tables --with-users")
+	}
+	return err
+}
+
+// help prints what the command takes, or the commands if none was named.
+func (c *cli) help() {
+	if c.name != "" {
+		fmt.Fprintf(c.stdout, "%s\n\nusage: timedb %s [flags]\n", c.about, c.name)
+		set := c.flags()
+		set.SetOutput(c.stdout)
+		set.PrintDefaults()
+		fmt.Fprintln(c.stdout, "\nexample: timedb", strings.TrimSpace(c.name+" "+c.example))
+		return
+	}
+	fmt.Fprint(c.stdout, "timedb stores versioned time series in PostgreSQL and serves them over HTTP.\n\n")
+	for _, cmd := range commands {
+		fmt.Fprintf(c.stdout, "  timedb %-22s%s\n", cmd.name, cmd.about)
+	}
+	fmt.Fprint(c.stdout, "\nMore on each: timedb help COMMAND\n")
+}
+
+// report prints what was done, unless err says that it was not.
+func (c *cli) report(err error, format string, args ...any) error {
+	if err == nil {
+		_, err = fmt.Fprintf(c.stdout, format, args...)
+	}
+	return err
+}
+
+// confirm asks unless -y was given. Anything but yes, and nobody to ask, is an error.
+func (c *cli) confirm(question string, args ...any) error {
+	if c.yes {
+		return nil
+	}
+	fmt.Fprintf(c.stderr, question+" [y/N] ", args...)
+	answer := ""
+	_, err := fmt.Fscanln(c.stdin, &answer)
+	if answer = strings.ToLower(answer); err != nil || answer != "y" && answer != "yes" {
+		return errors.New("not confirmed; nothing was changed. Pass -y to do it without asking")
+	}
+	return nil
+}
+
+func (c *cli) createTables(ctx context.Context, st *store) error {
+	if c.dryRun {
+		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", createSQL(c.schema, c.appRole, c.withUsers, false))
+	}
+	before, err := st.relations(ctx)
+	if err != nil {
+		return err
+	}
+	if err := c.confirm("Create timedb's tables in schema %q?", c.schema); err != nil {
+		return err
+	}
+	if err := st.exec(ctx, createSQL(c.schema, c.appRole, c.withUsers, slices.Contains(before, "users_table"))); err != nil {
+		return err
+	}
+	after, err := st.relations(ctx)
+	if err != nil {
+		return err
+	}
+	for _, name := range after {
+		state := map[bool]string{true: "exists", false: "created"}[slices.Contains(before, name)]
+		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
+	}
+	if c.appRole != "" {
+		fmt.Fprintf(c.stdout, "granted  what `timedb api` needs to role %s\n", c.appRole)
+	}
+	if !slices.Contains(after, "users_table") {
+		fmt.Fprintln(c.stdout, "There is no users_table: the API serves everyone without a key. Run with --with-users to change that.")
+	}
+	return nil
+}
+
+func (c *cli) deleteTables(ctx context.Context, st *store) error {
+	before, err := st.relations(ctx)
+	if err != nil || len(before) == 0 {
+		return c.report(err, "There is nothing of timedb in schema %q.\n", c.schema)
+	}
+	names := strings.Join(before, ", ")
+	if err := c.confirm("Delete %s in schema %q, with ALL data?", names, c.schema); err != nil {
+		return err
+	}
+	return c.report(st.exec(ctx, schemaSection("delete", c.schema, "")), "deleted  %s\n", names)
+}
+
+func (c *cli) usersCreate(ctx context.Context, st *store) error {
+	key, id := newKey()
+	digest := sha256.Sum256([]byte(key))
+	access := map[bool]string{true: "ro", false: "rw"}[c.readOnly]
+	u := &user{Tenant: c.tenant, Email: c.email, KeyID: id, Access: access, ExpiresAt: c.expiresAt}
+	return c.showKey(st.CreateUser(ctx, u, digest[:]), u, key)
+}
+
+// showKey prints a new key, once: it is stored nowhere. err tells why there is none.
+func (c *cli) showKey(err error, u *user, key string) error {
+	if c.quiet {
+		return c.report(err, "%s\n", key)
+	}
+	return c.report(err, "User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nAPI Key: %s\n"+
+		"The key will not be shown again: keep it now.\n", u.ID, u.Tenant, u.Email, u.Access, key)
+}
+
+// parseExpiry reads "90d", a Go duration or an RFC 3339 time after now; "" is never.
+func parseExpiry(s string, now time.Time) (*time.Time, error) {
+	if s == "" {
+		return nil, nil
+	}
+	at, err := time.Parse(time.RFC3339, s)
+	if duration, bad := time.ParseDuration(s); bad == nil {
+		at, err = now.Add(duration), nil
+	}
+	number, isDays := strings.CutSuffix(s, "d")
+	if days, bad := strconv.ParseUint(number, 10, 16); isDays && bad == nil { // more bits would not fit a Duration
+		at, err = now.Add(time.Duration(days)*24*time.Hour), nil
+	}
+	if err != nil || !at.After(now) {
+		return nil, errors.New("--expires: expected 90d, 12h or an RFC 3339 time, in the future")
+	}
+	return &at, nil
+}
+
+func (c *cli) usersList(ctx context.Context, st *store) error {
+	users, err := st.Users(ctx, c.tenant, "")
+	if err != nil {
+		return err
+	}
+	if c.asJSON {
+		text, err := json.MarshalIndent(users, "", "  ")
+		return c.report(err, "%s\n", text)
+	}
+	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
+	for _, u := range users {
+		status := map[bool]string{true: "active", false: "inactive"}[u.Active]
+		if u.Active && u.ExpiresAt != nil && u.ExpiresAt.Before(time.Now()) {
+			status = "expired"
+		}
+		fmt.Fprintln(w, strings.Join([]string{u.Email, u.Tenant, u.ID, u.KeyID, u.Access, status,
+			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt)}, "\t"))
+	}
+	return w.Flush()
+}
+
+func showTime(t *time.Time) string {
+	if t == nil {
+		return "never"
+	}
+	return t.UTC().Format(time.RFC3339)
+}
+
+// changeUser is users deactivate, activate and regenerate-key: it changes the one user that --email and --tenant-id name.
+func (c *cli) changeUser(ctx context.Context, st *store) error {
+	users, err := st.Users(ctx, c.tenant, c.email)
+	if err != nil {
+		return err
+	}
+	tenants := ""
+	for _, u := range users {
+		tenants += "\n  " + u.Tenant
+	}
+	if len(users) == 0 {
+		return fmt.Errorf("no user has the email '%s'", c.email)
+	}
+	if len(users) > 1 {
+		return fmt.Errorf("the email '%s' exists in several tenants; nothing was changed. Pass --tenant-id, one of:%s", c.email, tenants)
+	}
+	u := &users[0]
+	if c.name == "users activate" {
+		return c.report(st.SetActive(ctx, u.ID, true), "Activated %s.\n", u.Email)
+	}
+	verb := map[string]string{"users deactivate": "Deactivate", "users regenerate-key": "Replace the key of"}[c.name]
+	if err := c.confirm("%s %s of tenant %s?", verb, u.Email, u.Tenant); err != nil {
+		return err
+	}
+	if c.name == "users deactivate" {
+		return c.report(st.SetActive(ctx, u.ID, false), "Deactivated %s. The key is refused from now on.\n", u.Email)
+	}
+	key, id := newKey()
+	digest := sha256.Sum256([]byte(key))
+	return c.showKey(st.ReplaceKey(ctx, u.ID, id, digest[:], c.grace), u, key)
+}
+
+func (c *cli) api(ctx context.Context, st *store) error {
+	utc := func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindTime {
+			a.Value = slog.TimeValue(a.Value.Time().UTC())
+		}
+		return a
+	}
+	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{ReplaceAttr: utc}))
+	if err := c.checkStart(ctx, st, log); err != nil {
+		return err
+	}
+	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
+	srv := &http.Server{
+		Handler: newServer(st, auth, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
+		ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: readTimeout + writeTimeout, IdleTimeout: idleTimeout,
+		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
+	}
+	listener, err := net.Listen("tcp", net.JoinHostPort(c.host, strconv.Itoa(c.port)))
+	if err != nil {
+		return err
+	}
+	scheme, serve := "http", func() error { return srv.Serve(listener) }
+	if c.tlsCert != "" {
+		scheme, serve = "https", func() error { return srv.ServeTLS(listener, c.tlsCert, c.tlsKey) }
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- serve() }()
+	fmt.Fprintf(c.stdout, "timedb serves %s://%s\n", scheme, listener.Addr())
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	log.Info("stopping: running requests may finish")
+	drain, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	defer cancel()
+	return srv.Shutdown(drain)
+}
+
+// checkStart refuses what would expose data and warns of what weakens the protection.
+func (c *cli) checkStart(ctx context.Context, st *store, log *slog.Logger) error {
+	exists, err := st.usersTableExists(ctx)
+	if err != nil {
+		return fmt.Errorf("cannot find out whether users_table exists: %w", err)
+	}
+	local := isLoopback(c.host)
+	if !exists && !local && !c.anonymous && !c.requireAuth {
+		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and write: "+
+			"run timedb create tables --with-users, or pass --allow-anonymous", c.host)
+	}
+	warnIf := func(weak bool, text string, args ...any) {
+		if weak {
+			log.Warn(text, args...)
+		}
+	}
+	warnIf(!exists, "no users_table: requests need no key", "schema", c.schema)
+	warnIf(!local && c.tlsCert == "", "keys and data cross the network in plain text: use --tls-cert or a TLS proxy", "host", c.host)
+	warnIf(!st.secure, "the connection to the database is not verified: use sslmode=verify-full")
+	can, err := st.canRewrite(ctx)
+	warnIf(err != nil, "the tables cannot be used yet: run timedb create tables", "reason", fmt.Sprint(err))
+	warnIf(can, "the database role could rewrite stored data: use a role made by timedb create tables --app-role")
+	return nil
+}
+
+// versionOf is the module's version as the Go toolchain recorded it.
+func versionOf() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return strings.Trim(info.Main.Version, "()")
+	}
+	return "devel"
+}

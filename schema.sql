@@ -1,0 +1,123 @@
+-- The whole database side of timedb. `timedb create tables` runs the sections that it needs in one transaction, with
+-- search_path set to the schema that was asked for; `timedb create tables --dry-run` prints just what would run.
+-- Every statement is safe to repeat. :schema and :app_role stand for quoted identifiers from the command line.
+--
+-- Nothing here is ever updated or deleted but users_table: a correction is a further row. tenant_id leads every key,
+-- so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
+
+-- section: begin
+
+-- Two at once would race for the same names; so the second waits, and then finds everything there.
+SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));
+SET LOCAL search_path = :schema, pg_temp;
+
+-- section: tables
+
+-- One row per upload.
+CREATE TABLE IF NOT EXISTS runs_table (
+    tenant_id       uuid        NOT NULL,
+    run_id          uuid        NOT NULL,
+    run_order       bigint      NOT NULL GENERATED ALWAYS AS IDENTITY,  -- decides between runs of one known_time
+    workflow_id     text        NOT NULL,
+    run_start_time  timestamptz NOT NULL,
+    run_finish_time timestamptz,
+    known_time      timestamptz NOT NULL,
+    run_params      jsonb       CHECK (jsonb_typeof(run_params) = 'object'),
+    rows_inserted   integer     NOT NULL,
+    request_digest  bytea       NOT NULL CHECK (octet_length(request_digest) = 32),  -- tells a retry from another request
+    changed_by      text,
+    inserted_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (tenant_id, run_id)
+);
+CREATE INDEX IF NOT EXISTS runs_by_known_time ON runs_table (tenant_id, known_time, run_order);
+
+CREATE TABLE IF NOT EXISTS series_table (
+    tenant_id   uuid        NOT NULL,
+    series_id   uuid        NOT NULL DEFAULT gen_random_uuid(),
+    series_key  text        NOT NULL,
+    unit        text        NOT NULL,
+    description text,
+    inserted_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (tenant_id, series_id),
+    UNIQUE (tenant_id, series_key)
+);
+
+-- One row holds consecutive values of one series from one run (a block), or one corrected value. The span is bounded
+-- so that a window is a plain range on the primary key, whose cost does not grow with the history around it.
+CREATE TABLE IF NOT EXISTS values_table (
+    tenant_id       uuid          NOT NULL,
+    series_id       uuid          NOT NULL,
+    run_id          uuid          NOT NULL,
+    value_id        bigint        NOT NULL GENERATED ALWAYS AS IDENTITY,
+    run_order       bigint        NOT NULL,  -- copied from the run, as known_time is: reads need no join
+    version         integer       NOT NULL CHECK (version >= 1),
+    known_time      timestamptz   NOT NULL,
+    change_time     timestamptz   NOT NULL,
+    valid_from      timestamptz   NOT NULL,  -- the first and the last of valid_times
+    valid_to        timestamptz   NOT NULL,
+    changed_by      text,
+    annotation      text,
+    tags            text[],
+    valid_times     timestamptz[] NOT NULL,  -- ascending
+    valid_time_ends timestamptz[],           -- NULL when every value is a point
+    "values"        float8[]      NOT NULL,
+    PRIMARY KEY (tenant_id, series_id, valid_from, value_id),
+    FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table,
+    FOREIGN KEY (tenant_id, series_id) REFERENCES series_table,
+    CHECK (valid_to >= valid_from AND valid_to <= valid_from + interval '32 days'),
+    CHECK (valid_from = valid_times[1] AND valid_to = valid_times[cardinality(valid_times)]),
+    CHECK (cardinality("values") BETWEEN 1 AND 1000 AND cardinality(valid_times) = cardinality("values")
+           AND cardinality(valid_time_ends) = cardinality("values"))
+);
+
+-- What a flat read shows, one row per value, for SQL tools.
+CREATE OR REPLACE VIEW current_values AS
+SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
+       v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value,
+       v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
+FROM values_table v
+JOIN series_table s ON s.tenant_id = v.tenant_id AND s.series_id = v.series_id
+CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
+ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
+
+-- A timestamp as the API writes it: in UTC, with six digits of fraction or none.
+CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
+$$;
+
+-- section: users
+
+-- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
+CREATE TABLE IF NOT EXISTS users_table (
+    user_id             uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    tenant_id           uuid        NOT NULL,
+    email               text        NOT NULL,
+    key_id              text        NOT NULL,
+    key_digest          bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
+    previous_digest     bytea       UNIQUE CHECK (octet_length(previous_digest) = 32),
+    previous_expires_at timestamptz,
+    access              text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
+    is_active           boolean     NOT NULL DEFAULT true,
+    expires_at          timestamptz,
+    last_used_at        timestamptz,
+    created_at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CHECK ((previous_digest IS NULL) = (previous_expires_at IS NULL))
+);
+CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lower(email));
+
+-- section: app role
+
+GRANT USAGE ON SCHEMA :schema TO :app_role;
+GRANT SELECT, INSERT ON runs_table, series_table, values_table TO :app_role;
+GRANT SELECT ON current_values TO :app_role;
+
+-- section: app role users
+
+GRANT SELECT (user_id, tenant_id, email, key_digest, previous_digest, previous_expires_at, access, is_active,
+              expires_at, last_used_at), UPDATE (last_used_at) ON users_table TO :app_role;
+
+-- section: delete
+
+DROP VIEW IF EXISTS current_values;
+DROP FUNCTION IF EXISTS iso_time(timestamptz);
+DROP TABLE IF EXISTS values_table, series_table, runs_table, users_table;

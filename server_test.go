@@ -1,0 +1,3072 @@
+package main
+
+// The tests drive timedb as its users do, through the command line's run and through HTTP, on a real PostgreSQL; SQL is
+// used to look at what was stored and to break things. Each test has a database of its own, and the API runs under a role
+// that has no more than `create tables --app-role` grants.
+//
+// Contents
+//   Harness          mustDatabase, mustRun, mustAPI, mustServer, and requests
+//   Command line     DSN, exit codes, tables, users, questions
+//   Authentication   keys, life cycle, open mode, faults of the database, log
+//   Source           what can be read off the source and the catalog
+//   Tenancy          one tenant's ids in another's hands
+//   Upload           what is stored, what is refused, retries
+//   Read             formats, modes, windows, streams
+//   Model            random histories against a naive model
+//   Correct          PUT /values
+//   Faults           shutdown
+//   Benchmarks, fuzz targets
+
+import (
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"math"
+	"math/rand"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// ---- Harness
+
+const (
+	tenantA = "aaaaaaaa-0000-4000-8000-00000000000a"
+	tenantB = "bbbbbbbb-0000-4000-8000-00000000000b"
+	nobody  = "99999999-9999-4999-8999-999999999999" // an id that never existed
+)
+
+var histories = flag.Int("histories", 2000, "how many random histories TestReadsAgreeWithNaiveModel checks")
+
+// appRole is the role that the API runs under, one for the whole process; a role belongs to the cluster.
+var appRole struct {
+	once           sync.Once
+	name, password string
+}
+
+func TestMain(m *testing.M) {
+	m.Run() // its code becomes the exit code when TestMain returns
+	if appRole.name != "" {
+		if db, err := sql.Open("postgres", databaseURL("", nil)); err == nil {
+			_, err = db.Exec("DROP ROLE IF EXISTS " + appRole.name)
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "the test role is left over:", err)
+			}
+			db.Close()
+		}
+	}
+}
+
+// databaseURL is TEST_DATABASE_URL with another database and another user, unless these are empty.
+func databaseURL(database string, who *url.Userinfo) string {
+	u, err := url.Parse(os.Getenv("TEST_DATABASE_URL"))
+	if err != nil {
+		return ""
+	}
+	if database != "" {
+		u.Path = "/" + database
+	}
+	if who != nil {
+		u.User = who
+	}
+	q := u.Query()
+	if !q.Has("sslmode") {
+		q.Set("sslmode", "disable") // lib/pq, used bare here, would require TLS
+	}
+	u.RawQuery = q.Encode()
+	return u.String()
+}
+
+// mustDatabase creates an empty database for this test and returns its URL, as its owner.
+func mustDatabase(t testing.TB) string {
+	t.Helper()
+	if os.Getenv("TEST_DATABASE_URL") == "" {
+		t.Fatal("TEST_DATABASE_URL is not set: run script/test, which starts a private PostgreSQL and sets it")
+	}
+	admin := mustOpen(t, databaseURL("", nil))
+	name := fmt.Sprintf("timedb_test_%016x", rand.Uint64())
+	mustExec(t, admin, "CREATE DATABASE "+name)
+	t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)") })
+	mustExec(t, admin, "ALTER DATABASE "+name+" SET synchronous_commit = off") // nobody needs this data tomorrow
+	appRole.once.Do(func() {
+		appRole.name = fmt.Sprintf("timedb_test_app_%016x", rand.Uint64())
+		appRole.password = fmt.Sprintf("app-password-%x", rand.Uint64())
+		mustExec(t, admin, "CREATE ROLE "+appRole.name+" LOGIN PASSWORD '"+appRole.password+"'")
+	})
+	return databaseURL(name, nil)
+}
+
+// asAppRole is the same database as the API's role.
+func asAppRole(dsn string) string {
+	u, _ := url.Parse(dsn)
+	return databaseURL(strings.TrimPrefix(u.Path, "/"), url.UserPassword(appRole.name, appRole.password))
+}
+
+func mustOpen(t testing.TB, dsn string) *sql.DB {
+	t.Helper()
+	db, err := sql.Open("postgres", dsn)
+	if err != nil {
+		t.Fatal("the database's URL cannot be opened")
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
+}
+
+func mustExec(t testing.TB, db *sql.DB, query string, args ...any) {
+	t.Helper()
+	if _, err := db.Exec(query, args...); err != nil {
+		t.Fatalf("%s: %v", query, err)
+	}
+}
+
+// mustQuery returns the one value that query selects, as text; NULL and no row are "".
+func mustQuery(t testing.TB, db *sql.DB, query string, args ...any) string {
+	t.Helper()
+	var text sql.NullString
+	if err := db.QueryRow(query, args...).Scan(&text); err != nil && err != sql.ErrNoRows {
+		t.Fatalf("%s: %v", query, err)
+	}
+	return text.String
+}
+
+// runIn is one command line with its environment and its input.
+func runIn(env map[string]string, stdin string, args ...string) (code int, stdout, stderr string) {
+	var out, errs bytes.Buffer
+	code = run(context.Background(), args, func(name string) string { return env[name] }, strings.NewReader(stdin), &out, &errs)
+	return code, out.String(), errs.String()
+}
+
+// mustRun runs a command line on dsn, which must end with want, and returns what it printed.
+func mustRun(t testing.TB, want int, dsn, stdin string, args ...string) (stdout, stderr string) {
+	t.Helper()
+	code, stdout, stderr := runIn(map[string]string{"TIMEDB_DSN": dsn}, stdin, args...)
+	if code != want {
+		t.Fatalf("timedb %s: exit %d, want %d\nstdout: %s\nstderr: %s", strings.Join(args, " "), code, want, stdout, stderr)
+	}
+	if code != 0 && !strings.Contains(stderr, "ERROR: ") {
+		t.Fatalf("timedb %s: exit %d without ERROR: on stderr: %q", strings.Join(args, " "), code, stderr)
+	}
+	return stdout, stderr
+}
+
+// mustCreateTables makes the tables, with users, and grants the API's role its part.
+func mustCreateTables(t testing.TB, dsn string, more ...string) {
+	t.Helper()
+	mustRun(t, 0, dsn, "", append([]string{"create", "tables", "-y", "--app-role", appRole.name}, more...)...)
+}
+
+// logBuffer is what a server writes to stdout or stderr, readable at any time.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(b)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// testServer is a running `timedb api` and the database under it.
+type testServer struct {
+	url, dsn string
+	db       *sql.DB // as owner
+	log      *logBuffer
+	stop     func() int // asks the server to stop, waits for its end and returns the exit code
+	client   *http.Client
+}
+
+var servesLine = regexp.MustCompile(`timedb serves (http://\S+)`)
+
+// mustAPI starts `timedb api` on dsn as the API's role.
+func mustAPI(t testing.TB, dsn string, args ...string) *testServer {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &testServer{dsn: dsn, db: mustOpen(t, dsn), log: &logBuffer{}}
+	s.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100, DisableCompression: true, ExpectContinueTimeout: time.Minute}}
+	out, done := &logBuffer{}, make(chan struct{})
+	code := -1
+	go func() {
+		defer close(done)
+		env := func(name string) string { return map[string]string{"TIMEDB_DSN": asAppRole(dsn)}[name] }
+		code = run(ctx, append([]string{"api", "--port", "0"}, args...), env, strings.NewReader(""), out, s.log)
+	}()
+	s.stop = func() int {
+		cancel()
+		s.client.CloseIdleConnections()
+		<-done
+		return code
+	}
+	t.Cleanup(func() {
+		s.stop()
+		if text := s.log.String(); strings.Contains(text, appRole.password) || wholeKey.MatchString(text) { // S6
+			t.Error("the server's log holds a key or a password")
+		}
+	})
+	for s.url == "" {
+		if found := servesLine.FindStringSubmatch(out.String()); found != nil {
+			s.url = found[1]
+			break
+		}
+		select {
+		case <-done:
+			t.Fatalf("timedb api ended with exit %d: %s", code, s.log)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	return s
+}
+
+var wholeKey = regexp.MustCompile(`tdb_[a-zA-Z0-9]{8}_[A-Za-z0-9_-]{40}`)
+
+// mustServer starts the API on a database of its own, with users_table.
+func mustServer(t testing.TB, args ...string) *testServer {
+	t.Helper()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	return mustAPI(t, dsn, args...)
+}
+
+// mustUser creates a user on the command line and returns the key.
+func (s *testServer) mustUser(t testing.TB, tenant, email string, flags ...string) string {
+	t.Helper()
+	key, _ := mustRun(t, 0, s.dsn, "", append([]string{"users", "create", "-q", "-t", tenant, "-e", email}, flags...)...)
+	return strings.TrimSpace(key)
+}
+
+// do sends one request; header lines are "Name: value". A body without Content-Type is JSON. Nothing is retried.
+func (s *testServer) do(method, path, key, body string, header ...string) (*http.Response, string, error) {
+	r, err := http.NewRequest(method, s.url+path, strings.NewReader(body))
+	if err != nil {
+		return nil, "", err
+	}
+	if key != "" {
+		r.Header.Set("X-API-Key", key)
+	}
+	if body != "" {
+		r.Header.Set("Content-Type", "application/json")
+	}
+	for _, line := range header {
+		name, value, _ := strings.Cut(line, ": ")
+		if name == "Host" {
+			r.Host = value
+		} else if name == "X-API-Key" {
+			r.Header.Add(name, value)
+		} else {
+			r.Header.Set(name, value)
+		}
+	}
+	resp, err := s.client.Do(r)
+	if err != nil {
+		return nil, "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	return resp, string(text), err
+}
+
+// must sends one request, which must be answered with the status want, and returns the body.
+func (s *testServer) must(t testing.TB, want int, method, path, key, body string, header ...string) string {
+	t.Helper()
+	resp, text, err := s.do(method, path, key, body, header...)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	if resp.StatusCode != want {
+		t.Fatalf("%s %s: status %d, want %d: %s\nrequest: %.2000s", method, path, resp.StatusCode, want, text, body)
+	}
+	var refusal struct{ Detail string }
+	if want >= 400 && method != "HEAD" && (json.Unmarshal([]byte(text), &refusal) != nil || refusal.Detail == "") {
+		t.Fatalf("%s %s: status %d without a detail: %q", method, path, want, text)
+	}
+	return text
+}
+
+// httpCase is one request and its answer: the status, and texts that the body must contain.
+type httpCase struct {
+	method, path, body string
+	status             int
+	want               []string
+}
+
+func (s *testServer) mustAll(t *testing.T, key string, cases []httpCase) {
+	t.Helper()
+	for _, c := range cases {
+		text := s.must(t, c.status, c.method, c.path, key, c.body)
+		for _, want := range c.want {
+			if !strings.Contains(text, want) {
+				t.Errorf("%s %s %.300s: body %q, want %q in it", c.method, c.path, c.body, text, want)
+			}
+		}
+	}
+}
+
+// mustRaw sends bytes as they are and returns the first line of the answer.
+func (s *testServer) mustRaw(t testing.TB, request string) string {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	go io.WriteString(conn, request) // the server may answer, and close, before it has read all
+	answer := make([]byte, 100)
+	n, err := io.ReadAtLeast(conn, answer, 15)
+	if err != nil {
+		t.Fatalf("no answer: %v", err)
+	}
+	line, _, _ := strings.Cut(string(answer[:n]), "\r\n")
+	return line
+}
+
+// mustDecode reads a JSON body into a T.
+func mustDecode[T any](t testing.TB, text string) (v T) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), &v); err != nil {
+		t.Fatalf("%v: %.500s", err, text)
+	}
+	return v
+}
+
+// stored is how much there is in the three data tables: it tells whether anything was stored.
+func (s *testServer) stored(t testing.TB) string {
+	t.Helper()
+	return mustQuery(t, s.db, `SELECT concat_ws(' ', (SELECT count(*) FROM runs_table), (SELECT count(*) FROM series_table),
+		(SELECT count(*) FROM values_table), (SELECT sum(cardinality("values")) FROM values_table))`)
+}
+
+// relations lists what is in a schema: tables, views, sequences, indexes and functions.
+func relations(t testing.TB, db *sql.DB, schema string) string {
+	t.Helper()
+	return mustQuery(t, db, `SELECT string_agg(name, ' ' ORDER BY name) FROM (
+		SELECT relname::text AS name FROM pg_class WHERE relnamespace = to_regnamespace($1)
+		UNION ALL SELECT proname::text FROM pg_proc WHERE pronamespace = to_regnamespace($1)) AS x`, pq.QuoteIdentifier(schema))
+}
+
+// users is a digest of all that users_table holds.
+func users(t testing.TB, db *sql.DB) string {
+	t.Helper()
+	return mustQuery(t, db, `SELECT md5(string_agg(u::text, ',' ORDER BY user_id)) FROM users_table u`)
+}
+
+// gzipped is text compressed.
+func gzipped(text string) string {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	io.WriteString(w, text)
+	w.Close()
+	return b.String()
+}
+
+// together calls fn n times at once and waits for all.
+func together(n int, fn func(i int)) {
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() { fn(i) })
+	}
+	wg.Wait()
+}
+
+// ---- Command line
+
+func TestDSNComesFromFlagThenTimedbDSNThenDatabaseURL(t *testing.T) {
+	t.Parallel()
+	good, bad := mustDatabase(t), "postgresql://u:hunter2@127.0.0.1:1/nowhere"
+	for _, c := range []struct {
+		flag, timedb, database string
+		code                   int
+	}{
+		{good, bad, bad, 0}, {"", good, bad, 0}, {"", "", good, 0},
+		{bad, good, good, 1}, {"", bad, good, 1}, {"", "", bad, 1}, {"", "", "", 2},
+	} {
+		args := []string{"create", "tables", "-y"}
+		if c.flag != "" {
+			args = append(args, "--dsn", c.flag)
+		}
+		code, stdout, stderr := runIn(map[string]string{"TIMEDB_DSN": c.timedb, "DATABASE_URL": c.database}, "", args...)
+		if code != c.code {
+			t.Errorf("%v: exit %d, want %d: %s", c, code, c.code, stderr)
+		}
+		if strings.Contains(stdout+stderr, "hunter2") {
+			t.Errorf("the password was printed: %s%s", stdout, stderr)
+		}
+		for _, name := range []string{"ERROR:", "--dsn", "TIMEDB_DSN", "DATABASE_URL"} {
+			if c.code == 2 && !strings.Contains(stderr, name) {
+				t.Errorf("without a DSN stderr is %q, want %s in it", stderr, name)
+			}
+		}
+	}
+}
+
+func TestPasswordOfADSNIsNeverPrinted(t *testing.T) {
+	t.Parallel()
+	for _, dsn := range []string{
+		"postgresql://u:hunter2@127.0.0.1:1/db", "postgresql://u:hunter2@x@127.0.0.1:1/db", "postgresql://u:x@hunter2@127.0.0.1:1/db",
+		"postgresql://u:hunter2/x@127.0.0.1:1/db", "postgresql://u:x/hunter2@127.0.0.1:1/db", "postgresql://u:hunter2?x@127.0.0.1:1/db",
+		"postgresql://u:x?hunter2@127.0.0.1:1/db", "postgresql://u:hunter2#x@127.0.0.1:1/db", "postgresql://u:x#hunter2@127.0.0.1:1/db",
+		"postgresql://localhost:1/hunter2@127.0.0.1:1/db", "postgresql://localhost:1?hunter2@127.0.0.1:1/db",
+		"postgresql://localhost:1#hunter2@127.0.0.1:1/db", "postgresql://u:%zzhunter2@127.0.0.1:1/db", "postgresql://u:hunter2@127.0.0.1:port/db",
+		"postgresql://u:hunter2@127.0.0.1:1/db?sslmode=perhaps", "postgresql://u:hunter2@127.0.0.1:1/db?connect_timeout=soon",
+		"postgresql://u:hunter2@[::1/db", "postgresql://u:hunter2 x@127.0.0.1:1/db", "postgresql://u:hunter2\n@127.0.0.1:1/db",
+		"hunter2", "host=127.0.0.1 port=1 password='hunter2", "host=127.0.0.1 port=x password=hunter2", "password = hunter2 port",
+		"host=127.0.0.1 port=1 password=x hunter2", "postgresql://u:x@127.0.0.1:1/db?password=hunter2&port=x", "mysql://u:hunter2@127.0.0.1:1/db",
+	} {
+		for _, args := range [][]string{{"users", "list"}, {"api", "--port", "0"}} {
+			code, stdout, stderr := runIn(map[string]string{"DATABASE_URL": dsn}, "", args...)
+			if code == 0 || strings.Contains(stdout+stderr, "hunter2") {
+				t.Errorf("DSN %q: exit %d, printed %q", dsn, code, stdout+stderr)
+			}
+		}
+	}
+}
+
+func TestNotebookDSNShapesAreUnderstood(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	bare, _, _ := strings.Cut(dsn, "?")
+	for _, shape := range []string{bare, bare + "?sslmode=prefer&application_name=notebook", strings.Replace(bare, "postgresql:", "postgres:", 1)} {
+		mustRun(t, 0, shape, "", "create", "tables", "-y")
+	}
+}
+
+func TestExitCodeOfWrongUsageIsTwo(t *testing.T) {
+	t.Parallel()
+	const down = "postgresql://u:p@127.0.0.1:1/db" // wrong usage is found before the database is looked for
+	for _, line := range []string{
+		"nonsense", "create", "users", "tables create", "users nonsense", "help nonsense", "version stray", "version --nope",
+		"create tables --nope", "create tables stray", "create tables --app-role", "delete tables --with-users", "users list stray",
+		"users create", "users create -e a@example.com", "users create -t " + tenantA, "users create -t nope -e a@example.com",
+		"users create -t " + tenantA + "0 -e a@example.com", "users create -e= -t " + tenantA, "users create -t= -e a@example.com",
+		"users create -e nonsense -t " + tenantA,
+		"users create --expires soon -e a@example.com -t " + tenantA, "users create --expires -5d -e a@example.com -t " + tenantA,
+		"users create --expires 2001-01-01T00:00:00Z -e a@example.com -t " + tenantA,
+		"users list -t nope", "users deactivate", "users deactivate -e=", "users activate", "users activate -e a@example.com -t nope",
+		"users regenerate-key", "api --port x", "api stray",
+		"users regenerate-key -e a@example.com --grace soon", "users regenerate-key -y -e a@example.com --grace -1h", "api --tls-cert file",
+	} {
+		mustRun(t, 2, down, "", strings.Fields(line)...)
+	}
+	for _, email := range []string{" ", "a\nb@example.com", "a@example.com\x1b[2J", "a@exa\xffmple.com"} {
+		mustRun(t, 2, down, "", "users", "create", "-t", tenantA, "-e", email)
+	}
+}
+
+func TestHelpAndVersionNeedNoDatabase(t *testing.T) {
+	t.Parallel()
+	for command, flags := range map[string]string{
+		"create tables": "-dsn -with-users -schema -app-role -dry-run -yes", "delete tables": "-dsn -schema -yes",
+		"users create": "-dsn -tenant-id -email -q", "users list": "-dsn -tenant-id -include-inactive -json",
+		"users deactivate": "-dsn -email -tenant-id -yes", "users activate": "-dsn -email -tenant-id",
+		"users regenerate-key": "-dsn -email -tenant-id -q -yes",
+		"api":                  "-dsn -schema -host -port -require-auth -allow-anonymous",
+		"users create ":        "-read-only -expires", "users regenerate-key ": "-grace", "api ": "-tls-cert -tls-key",
+	} {
+		for _, line := range []string{"help " + command, command + " -h", command + " --help"} {
+			stdout, _ := mustRun(t, 0, "", "", strings.Fields(line)...)
+			for _, name := range strings.Fields(flags) {
+				if !strings.Contains(stdout, name) {
+					t.Errorf("timedb %s: %s is not in the help", line, name)
+				}
+			}
+		}
+	}
+	for _, line := range []string{"help", "-h", "--help"} {
+		if stdout, _ := mustRun(t, 0, "", "", line); !strings.Contains(stdout, "users regenerate-key") {
+			t.Errorf("timedb %s does not list the commands: %s", line, stdout)
+		}
+	}
+	if stdout, _ := mustRun(t, 0, "", "", "version"); !strings.HasPrefix(stdout, "timedb ") {
+		t.Errorf("timedb version prints %q", stdout)
+	}
+}
+
+func TestCreateTablesMayBeRepeatedAndRunConcurrently(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	together(4, func(int) {
+		if code, _, stderr := runIn(map[string]string{"TIMEDB_DSN": dsn}, "", "create", "tables", "-y", "--with-users", "--app-role", appRole.name); code != 0 {
+			t.Errorf("exit %d: %s", code, stderr)
+		}
+	})
+	db := mustOpen(t, dsn)
+	before := relations(t, db, "public")
+	stdout, _ := mustRun(t, 0, dsn, "", "create", "tables", "-y", "--with-users")
+	if !strings.Contains(stdout, "values_table") {
+		t.Errorf("it does not report what it did: %q", stdout)
+	}
+	if after := relations(t, db, "public"); after != before {
+		t.Errorf("repeating it changed %q to %q", before, after)
+	}
+	mustRun(t, 0, dsn, "", "delete", "tables", "-y")
+	if left := relations(t, db, "public"); left != "" {
+		t.Errorf("delete tables left %q", left)
+	}
+	mustRun(t, 0, dsn, "", "delete", "tables", "-y")
+}
+
+func TestDryRunPrintsSQLThatWorks(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	script, _ := mustRun(t, 0, "", "", "create", "tables", "--dry-run", "--with-users", "--app-role", appRole.name, "-s", "dry run")
+	db := mustOpen(t, dsn)
+	if got := relations(t, db, "dry run"); got != "" {
+		t.Fatalf("--dry-run created %q", got)
+	}
+	mustExec(t, db, script)
+	mustExec(t, db, script)
+	printed := relations(t, db, "dry run")
+	mustRun(t, 0, dsn, "", "create", "tables", "-y", "--with-users", "-s", "really")
+	if did := relations(t, db, "really"); did != printed || printed == "" {
+		t.Errorf("--dry-run makes %q, create tables makes %q", printed, did)
+	}
+	s := mustAPI(t, dsn, "--schema", "dry run")
+	s.must(t, 401, "GET", "/runs", "", "")
+}
+
+func TestSchemaHoldsEverythingAndNothingElseIsDeleted(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	const schema = `Wind "Nord"` // needs quoting
+	mustCreateTables(t, dsn, "--with-users", "--schema", schema)
+	if got := relations(t, db, "public"); got != "" {
+		t.Errorf("in public there is %q", got)
+	}
+	mustExec(t, db, `CREATE TABLE "Wind ""Nord""".mine (x int); CREATE VIEW "Wind ""Nord""".my_view AS SELECT 1 AS one`)
+	s := mustAPI(t, dsn, "-s", schema)
+	s.must(t, 401, "GET", "/runs", "", "")
+	mustCreateTables(t, dsn, "--with-users") // the same in public must survive too
+	public := relations(t, db, "public")
+	mustRun(t, 0, dsn, "", "delete", "tables", "-y", "-s", schema)
+	if got := relations(t, db, schema); got != "mine my_view" {
+		t.Errorf("after delete tables the schema holds %q", got)
+	}
+	if got := relations(t, db, "public"); got != public {
+		t.Errorf("delete tables in a schema changed public to %q", got)
+	}
+}
+
+func TestDeleteTablesRefusesToTakeForeignObjectsAlong(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	mustCreateTables(t, dsn, "--with-users")
+	mustExec(t, db, `CREATE VIEW report AS SELECT count(*) FROM values_table`)
+	before := relations(t, db, "public")
+	mustRun(t, 1, dsn, "", "delete", "tables", "-y")
+	if got := relations(t, db, "public"); got != before {
+		t.Errorf("a view that uses values_table: %q became %q", before, got)
+	}
+}
+
+func TestCreateWithoutUsersLeavesUsersTableAlone(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	mustExec(t, db, `CREATE TABLE users_table (x int)`)
+	mustRun(t, 0, dsn, "", "create", "tables", "-y")
+	if got := mustQuery(t, db, `SELECT string_agg(attname, ' ') FROM pg_attribute WHERE attrelid = 'users_table'::regclass AND attnum > 0`); got != "x" {
+		t.Errorf("the columns of users_table became %q", got)
+	}
+}
+
+func TestQuestionsAreAskedAndOnlyYesIsYes(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	user := []string{"-e", "ask@example.com"}
+	for _, c := range []struct {
+		args  []string
+		state func() string
+	}{
+		{[]string{"create", "tables", "--with-users"}, func() string { return relations(t, db, "public") }},
+		{append([]string{"users", "regenerate-key"}, user...), func() string { return users(t, db) }},
+		{append([]string{"users", "deactivate"}, user...), func() string { return users(t, db) }},
+		{[]string{"delete", "tables"}, func() string { return relations(t, db, "public") }},
+	} {
+		before := c.state()
+		for _, answer := range []string{"", "n\n", "\n", "perhaps\n"} {
+			_, stderr := mustRun(t, 1, dsn, answer, c.args...)
+			if answer == "" && !strings.Contains(stderr, "-y") {
+				t.Errorf("%v with nobody to ask says %q, want -y in it", c.args, stderr)
+			}
+			if c.state() != before {
+				t.Fatalf("%v with the answer %q changed something", c.args, answer)
+			}
+		}
+		if mustRun(t, 0, dsn, "y\n", c.args...); c.state() == before {
+			t.Errorf("%v with the answer y changed nothing", c.args)
+		}
+		if c.args[0] == "create" {
+			mustRun(t, 0, dsn, "", append([]string{"users", "create", "-t", tenantA}, user...)...)
+		}
+	}
+}
+
+func TestUsersCreateShowsTheKeyOnce(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustRun(t, 1, dsn, "", "users", "create", "-t", tenantA, "-e", "early@example.com") // no users_table yet
+	mustCreateTables(t, dsn, "--with-users")
+	stdout, _ := mustRun(t, 0, dsn, "", "users", "create", "--tenant-id", strings.ToUpper(tenantA), "--email", "Alice@example.com")
+	found := regexp.MustCompile(`(?m)^API Key: (tdb_\S+)$`).FindStringSubmatch(stdout)
+	if found == nil || !wellFormedKey(found[1]) {
+		t.Fatalf("no line of the key alone: %q", stdout)
+	}
+	db := mustOpen(t, dsn)
+	for _, want := range []string{mustQuery(t, db, `SELECT user_id FROM users_table`), tenantA, "Alice@example.com", "not be shown again"} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("users create prints %q, want %q in it", stdout, want)
+		}
+	}
+	_, stderr := mustRun(t, 1, dsn, "", "users", "create", "-t", tenantA, "-e", "aLICE@example.com")
+	if !strings.Contains(stderr, "User with email 'aLICE@example.com' already exists for this tenant.") {
+		t.Errorf("a second user of one email: %q", stderr)
+	}
+	quiet, _ := mustRun(t, 0, dsn, "", "users", "create", "-q", "-t", tenantB, "-e", "Alice@example.com")
+	if !wellFormedKey(strings.TrimSuffix(quiet, "\n")) {
+		t.Errorf("-q prints %q, want the key alone", quiet)
+	}
+	dump := mustQuery(t, db, `SELECT string_agg(u::text, ' ') FROM users_table u`) // S6
+	for _, key := range []string{found[1], strings.TrimSpace(quiet)} {
+		if strings.Contains(dump, key[13:]) || strings.Contains(dump, hex.EncodeToString([]byte(key[13:]))) {
+			t.Errorf("users_table holds the key: %s", dump)
+		}
+	}
+}
+
+func TestAmbiguousOrUnknownEmailChangesNothing(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	for _, tenant := range []string{tenantA, tenantB} {
+		mustRun(t, 0, dsn, "", "users", "create", "-t", tenant, "-e", "both@example.com")
+	}
+	db := mustOpen(t, dsn)
+	before := users(t, db)
+	for _, command := range []string{"deactivate -y", "activate", "regenerate-key -y"} {
+		args := append([]string{"users"}, strings.Fields(command)...)
+		_, stderr := mustRun(t, 1, dsn, "", append(args, "-e", "both@example.com")...)
+		for _, want := range []string{tenantA, tenantB, "--tenant-id"} {
+			if !strings.Contains(stderr, want) {
+				t.Errorf("users %s: %q, want %s in it", command, stderr, want)
+			}
+		}
+		mustRun(t, 1, dsn, "", append(args, "-e", "nobody@example.com")...)
+		mustRun(t, 1, dsn, "", append(args, "-e", "both@example.com", "-t", nobody)...)
+		if users(t, db) != before {
+			t.Fatalf("users %s changed something", command)
+		}
+	}
+	mustRun(t, 0, dsn, "", "users", "deactivate", "-y", "-e", "BOTH@example.com", "-t", tenantB)
+	if got := mustQuery(t, db, `SELECT tenant_id FROM users_table WHERE NOT is_active`); got != tenantB {
+		t.Errorf("deactivated %q, want the user of tenant B", got)
+	}
+}
+
+func TestUsersListShowsEveryUserAndNoSecret(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	var secrets []string
+	for _, email := range []string{"on@example.com", "off@example.com"} {
+		key, _ := mustRun(t, 0, dsn, "", "users", "create", "-q", "-t", tenantA, "-e", email)
+		digest := sha256.Sum256([]byte(strings.TrimSpace(key)))
+		secrets = append(secrets, key[13:50], hex.EncodeToString(digest[:]), base64.StdEncoding.EncodeToString(digest[:]))
+	}
+	mustRun(t, 0, dsn, "", "users", "create", "-t", tenantB, "-e", "other@example.com")
+	mustRun(t, 0, dsn, "", "users", "deactivate", "-y", "-e", "off@example.com")
+	db := mustOpen(t, dsn)
+	ids := strings.Fields(mustQuery(t, db, `SELECT string_agg(user_id || ' ' || key_id, ' ') FROM users_table WHERE tenant_id = $1`, tenantA))
+	for _, flags := range []string{"", "--json", "--include-inactive", "-t " + tenantA, "--json -t " + tenantA} {
+		stdout, _ := mustRun(t, 0, dsn, "", append([]string{"users", "list"}, strings.Fields(flags)...)...)
+		for _, want := range append(ids, tenantA, "on@example.com", "off@example.com") {
+			if !strings.Contains(stdout, want) {
+				t.Errorf("users list %s: no %q in\n%s", flags, want, stdout)
+			}
+		}
+		for _, secret := range secrets {
+			if strings.Contains(stdout, secret) {
+				t.Errorf("users list %s shows a key or a digest:\n%s", flags, stdout)
+			}
+		}
+		if strings.Contains(stdout, "other@example.com") == strings.Contains(flags, "-t") {
+			t.Errorf("users list %s does not respect the tenant:\n%s", flags, stdout)
+		}
+		if strings.Contains(flags, "--json") {
+			for _, u := range mustDecode[[]map[string]any](t, stdout) {
+				if u["is_active"] != (u["email"] != "off@example.com") {
+					t.Errorf("is_active is wrong: %v", u)
+				}
+			}
+		}
+	}
+}
+
+func TestAppRoleCannotRewriteAnything(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	s.mustUser(t, tenantA, "a@example.com")
+	app := mustOpen(t, asAppRole(s.dsn))
+	forbidden := []string{`SELECT created_at FROM users_table`, `SELECT * FROM users_table`, `DELETE FROM users_table`, `TRUNCATE users_table`,
+		`INSERT INTO users_table (tenant_id, email, key_id, key_digest) VALUES (gen_random_uuid(), 'x', 'x', sha256('x'))`,
+		`ALTER TABLE values_table ADD x int`, `DROP TABLE values_table`, `CREATE TRIGGER x BEFORE INSERT ON runs_table EXECUTE FUNCTION suppress_redundant_updates_trigger()`}
+	columns := mustQuery(t, s.db, `SELECT string_agg(attname, ' ') FROM pg_attribute
+		WHERE attrelid = 'users_table'::regclass AND attnum > 0 AND NOT attisdropped AND attname <> 'last_used_at'`)
+	for _, column := range strings.Fields(columns) {
+		forbidden = append(forbidden, `UPDATE users_table SET `+column+` = DEFAULT`)
+	}
+	for _, table := range []string{"runs_table", "series_table", "values_table"} {
+		forbidden = append(forbidden, `UPDATE `+table+` SET tenant_id = tenant_id`, `DELETE FROM `+table, `TRUNCATE `+table+` CASCADE`)
+	}
+	for _, query := range forbidden {
+		if _, err := app.Exec(query); pq.As(err) == nil || pq.As(err).Code != "42501" {
+			t.Errorf("%s as the API's role: %v, want permission denied", query, err)
+		}
+	}
+	mustExec(t, app, `UPDATE users_table SET last_used_at = now() WHERE email = 'a@example.com'`)
+}
+
+func TestAPIRefusesToStartUnsafely(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	_, stderr := mustRun(t, 1, asAppRole(dsn), "", "api", "--host", "0.0.0.0", "--port", "0")
+	if !strings.Contains(stderr, "--allow-anonymous") {
+		t.Errorf("a network without users_table: %q", stderr)
+	}
+	mustRun(t, 1, "postgresql://u:p@127.0.0.1:1/db", "", "api", "--port", "0") // the database is down
+	mustAPI(t, dsn, "--host", "0.0.0.0", "--allow-anonymous")
+	mustCreateTables(t, dsn, "--with-users")
+	mustAPI(t, dsn, "--host", "0.0.0.0")
+	// S19: the operator is told when the API's role could rewrite history, and only then.
+	for args, warns := range map[string]bool{"": false, "-d": true} {
+		var flags []string
+		if args != "" {
+			flags = []string{args, dsn}
+		}
+		if s := mustAPI(t, dsn, flags...); strings.Contains(s.log.String(), "level=WARN") != warns {
+			t.Errorf("started with %q the log is %q", args, s.log)
+		}
+	}
+}
+
+// ---- Authentication
+
+const (
+	noKey  = `{"detail":"API key required. Please provide X-API-Key header."}` + "\n"
+	badKey = `{"detail":"Invalid or inactive API key."}` + "\n"
+)
+
+// minimal requests that succeed for a key that may do them.
+const (
+	emptyRun = `{"run_start_time":"2025-01-01T00:00:00Z","value_rows":[]}`
+	oneValue = `{"run_start_time":"2025-01-01T00:00:00Z","known_time":"2025-01-01T00:00:00Z","value_rows":[
+		{"valid_time":"2025-01-01T00:00:00Z","value_key":"load","value":1}]}`
+)
+
+func TestEveryRouteNeedsAKey(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/runs", "/", "/healthz", "/docs", "/openapi.json",
+		"/nope", "/values/", "/values/x", "//values", "/./values", "/upload?x=%zz", "/users", "/debug/pprof/", "/.git/config"} {
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"} {
+			isOpen := slices.Contains([]string{"/", "/healthz", "/docs", "/openapi.json"}, path) && (method == "GET" || method == "HEAD")
+			resp, body, err := s.do(method, path, "", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if isOpen && resp.StatusCode != 200 && path[:2] != "/d" && path[:2] != "/o" {
+				t.Errorf("%s %s: status %d, want 200", method, path, resp.StatusCode)
+			}
+			if !isOpen && (resp.StatusCode != 401 || method != "HEAD" && body != noKey || resp.Header.Get("WWW-Authenticate") != "ApiKey") {
+				t.Errorf("%s %s without a key: status %d, %v %q", method, path, resp.StatusCode, resp.Header, body)
+			}
+			for name := range resp.Header {
+				if strings.HasPrefix(name, "Access-Control-") { // S24
+					t.Errorf("%s %s: CORS header %s", method, path, name)
+				}
+			}
+		}
+	}
+	for _, target := range []string{"OPTIONS *", "GET *", "CONNECT 127.0.0.1:1", "GET http://other.example/values"} {
+		if line := s.mustRaw(t, target+" HTTP/1.1\r\nHost: x\r\n\r\n"); !strings.Contains(line, " 40") {
+			t.Errorf("%s: %q, want a refusal", target, line)
+		}
+	}
+	if line := s.mustRaw(t, "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"); !strings.Contains(line, " 401 ") {
+		t.Errorf("OPTIONS *: %q, want 401", line)
+	}
+}
+
+func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	for path, allow := range map[string]string{"/upload": "POST", "/values": "GET PUT", "/series": "POST",
+		"/runs":            "GET",
+		"/list_timeseries": "GET", "/": "GET",
+	} {
+		resp, _, err := s.do("DELETE", path, key, "")
+		if err != nil || resp.StatusCode != 405 {
+			t.Errorf("DELETE %s: %v, %v, want 405", path, resp, err)
+			continue
+		}
+		for _, method := range strings.Fields(allow) {
+			if !strings.Contains(resp.Header.Get("Allow"), method) {
+				t.Errorf("DELETE %s: Allow %q, want %s in it", path, resp.Header.Get("Allow"), method)
+			}
+		}
+	}
+	for _, path := range []string{"/nope", "/values/x", "/docs/x", "/VALUES"} {
+		s.must(t, 404, "GET", path, key, "")
+	}
+}
+
+func TestRootAndHealthNeedNoKey(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	root := mustDecode[map[string]any](t, s.must(t, 200, "GET", "/", "", ""))
+	if root["name"] != "TimeDB API" {
+		t.Errorf("name is %v", root["name"])
+	}
+	for _, field := range []string{"version", "description", "endpoints", "authentication", "admin_note"} {
+		if root[field] == nil {
+			t.Errorf("GET / has no %s", field)
+		}
+	}
+	if how, _ := root["authentication"].(map[string]any); how["header"] != "X-API-Key" || how["method"] == nil || how["note"] == nil {
+		t.Errorf("authentication is %v", how)
+	}
+	if text := s.must(t, 200, "GET", "/healthz", "", ""); strings.TrimSpace(text) != `{"status":"ok"}` {
+		t.Errorf("GET /healthz: %q", text)
+	}
+}
+
+func TestMalformedKeysAreRefusedWithoutALookup(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	mustExec(t, s.db, "REVOKE ALL ON users_table FROM "+appRole.name) // from now on a lookup would be 503
+	s.must(t, 503, "GET", "/list_timeseries", key, "")
+	for _, c := range []struct{ body, path, header string }{
+		{noKey, "/list_timeseries", "X-Other: x"}, {noKey, "/list_timeseries", "X-API-Key: "}, {noKey, "/list_timeseries?api_key=" + key + "&X-API-Key=" + key, "X-Other: x"},
+		{noKey, "/list_timeseries", "Authorization: ApiKey " + key}, {noKey, "/list_timeseries", "Cookie: X-API-Key=" + key},
+		{badKey, "/list_timeseries", "X-API-Key: x"}, {badKey, "/list_timeseries", "X-API-Key: " + key + key}, {badKey, "/list_timeseries", "X-API-Key: " + strings.Repeat("k", 8000)},
+		{badKey, "/list_timeseries", "X-API-Key: " + key[:len(key)-1]}, {badKey, "/list_timeseries", "X-API-Key: " + strings.ToUpper(key)},
+		{badKey, "/list_timeseries", "X-API-Key: " + key[:20] + "é" + key[22:]}, {badKey, "/list_timeseries", "X-API-Key: " + key + "," + key},
+	} {
+		if body := s.must(t, 401, "GET", c.path, "", "", c.header); body != c.body {
+			t.Errorf("%.80s: %q, want %q", c.header, body, c.body)
+		}
+	}
+	if body := s.must(t, 401, "GET", "/list_timeseries", key, "", "X-API-Key: "+key); body != badKey {
+		t.Errorf("the header given twice: %q", body)
+	}
+	mustExec(t, s.db, "GRANT SELECT ON users_table TO "+appRole.name)
+	if body := s.must(t, 401, "GET", "/list_timeseries?api_key="+key, "", ""); body != noKey {
+		t.Errorf("a key in the query string: %q", body)
+	}
+}
+
+func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	unknown, _ := newKey()
+	stored := s.mustUser(t, tenantA, "stored@example.com")
+	off := s.mustUser(t, tenantA, "off@example.com")
+	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "off@example.com")
+	expired := s.mustUser(t, tenantA, "expired@example.com")
+	s.must(t, 200, "GET", "/list_timeseries", expired, "")
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() - interval '1 microsecond' WHERE email = 'expired@example.com'`)
+	replaced := s.mustUser(t, tenantA, "replaced@example.com")
+	mustRun(t, 0, s.dsn, "", "users", "regenerate-key", "-y", "-e", "replaced@example.com")
+	keys := map[string]string{"unknown": unknown, "malformed": "tdb_x", "deactivated": off, "expired": expired, "replaced": replaced}
+	digest := sha256.Sum256([]byte(stored)) // S4: what a stolen database holds opens nothing
+	keys["hex digest"], keys["digest in base64"] = hex.EncodeToString(digest[:]), base64.RawURLEncoding.EncodeToString(digest[:])
+	keys["digest in a key's form"] = stored[:13] + base64.RawURLEncoding.EncodeToString(digest[:]) + stored[56:]
+	var first string
+	for _, name := range []string{"unknown", "malformed", "deactivated", "expired", "replaced", "hex digest", "digest in base64", "digest in a key's form"} {
+		resp, body, err := s.do("GET", "/values", keys[name], "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Header.Del("Date")
+		head, _ := httputil.DumpResponse(resp, false)
+		if answer := string(head) + body; first == "" {
+			first = answer
+		} else if answer != first {
+			t.Errorf("%s key: %q, want the same as an unknown key: %q", name, answer, first)
+		}
+	}
+	if !strings.Contains(first, "401") || !strings.Contains(first, badKey) || !strings.Contains(strings.ToLower(first), "www-authenticate: apikey") {
+		t.Errorf("a refused key: %q", first)
+	}
+}
+
+func TestRevokedKeyIsRefusedOnTheNextRequestOfEveryServer(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	servers := []*testServer{s, mustAPI(t, s.dsn)}
+	key := s.mustUser(t, tenantA, "a@example.com")
+	everywhere := func(want int, key, when string) {
+		t.Helper()
+		for _, one := range servers {
+			if resp, _, err := one.do("GET", "/list_timeseries", key, ""); err != nil || resp.StatusCode != want {
+				t.Fatalf("%s: %v %v, want status %d", when, resp, err, want)
+			}
+		}
+	}
+	a := []string{"-y", "-e", "a@example.com"}
+	everywhere(200, key, "new key")
+	mustRun(t, 0, s.dsn, "", append([]string{"users", "deactivate"}, a...)...)
+	everywhere(401, key, "deactivated")
+	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...)
+	everywhere(200, key, "activated")
+
+	regenerate := func(flags ...string) string {
+		text, _ := mustRun(t, 0, s.dsn, "", append(append([]string{"users", "regenerate-key", "-q"}, a...), flags...)...)
+		return strings.TrimSpace(text)
+	}
+	second := regenerate()
+	everywhere(401, key, "replaced")
+	everywhere(200, second, "the new key")
+	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...) // S10
+	everywhere(401, key, "activated after it was replaced")
+	third := regenerate("--grace", "24h")
+	everywhere(200, second, "within its grace")
+	everywhere(200, third, "beside the old key's grace")
+	mustRun(t, 0, s.dsn, "", append([]string{"users", "deactivate"}, a...)...)
+	everywhere(401, second, "deactivated within its grace")
+	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...)
+	mustExec(t, s.db, `UPDATE users_table SET previous_expires_at = clock_timestamp()`)
+	everywhere(401, second, "after its grace")
+	everywhere(200, third, "after the old key's grace")
+	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...) // S10
+	everywhere(401, second, "activated after its grace")
+	everywhere(401, key, "activated long after it was replaced")
+	fourth := regenerate() // no grace: what was in its grace ends too
+	everywhere(401, third, "replaced without grace")
+	everywhere(200, fourth, "the newest key")
+}
+
+func TestReadOnlyKeyMayOnlyRead(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "reader@example.com", "--read-only")
+	before := s.stored(t)
+	for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
+		s.must(t, 403, "POST", "/upload", key, body)
+		s.must(t, 403, "POST", "/upload?run_start_time=2025-01-01", key, "valid_time,value_key,value\n", "Content-Type: text/csv")
+		s.must(t, 403, "PUT", "/values", key, body)
+		s.must(t, 403, "POST", "/series", key, body)
+	}
+	for _, path := range []string{"/values", "/list_timeseries"} {
+		s.must(t, 200, "GET", path, key, "")
+	}
+	if s.stored(t) != before {
+		t.Error("a read-only key stored something")
+	}
+}
+
+func TestKeyEndsWhenItExpires(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	for _, expires := range []string{"90d", "1h30m", "2200-01-01T00:00:00Z"} {
+		key := s.mustUser(t, tenantA, expires+"@example.com", "--expires", expires)
+		s.must(t, 200, "GET", "/list_timeseries", key, "")
+		mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() WHERE email = $1`, expires+"@example.com")
+		s.must(t, 401, "GET", "/list_timeseries", key, "")
+	}
+}
+
+func TestDoubtNeverOpensTheDoor(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	admin := mustOpen(t, databaseURL("", nil))
+	name := mustQuery(t, s.db, `SELECT current_database()`)
+	disconnect := `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = '` + name + `' AND usename = '` + appRole.name + `'`
+	for _, c := range []struct {
+		db           *sql.DB
+		breaks, ends string
+	}{
+		{s.db, `ALTER TABLE users_table RENAME TO elsewhere`, `ALTER TABLE elsewhere RENAME TO users_table`},
+		{s.db, `REVOKE SELECT ON users_table FROM ` + appRole.name + `; REVOKE SELECT (key_digest) ON users_table FROM ` + appRole.name,
+			`GRANT SELECT ON users_table TO ` + appRole.name},
+		{s.db, `ALTER TABLE users_table RENAME COLUMN is_active TO was_active`, `ALTER TABLE users_table RENAME COLUMN was_active TO is_active`},
+		{s.db, `CREATE SCHEMA hidden; ALTER TABLE users_table SET SCHEMA hidden`, `ALTER TABLE hidden.users_table SET SCHEMA public; DROP SCHEMA hidden`},
+		{admin, `ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS false; ` + disconnect, `ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS true`},
+		{s.db, `DROP TABLE users_table`, ""},
+	} {
+		mustExec(t, c.db, c.breaks)
+		for _, path := range []string{"/values", "/list_timeseries", "/nope"} {
+			for _, key := range []string{key, ""} {
+				resp, body, err := s.do("GET", path, key, "")
+				if err != nil || resp.StatusCode != 503 && (key != "" || resp.StatusCode != 401) {
+					t.Errorf("after %q GET %s: %v %v, want 503", c.breaks, path, resp, err)
+					continue
+				}
+				if resp.StatusCode == 503 && resp.Header.Get("Retry-After") == "" || regexp.MustCompile(`pq:|users_table|load|SELECT`).MatchString(body) {
+					t.Errorf("after %q GET %s: %v %q", c.breaks, path, resp.Header, body)
+				}
+			}
+		}
+		if c.db == admin {
+			s.must(t, 503, "GET", "/healthz", "", "")
+		}
+		if c.ends == "" {
+			break
+		}
+		mustExec(t, c.db, c.ends)
+		for tries := 0; ; tries++ { // a statement that was planned before may fail once on each connection
+			if resp, _, err := s.do("GET", "/list_timeseries", key, ""); err == nil && resp.StatusCode == 200 {
+				break
+			} else if tries > 100 {
+				t.Fatalf("after %q was undone: %v %v, want 200", c.breaks, resp, err)
+			}
+		}
+	}
+	mustExec(t, s.db, `DROP TABLE values_table CASCADE`)
+	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true"} {
+		if resp, _, err := s.do("GET", path, key, ""); err != nil || resp.StatusCode != 503 {
+			t.Errorf("without tables GET %s: %v %v", path, resp, err)
+		}
+	}
+}
+
+// TestUnreadableCatalogDoesNotOpenAFreshServer is the state unknown before users_table was ever seen.
+func TestUnknownStateOfUsersTableIsNotOpen(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustAPI(t, dsn)
+	s.must(t, 200, "GET", "/list_timeseries", "", "")
+	admin, name := mustOpen(t, databaseURL("", nil)), mustQuery(t, s.db, `SELECT current_database()`)
+	mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS false; SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = '`+name+`'`)
+	s.must(t, 503, "GET", "/list_timeseries", "", "")
+	s.must(t, 503, "POST", "/upload", "", oneValue)
+	mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS true`)
+}
+
+func TestFirstUsersTableTakesEffectOnARunningServer(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustAPI(t, dsn)
+	s.must(t, 200, "POST", "/upload", "", oneValue)
+	mustRun(t, 0, dsn, "", "create", "tables", "-y", "--with-users") // without --app-role: keys cannot be looked up yet
+	s.must(t, 401, "GET", "/values", "", "")
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 503, "GET", "/values", key, "")
+	mustCreateTables(t, dsn)
+	if text := s.must(t, 200, "GET", "/values", key, ""); strings.Contains(text, "load") {
+		t.Errorf("a tenant sees what was stored without users: %s", text)
+	}
+	mustRun(t, 0, dsn, "", "delete", "tables", "-y")
+	mustCreateTables(t, dsn)
+	s.must(t, 503, "GET", "/values", key, "") // it was there: its absence is a fault
+	s.must(t, 401, "GET", "/values", "", "")
+}
+
+func TestRequireAuthRefusesEveryoneWithoutUsersTable(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustAPI(t, dsn, "--require-auth")
+	unknown, _ := newKey()
+	for _, key := range []string{"", unknown} {
+		s.must(t, 503, "GET", "/list_timeseries", key, "")
+		s.must(t, 503, "POST", "/upload", key, emptyRun)
+	}
+	s.must(t, 200, "GET", "/", "", "")
+}
+
+func TestOpenModeIsNotForWebPages(t *testing.T) { // S24
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustAPI(t, dsn)
+	port := s.url[strings.LastIndex(s.url, ":"):]
+	for _, c := range []struct {
+		status int
+		header []string
+	}{
+		{200, nil}, {200, []string{"Host: localhost" + port}}, {200, []string{"Host: [::1]" + port}}, {200, []string{"Origin: " + s.url}},
+		{403, []string{"Host: evil.example"}}, {403, []string{"Host: evil.example" + port}}, {403, []string{"Host: 127.0.0.1.evil.example"}},
+		{403, []string{"Host: 192.0.2.1" + port}}, {403, []string{"Origin: https://evil.example"}}, {403, []string{"Origin: null"}},
+		{403, []string{"Sec-Fetch-Site: cross-site"}}, {403, []string{"Sec-Fetch-Site: same-site"}},
+	} {
+		s.must(t, c.status, "POST", "/upload", "", emptyRun, c.header...)
+	}
+	s.must(t, 403, "GET", "/values", "", "", "Host: evil.example")
+}
+
+func TestFailuresOfOneAddressAreBoundedAndValidKeysAreNot(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	unknown, _ := newKey()
+	var refused, limited atomic.Int32
+	together(8, func(i int) {
+		for range 60 {
+			resp, _, err := s.do("GET", "/list_timeseries", unknown, "", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i))
+			switch {
+			case err == nil && resp.StatusCode == 401:
+				refused.Add(1)
+			case err == nil && resp.StatusCode == 429 && resp.Header.Get("Retry-After") != "":
+				limited.Add(1)
+			default:
+				t.Errorf("an unknown key: %v %v", resp, err)
+			}
+		}
+	})
+	if refused.Load() < 20 || limited.Load() == 0 {
+		t.Errorf("of 480 failures %d were 401 and %d were 429, want a generous burst and then 429", refused.Load(), limited.Load())
+	}
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	s.must(t, 401, "GET", "/list_timeseries", "", "") // no key at all is no guess
+	if n := strings.Count(s.log.String(), "unknown key"); n < 20 || n > 470 {
+		t.Errorf("%d of 480 failures were logged, want all of the burst and not all of the rest", n)
+	}
+}
+
+func TestHeadersOver16KiBAreRefused(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	for size, want := range map[int]string{15 << 10: " 401 ", 17 << 10: " 431 ", 200 << 10: " 431 "} {
+		request := "GET /runs HTTP/1.1\r\nHost: x\r\nX-Padding: " + strings.Repeat("p", size) + "\r\n\r\n"
+		if line := s.mustRaw(t, request); !strings.Contains(line, want) {
+			t.Errorf("a header of %d bytes: %q, want %s", size, line, want)
+		}
+	}
+}
+
+func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	unknown, _ := newKey()
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	s.must(t, 401, "GET", "/list_timeseries", unknown, "")
+	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
+	s.must(t, 401, "GET", "/list_timeseries", key, "")
+	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
+	for _, path := range []string{"/x%0d%0atime=2025-01-01T00:00:00Z%20level=INFO%20msg=forged", "/x%0alevel=INFO", "/%1b[2Jx", "/%e2%80%a8x", "/%00"} {
+		s.must(t, 404, "GET", path, key, "")
+		s.must(t, 401, "GET", path, "", "")
+	}
+	s.must(t, 422, "GET", "/values?series_key=a%0d%0alevel=INFO%20msg=forged&nope=1", key, "")
+	s.must(t, 401, "GET", "/"+unknown[:12]+"%0d%0aforged", "x", "")
+	s.stop()
+	text := s.log.String()
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "time=") || !strings.Contains(line, "Z level=") {
+			t.Errorf("a log line that is not ours, or not in UTC: %q", line)
+		}
+	}
+	if strings.ContainsAny(text, "\x1b\r\x00") || strings.Contains(text, "\u2028") {
+		t.Error("the log holds control characters")
+	}
+	keyID := mustQuery(t, s.db, `SELECT key_id FROM users_table`)
+	for _, want := range []string{keyID, tenantA, "127.0.0.1:", "status=200", "status=401", "deactivated", "unknown"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the log has no %q:\n%s", want, text)
+		}
+	}
+	for _, secret := range []string{key[13:], unknown[13:]} {
+		if strings.Contains(text, secret) {
+			t.Error("the log holds a key")
+		}
+	}
+}
+
+func TestUseOfAKeyIsNoted(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	for mustQuery(t, s.db, `SELECT last_used_at FROM users_table`) == "" { // it is written beside the request
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// ---- Source
+
+// inspect parses one source file and calls fn for each of its nodes.
+func inspect(t *testing.T, file string, fn func(ast.Node)) {
+	t.Helper()
+	tree, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ast.Inspect(tree, func(n ast.Node) bool { fn(n); return true })
+}
+
+func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
+	touches := regexp.MustCompile(`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|current_values)\b`)
+	var seen, withCaller int
+	check := func(where string, needsTenant bool, tree ast.Node) {
+		ast.Inspect(tree, func(n ast.Node) bool {
+			lit, ok := n.(*ast.BasicLit)
+			if !ok || lit.Kind != token.STRING || !touches.MatchString(lit.Value) {
+				return true
+			}
+			seen++
+			if !needsTenant {
+				t.Errorf("%s touches tenant data without a Caller: %s", where, lit.Value)
+			}
+			if !regexp.MustCompile(`tenant_id = \$1|\(tenant_id,`).MatchString(lit.Value) {
+				t.Errorf("%s: SQL without tenant_id: %s", where, lit.Value)
+			}
+			return true
+		})
+	}
+	tree, err := parser.ParseFile(token.NewFileSet(), "store.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, decl := range tree.Decls {
+		fn, ok := decl.(*ast.FuncDecl)
+		if !ok {
+			check("a constant", true, decl) // it is run by some function below
+			continue
+		}
+		hasCaller := slices.ContainsFunc(fn.Type.Params.List, func(f *ast.Field) bool {
+			id, ok := f.Type.(*ast.Ident)
+			return ok && id.Name == "Caller"
+		})
+		if hasCaller {
+			withCaller++
+		}
+		check(fn.Name.Name, hasCaller, fn)
+	}
+	if seen < 5 || withCaller < 5 {
+		t.Errorf("only %d statements and %d functions with a Caller were found: does this test still look in the right place?", seen, withCaller)
+	}
+}
+
+func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
+	files, _ := filepath.Glob("*.go")
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		inspect(t, file, func(n ast.Node) {
+			switch n := n.(type) {
+			case *ast.CompositeLit:
+				if id, ok := n.Type.(*ast.Ident); ok && id.Name == "Caller" && file != "auth.go" {
+					t.Errorf("%s makes a Caller", file)
+				}
+			case *ast.SelectorExpr:
+				if id, ok := n.X.(*ast.Ident); ok && id.Name == "os" && n.Sel.Name == "Exit" && file != "main.go" {
+					t.Errorf("%s calls os.Exit", file)
+				}
+			case *ast.ImportSpec:
+				if path := n.Path.Value; (path == `"database/sql"` || strings.Contains(path, "lib/pq")) && file == "auth.go" ||
+					path == `"net/http"` && file == "store.go" {
+					t.Errorf("%s imports %s", file, path)
+				}
+			}
+		})
+	}
+}
+
+func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	db := mustOpen(t, dsn)
+	const keys = `SELECT conrelid::regclass::text AS tab, conname::text AS name, conkey[1] AS col, conrelid AS rel FROM pg_constraint WHERE contype IN ('p', 'u', 'f')
+		UNION ALL SELECT confrelid::regclass::text, conname, confkey[1], confrelid FROM pg_constraint WHERE contype = 'f'
+		UNION ALL SELECT indrelid::regclass::text, indexrelid::regclass::text, indkey[0], indrelid FROM pg_index WHERE indisunique`
+	const of = `(` + keys + `) k JOIN pg_attribute a ON a.attrelid = k.rel AND a.attnum = k.col WHERE tab IN ('runs_table', 'series_table', 'values_table')`
+	if bad := mustQuery(t, db, `SELECT string_agg(tab || ': ' || name, ', ') FROM `+of+` AND attname <> 'tenant_id'`); bad != "" {
+		t.Errorf("keys that do not start with tenant_id: %s", bad)
+	}
+	if n, _ := strconv.Atoi(mustQuery(t, db, `SELECT count(*) FROM `+of)); n < 9 {
+		t.Errorf("only %d keys were found", n)
+	}
+}
+
+// ---- Tenancy
+
+func TestTenantInTheRequestChangesNothing(t *testing.T) { // S13
+	t.Parallel()
+	s := mustServer(t)
+	a, b := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
+	s.must(t, 200, "POST", "/upload", a, oneValue)
+	before := s.stored(t)
+	s.mustAll(t, b, []httpCase{
+		{"POST", "/upload", strings.Replace(oneValue, `{`, `{"tenant_id":"`+tenantA+`",`, 1), 403, []string{"tenant_id"}},
+		{"POST", "/upload?tenant_id=" + tenantA, oneValue, 403, []string{"tenant_id"}},
+		{"PUT", "/values", `{"updates":[{"tenant_id":"` + tenantA + `","valid_time":"2025-01-01","series_key":"load","value":5}]}`, 403, []string{"tenant_id"}},
+		{"GET", "/values?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
+		{"GET", "/runs?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
+		{"GET", "/list_timeseries?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
+		{"GET", "/values?tenant_id=nonsense", "", 422, []string{"tenant_id"}},
+		{"GET", "/values?tenant_id=" + strings.ToUpper(tenantB), "", 200, []string{`"count":0`}},
+	})
+	for _, header := range []string{"X-Tenant-ID: ", "Tenant-Id: ", "X-Forwarded-User: ", "Cookie: tenant_id="} {
+		if text := s.must(t, 200, "GET", "/values", b, "", header+tenantA); strings.Contains(text, "load") {
+			t.Errorf("%s opens another tenant: %s", header, text)
+		}
+	}
+	if s.stored(t) != before {
+		t.Error("a refused request stored something")
+	}
+	s.must(t, 200, "POST", "/upload", a, strings.Replace(emptyRun, `{`, `{"tenant_id":"`+tenantA+`",`, 1))
+}
+
+func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
+	t.Parallel()
+	s := mustServer(t)
+	a, b := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
+	uploaded := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", a, oneValue))
+	seriesA, runA := uploaded.SeriesIDs["load"], uploaded.RunID
+	own := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", b, strings.ReplaceAll(strings.ReplaceAll(oneValue, "load", "own"), "known_time", "run_finish_time")))
+	const point = `"valid_time":"2025-01-01T00:00:00Z","value":7}]}`
+	before, aData := s.stored(t), s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "")
+	for _, c := range []struct{ method, path, body, id, never string }{
+		{"GET", "/values?series_id=ID", "", seriesA, nobody},
+		{"GET", "/values?series_key=ID", "", "load", "liad"},
+		{"GET", "/values?mode=overlapping&series_id=" + own.SeriesIDs["own"] + "&series_id=ID", "", seriesA, nobody},
+		{"PUT", "/values", `{"updates":[{"series_id":"ID",` + point, seriesA, nobody},
+		{"PUT", "/values", `{"updates":[{"series_key":"ID",` + point, "load", "liad"},
+		{"PUT", "/values", `{"updates":[{"series_id":"` + seriesA + `","run_id":"ID",` + point, runA, nobody},
+		{"PUT", "/values", `{"updates":[{"series_key":"own","run_id":"ID",` + point, runA, nobody},
+		{"PUT", "/values", `{"updates":[{"series_key":"own","known_time":"ID",` + point, "2025-01-01T00:00:00Z", "2024-05-05T00:00:00Z"},
+		{"POST", "/upload", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID",` + point, seriesA, nobody},
+		{"POST", "/upload", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID","value_key":"load",` + point, seriesA, nobody},
+	} {
+		var answers [2]string
+		for i, id := range []string{c.id, c.never} {
+			text := s.must(t, 404, c.method, strings.ReplaceAll(c.path, "ID", url.QueryEscape(id)), b, strings.ReplaceAll(c.body, "ID", id))
+			answers[i] = strings.ReplaceAll(text, id, "ID")
+		}
+		if answers[0] != answers[1] {
+			t.Errorf("%s %s %s: %q for another tenant's, %q for one that never existed", c.method, c.path, c.body, answers[0], answers[1])
+		}
+		if s.stored(t) != before {
+			t.Fatalf("%s %s %s stored something", c.method, c.path, c.body)
+		}
+	}
+	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true", "/list_timeseries",
+		"/runs", "/values?format=csv",
+	} {
+		if text := s.must(t, 200, "GET", path, b, ""); strings.Contains(text, "load") || strings.Contains(text, runA) || strings.Contains(text, seriesA) {
+			t.Errorf("GET %s shows another tenant's: %s", path, text)
+		}
+	}
+	// A run_id is the tenant's own: another tenant's choice of the same neither clashes nor tells.
+	for _, id := range []string{runA, nobody} {
+		s.must(t, 200, "POST", "/upload", b, strings.Replace(emptyRun, `{`, `{"run_id":"`+id+`",`, 1))
+	}
+	if got := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, ""); got != aData {
+		t.Errorf("tenant A's data changed from %s to %s", aData, got)
+	}
+}
+
+// ---- Upload
+
+// uploadAnswer is what POST /upload answers.
+type uploadAnswer struct {
+	RunID     string            `json:"run_id"`
+	Message   string            `json:"message"`
+	SeriesIDs map[string]string `json:"series_ids"`
+	Rows      int               `json:"rows_inserted"`
+}
+
+// runWith is an upload of the given rows, with more members before them.
+func runWith(more string, rows ...string) string {
+	return `{"run_start_time":"2025-01-01T00:00:00Z",` + more + `"value_rows":[` + strings.Join(rows, ",") + `]}`
+}
+
+// at is a row of the series load.
+func at(validTime, value string, more ...string) string {
+	return `{"valid_time":"` + validTime + `","value_key":"load","value":` + value + strings.Join(more, "") + `}`
+}
+
+func TestUploadAnswersAndStoresTheRun(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	body := `{"workflow_id":"day-ahead","run_start_time":"2025-01-01 06:00","run_finish_time":"2025-01-01T06:05:00.25+00:00","known_time":"2025-01-01T07:00:00+01:00",
+		"run_params":{"model":"v2","n":[1,2.5]},"series_descriptions":{"load":"Load in MW"},"tenant_id":"` + tenantA + `","value_rows":[
+		{"valid_time":"2025-01-02T01:00:00Z","value_key":"load","value":20},{"valid_time":"2025-01-02","value_key":"load","value":null},
+		{"valid_time":"2025-01-02T00:00:00Z","valid_time_end":"2025-01-02T01:00:00Z","value_key":"wind","value":-0.5}]}`
+	got := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, body))
+	if got.Message != "Run created successfully" || got.Rows != 3 || len(got.SeriesIDs) != 2 || len(got.RunID) != 36 {
+		t.Errorf("POST /upload answers %+v", got)
+	}
+	runs := s.must(t, 200, "GET", "/runs", key, "")
+	for _, want := range []string{`"run_id":"` + got.RunID + `"`, `"workflow_id":"day-ahead"`, `"run_start_time":"2025-01-01T06:00:00+00:00"`,
+		`"run_finish_time":"2025-01-01T06:05:00.250000+00:00"`, `"known_time":"2025-01-01T06:00:00+00:00"`, `"changed_by":"a@example.com"`, `"rows":3`, `"inserted_at":"20`} {
+		if !strings.Contains(runs, want) {
+			t.Errorf("GET /runs: %s, want %s in it", runs, want)
+		}
+	}
+	if params := mustQuery(t, s.db, `SELECT run_params FROM runs_table`); params != `{"n": [1, 2.5], "model": "v2"}` {
+		t.Errorf("run_params are stored as %s", params)
+	}
+	type entry struct {
+		Key         string  `json:"series_key"`
+		Description *string `json:"description"`
+		Unit        string  `json:"unit"`
+	}
+	list := mustDecode[map[string]entry](t, s.must(t, 200, "GET", "/list_timeseries", key, ""))
+	load, wind := list[got.SeriesIDs["load"]], list[got.SeriesIDs["wind"]]
+	if len(list) != 2 || load.Key != "load" || load.Description == nil || *load.Description != "Load in MW" || load.Unit != "dimensionless" || wind.Description != nil {
+		t.Errorf("GET /list_timeseries: %+v", list)
+	}
+	// Without known_time it is the database's now; without workflow_id it is api-workflow.
+	before := mustQuery(t, s.db, `SELECT clock_timestamp()`)
+	next := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-02", "1"))))
+	if next.SeriesIDs["load"] != got.SeriesIDs["load"] {
+		t.Error("the same value_key became another series")
+	}
+	if mustQuery(t, s.db, `SELECT workflow_id FROM runs_table WHERE known_time BETWEEN $1 AND clock_timestamp()`, before) != "api-workflow" {
+		t.Error("without known_time and workflow_id the run is not as documented")
+	}
+	for query, want := range map[string]string{"?workflow_id=day-ahead": got.RunID, "?limit=1": next.RunID, "?end_known=2025-01-01T06:00:00Z": "",
+		"?start_known=2025-01-01T06:00:00Z&end_known=2025-01-01T06:00:01Z": got.RunID, "?workflow_id=other": ""} {
+		text := s.must(t, 200, "GET", "/runs"+query, key, "")
+		if n := strings.Count(text, `"run_id"`); want == "" && n != 0 || want != "" && (n != 1 || !strings.Contains(text, want)) {
+			t.Errorf("GET /runs%s: %s, want run %q", query, text, want)
+		}
+	}
+	if text := s.must(t, 200, "GET", "/runs", key, ""); strings.Index(text, next.RunID) > strings.Index(text, got.RunID) {
+		t.Error("GET /runs does not show the newest known first")
+	}
+	for _, query := range []string{"?limit=0", "?limit=x", "?nope=1", "?start_known=x", "?start_known=2025-01-02&end_known=2025-01-01"} {
+		s.must(t, 422, "GET", "/runs"+query, key, "")
+	}
+}
+
+func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, other := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
+	seriesA := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith(`"run_id":"`+nobody+`",`, at("2025-01-01", "1")))).SeriesIDs["load"]
+	seriesB := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", other, oneValue)).SeriesIDs["load"]
+	good := at("2025-02-01T00:00:00Z", "1")
+	row := func(members string) string { return runWith("", good, `{`+members+`}`) } // after a good row, to see that all or nothing holds
+	before := s.stored(t)
+	jsonCases := []struct {
+		body   string
+		status int
+		want   string // in the detail: the field above all
+	}{
+		{`{`, 422, "body"}, {``, 415, "Content-Type"}, {`[]`, 422, "body"}, {`null`, 422, "body"}, {`"text"`, 422, "body"}, {`{"run_start_time"`, 422, "early"},
+		{runWith("", good) + ` {}`, 422, "body"}, {runWith("", good) + `x`, 422, "body"}, {runWith("", good)[:60], 422, "value_rows"},
+		{runWith("", good+","), 422, "value_rows"}, {runWith("", good+"]"), 422, ""},
+		{`{"value_rows":[` + good + `]}`, 422, "run_start_time"}, {`{"run_start_time":null,"value_rows":[` + good + `]}`, 422, "run_start_time"},
+		{`{"run_start_time":5,"value_rows":[]}`, 422, "run_start_time"}, {`{"run_start_time":"yesterday","value_rows":[]}`, 422, "run_start_time"},
+		{runWith(`"run_finish_time":"2024-12-31T23:59:59Z",`, good), 422, "run_finish_time"}, {runWith(`"known_time":"soon",`, good), 422, "known_time"},
+		{runWith(`"workflow_id":7,`, good), 422, "workflow_id"}, {runWith(`"workflow_id":" ",`, good), 422, "workflow_id"},
+		{runWith(`"workflow_id":"a\u0000b",`, good), 422, "workflow_id"}, {runWith("\"workflow_id\":\"a\xffb\",", good), 422, "workflow_id"},
+		{runWith(`"run_params":[],`, good), 422, "run_params"}, {runWith(`"run_params":"x",`, good), 422, "run_params"}, {runWith(`"run_params":5,`, good), 422, "run_params"},
+		{runWith(`"run_params":{"a":"\u0000"},`, good), 422, "run_params"}, {runWith(`"run_params":{"a":"\ud800"},`, good), 422, "run_params"},
+		{runWith("\"run_params\":{\"a\":\"\xff\"},", good), 422, "run_params"}, {runWith(`"run_params":`+strings.Repeat(`{"a":`, 100_000)+`1`+strings.Repeat(`}`, 100_000)+`,`, good), 422, "run_params"},
+		{runWith(`"run_params":`+strings.Repeat(`[`, 9_000)+strings.Repeat(`]`, 9_000)+`,`, good), 422, "run_params"},
+		{runWith(`"run_params":`+strings.Repeat(`{"a":`, 2_500)+`1`+strings.Repeat(`}`, 2_500)+`,"nope":1,`, good), 422, "nope"},
+		{runWith(`"series_descriptions":[],`, good), 422, "series_descriptions"}, {runWith(`"series_descriptions":{"load":5},`, good), 422, "series_descriptions"},
+		{runWith(`"run_id":"nope",`, good), 422, "run_id"}, {runWith(`"run_id":5,`, good), 422, "run_id"}, {runWith(`"run_id":"`+nobody+`0",`, good), 422, "run_id"},
+		{runWith(`"run_id":"`+nobody+`",`, good), 409, "run_id"}, {runWith(`"tenant_id":"`+tenantB+`",`, good), 403, "tenant_id"},
+		{runWith(`"extra":1,`, good), 422, "extra"}, {runWith(`"Workflow_ID":"x",`, good), 422, "Workflow_ID"}, {runWith(`"VALUE_ROWS":[],`, good), 422, "VALUE_ROWS"},
+		{runWith(`"workflow_id":"a","workflow_id":"b",`, good), 422, "workflow_id"}, {runWith(`"value_rows":[],`, good), 422, "value_rows"},
+		{`{"run_start_time":"2025-01-01","value_rows":{}}`, 422, "value_rows"}, {`{"run_start_time":"2025-01-01","value_rows":null}`, 422, "value_rows"},
+		{runWith("", good, `5`), 422, "value_rows[1]"}, {runWith("", good, `[]`), 422, "value_rows[1]"}, {runWith("", good, `null`), 422, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":1,"extra":1`), 422, "extra"}, {row(`"value_key":"load","value":1`), 422, "value_rows[1].valid_time"},
+		{row(`"valid_time":null,"value_key":"load","value":1`), 422, "value_rows[1].valid_time"}, {row(`"valid_time":5,"value_key":"load","value":1`), 422, "valid_time"},
+		{row(`"valid_time":"2025-01-01","value":1`), 422, "value_rows[1].value_key"}, {row(`"valid_time":"2025-01-01","value_key":"","value":1`), 422, "value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":" \t","value":1`), 422, "value_key"}, {row(`"valid_time":"2025-01-01","value_key":5,"value":1`), 422, "value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":"a\u0000","value":1`), 422, "value_key"}, {row("\"valid_time\":\"2025-01-01\",\"value_key\":\"\xff\",\"value\":1"), 422, "value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":"load"`), 422, "value_rows[1].value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":"1"`), 422, "value"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":true`), 422, "value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":NaN`), 422, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":1e999`), 422, "value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":-Infinity`), 422, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":"NaN"`), 422, "value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":[1]`), 422, "value"},
+		{row(`"valid_time":"2025-01-01","valid_time_end":"2025-01-01","value_key":"load","value":1`), 422, "value_rows[1].valid_time_end"},
+		{row(`"valid_time":"2025-01-02","valid_time_end":"2025-01-01T23:00-01:00","value_key":"load","value":1`), 422, "valid_time_end"},
+		{row(`"valid_time":"2025-01-01","valid_time_end":"later","value_key":"load","value":1`), 422, "valid_time_end"},
+		{row(`"valid_time":"2025-01-01","series_id":"nope","value":1`), 422, "series_id"}, {row(`"valid_time":"2025-01-01","series_id":"` + nobody + `","value":1`), 404, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","series_id":"` + seriesB + `","value":1`), 404, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","series_id":"` + seriesA + `","value_key":"wind","value":1`), 422, "wind"},
+		{runWith("", good, good), 422, "2025-02-01T00:00:00"}, {runWith("", good, at("2025-02-01T01:00:00+01:00", "2")), 422, "twice"},
+		{runWith("", good, `{"valid_time":"2025-02-01","series_id":"`+seriesA+`","value":1}`), 422, "twice"},
+		{runWith("", at("2025-01-01", "1", `,"valid_time_end":"2025-01-02"`), at("2025-01-01", "2", `,"valid_time_end":"2025-01-02T00:00:00Z"`)), 422, "twice"},
+		{runWith("", at("2025-01-01T00:00:00.1234567Z", "1"), at("2025-01-01T00:00:00.1234569Z", "1")), 422, "twice"},
+	}
+	for _, time := range []string{"", "yesterday", "1735689600", "2025", "2025-01", "2025-1-1", "2025-13-01", "2025-02-30", "2025-02-29T00:00:00Z", "20250101T000000Z",
+		"2025-01-01T24:00:01Z", "2025-01-01T25:00:00Z", "2025-01-01T00:60:00Z", "2025-01-01T00:00:61Z", "2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00 UTC", "2025-01-01T1:00:00Z",
+		"2025-01-01T00:00:00Z[UTC]", "0001-01-01T00:00:00Z", "1676-12-31T23:59:59Z", "2263-01-01T00:00:00Z", "9999-12-31", "12025-01-01", "-2025-01-01", "infinity", "now",
+		"2025-01-01T00:00:00Zx", "2025-01-01T00:00:00.Z", " 2025-01-01"} {
+		jsonCases = append(jsonCases, struct {
+			body   string
+			status int
+			want   string
+		}{row(`"valid_time":"` + time + `","value_key":"load","value":1`), 422, "valid_time"})
+	}
+	refused := func(want int, detail, path, body string, header ...string) {
+		t.Helper()
+		text := s.must(t, want, "POST", path, key, body, header...)
+		if !strings.Contains(text, detail) {
+			t.Errorf("%.300s: %s, want %q in it", body, text, detail)
+		}
+		if s.stored(t) != before {
+			t.Fatalf("%.300s: refused, and yet something was stored", body)
+		}
+	}
+	for _, c := range jsonCases {
+		refused(c.status, c.want, "/upload", c.body)
+	}
+	refused(422, "nope", "/upload?nope=1", runWith("", good))
+	refused(422, "workflow_id", "/upload?workflow_id=x", runWith("", good))
+	for _, c := range []struct{ query, body, want string }{
+		{"", "valid_time,value_key,value\n", "run_start_time"}, {"run_start_time=x", "valid_time,value_key,value\n", "run_start_time"},
+		{"run_start_time=2025-01-01&value_rows=x", "valid_time,value_key,value\n", "value_rows"}, {"run_start_time=2025-01-01&nope=1", "", "nope"},
+		{"run_start_time=2025-01-01&run_start_time=2025-01-02", "valid_time,value_key,value\n", "run_start_time"},
+		{"run_start_time=2025-01-01&run_params=x", "valid_time,value_key,value\n", "run_params"}, {"run_start_time=2025-01-01", "", "header"},
+		{"run_start_time=2025-01-01", "valid_time,value_key\n2025-01-01,load\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value,extra\n", "extra"},
+		{"run_start_time=2025-01-01", "valid_time,value,value_key,value\n", "value"}, {"run_start_time=2025-01-01", "Valid_Time,value_key,value\n", "Valid_Time"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load\n", "3"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load,one\n", "value"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,Infinity\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1e999\n", "value"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n,load,1\n", "valid_time"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\nsoon,load,1\n", "valid_time"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,,1\n", "value_key"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\xff,1\n", "value_key"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\"load,1\n", ""}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01 00:00,load,2\n", "twice"},
+	} {
+		refused(422, c.want, "/upload?"+c.query, c.body, "Content-Type: text/csv")
+	}
+	body := runWith("", good)
+	for _, header := range []string{"Content-Type: text/plain", "Content-Type: application/x-www-form-urlencoded", "Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br"} {
+		name, _, _ := strings.Cut(header, ":")
+		refused(415, name, "/upload", body, header)
+	}
+	zipped := gzipped(body)
+	refused(422, "body", "/upload", body, "Content-Encoding: gzip")
+	refused(422, "", "/upload", zipped[:len(zipped)-12], "Content-Encoding: gzip")
+	refused(422, "", "/upload", zipped[:len(zipped)-6]+"\x00\x00\x00\x00\x00\x00", "Content-Encoding: gzip") // the checksum is wrong
+	var bomb bytes.Buffer
+	w, _ := gzip.NewWriterLevel(&bomb, gzip.BestSpeed)
+	w.Write([]byte(`{"workflow_id":"`))
+	for range 200 {
+		w.Write(bytes.Repeat([]byte("x"), 1<<20))
+	}
+	w.Close()
+	refused(413, "larger", "/upload", bomb.String(), "Content-Encoding: gzip")
+	refused(413, "larger", "/upload", `{"workflow_id":"`+strings.Repeat("x", 80<<20))
+	refused(422, "body", "/upload", "{"+strings.Repeat(" ", 4<<20)) // white space between tokens
+	refused(422, "body", "/upload", "{")                            // and the server still serves
+	if log := s.log.String(); strings.Contains(log, "status=500") {
+		t.Errorf("a refused upload was an internal error: %s", log)
+	}
+}
+
+func TestTimestampsAreReadInEveryDocumentedForm(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	for i, c := range []struct{ in, out string }{
+		{"2025-01-01", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05", ""}, {"2025-01-01T05:30", "2025-01-01T05:30:00+00:00"}, {"2025-01-01 05:30:01", "2025-01-01T05:30:01+00:00"},
+		{"2025-01-01T05:30:01.5", "2025-01-01T05:30:01.500000+00:00"}, {"2025-01-01T05:30:01.123456789Z", "2025-01-01T05:30:01.123456+00:00"},
+		{"2025-01-01T05:30:00+05:30", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05:30:00 05:30", "2025-01-01T00:00:00+00:00"}, {"2025-01-01 05:30-01", "2025-01-01T06:30:00+00:00"},
+		{"2025-01-01T05:30:00+0100", "2025-01-01T04:30:00+00:00"}, {"2024-12-31T23:59:59.999999-00:00", "2024-12-31T23:59:59.999999+00:00"},
+		{"1677-01-01T00:00:00Z", "1677-01-01T00:00:00+00:00"}, {"1969-12-31T23:59:59.000001Z", "1969-12-31T23:59:59.000001+00:00"}, {"2262-12-31T23:59:59.999999Z", "2262-12-31T23:59:59.999999+00:00"},
+		{"1999-12-31T23:59:59.75Z", "1999-12-31T23:59:59.750000+00:00"}, {"2024-02-29T12:00Z", "2024-02-29T12:00:00+00:00"},
+	} {
+		if c.out == "" {
+			continue // an hour alone is neither promised nor refused
+		}
+		name := fmt.Sprintf("s%d", i)
+		s.must(t, 200, "POST", "/upload", key, runWith("", strings.Replace(at(c.in, "1"), "load", name, 1)))
+		text := s.must(t, 200, "GET", "/values?series_key="+name+"&start_valid="+strings.NewReplacer(" ", "%20").Replace(c.in), key, "") // its plus stays bare
+		if !strings.Contains(text, `"valid_time":"`+c.out+`"`) {
+			t.Errorf("%s comes back in %s, want %s", c.in, text, c.out)
+		}
+	}
+}
+
+func TestRepeatedUploadAnswersTheSameAndStoresNothing(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	body := runWith(`"run_id":"`+strings.ToUpper(nobody)+`",`, at("2025-01-01", "1"), at("2025-01-02", "2"))
+	first := s.must(t, 200, "POST", "/upload", key, body)
+	if got := mustDecode[uploadAnswer](t, first); got.RunID != nobody || got.Rows != 2 {
+		t.Errorf("POST /upload answers %s, want the run_id that was sent", first)
+	}
+	before := s.stored(t)
+	for range 3 {
+		if again := s.must(t, 200, "POST", "/upload", key, body); again != first {
+			t.Errorf("the same upload again answers %s, first %s", again, first)
+		}
+	}
+	s.must(t, 409, "POST", "/upload", key, strings.Replace(body, `"value":2`, `"value":3`, 1))
+	s.must(t, 409, "POST", "/upload", key, strings.Replace(body, `"run_id"`, `"workflow_id":"x","run_id"`, 1))
+	s.must(t, 409, "POST", "/upload", key, strings.Replace(body, `"value_key":"load","value":2`, `"value_key":"new","value":2`, 1))
+	if s.stored(t) != before {
+		t.Error("a repeated upload stored something")
+	}
+	csv := func(id, value string) (path, body string) {
+		return "/upload?run_start_time=2025-01-01&run_id=" + id, "valid_time,value_key,value\n2025-01-01,load," + value + "\n"
+	}
+	path, text := csv(tenantB, "5")
+	first = s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv")
+	if again := s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv"); again != first {
+		t.Errorf("the same CSV again answers %s, first %s", again, first)
+	}
+	_, text = csv(tenantB, "6")
+	s.must(t, 409, "POST", path, key, text, "Content-Type: text/csv")
+	s.must(t, 409, "POST", path+"&workflow_id=x", key, text, "Content-Type: text/csv")
+}
+
+func TestConcurrentUploadsMakeOneRunAndOneSeries(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	row := func(name string) string { return strings.Replace(at("2025-01-01", "1"), "load", name, 1) }
+	var answers [8]string
+	together(8, func(i int) { // the same run: one stores it, all answer the same
+		_, answers[i], _ = s.do("POST", "/upload", key, runWith(`"run_id":"`+nobody+`",`, row("x"), row("y")))
+	})
+	together(8, func(i int) { // other runs that create the same series, in another order
+		rows := []string{row("p"), row("q"), row("r")}
+		rows[0], rows[i%3] = rows[i%3], rows[0]
+		if resp, text, err := s.do("POST", "/upload", key, runWith("", rows...)); err != nil || resp.StatusCode != 200 {
+			t.Errorf("%v %v %s", resp, err, text)
+		}
+	})
+	together(8, func(int) {
+		if resp, text, err := s.do("POST", "/series", key, `{"name":"s","unit":"MW"}`); err != nil || resp.StatusCode != 200 {
+			t.Errorf("%v %v %s", resp, err, text)
+		}
+	})
+	for _, answer := range answers {
+		if answer != answers[0] || mustDecode[uploadAnswer](t, answer).RunID != nobody {
+			t.Errorf("one of eight equal uploads answers %q, another %q", answer, answers[0])
+		}
+	}
+	if got := s.stored(t); got != "9 6 26 26" {
+		t.Errorf("stored %q runs, series, blocks, values, want 9 6 26 26", got)
+	}
+}
+
+func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	type answer struct {
+		ID      string `json:"series_id"`
+		Message string `json:"message"`
+	}
+	first := mustDecode[answer](t, s.must(t, 200, "POST", "/series", key, `{"name":"load","unit":"MW","description":"Load <&> ü"}`))
+	again := mustDecode[answer](t, s.must(t, 200, "POST", "/series", key, `{"name":"load","unit":"MW"}`))
+	if first.Message != "Series created successfully" || again.Message != "Series already exists" || first.ID != again.ID {
+		t.Errorf("POST /series answers %+v, then %+v", first, again)
+	}
+	s.mustAll(t, key, []httpCase{
+		{"POST", "/series", `{"name":"load"}`, 409, []string{"unit"}}, {"POST", "/series", `{"name":"load","unit":"kW"}`, 409, []string{"unit"}},
+		{"POST", "/series", `{"name":" "}`, 422, []string{"name"}}, {"POST", "/series", `{}`, 422, []string{"name"}}, {"POST", "/series", `{"name":"x","unit":""}`, 422, []string{"unit"}},
+		{"POST", "/series", `{"name":5}`, 422, []string{"name"}}, {"POST", "/series", `{"name":"x","extra":1}`, 422, []string{"extra"}},
+		{"POST", "/series", `{"name":"x","name":"y"}`, 422, []string{"name"}}, {"POST", "/series", `{"name":"x\u0000"}`, 422, []string{"name"}},
+		{"POST", "/series?x=1", `{"name":"x"}`, 422, []string{"x"}}, {"POST", "/series", `name=x`, 422, []string{"body"}},
+		{"POST", "/series", `{"name":"empty"}`, 200, []string{"Series created successfully"}},
+		{"GET", "/list_timeseries", ``, 200, []string{`"series_key":"empty"`, `"unit":"dimensionless"`, `"series_key":"load"`}},
+		{"GET", "/list_timeseries?x=1", ``, 422, []string{"x"}},
+		{"GET", "/values?series_key=empty", ``, 200, []string{`"count":0`, `"data":[]`}},
+	})
+	// An upload finds a series by its key whatever its unit, or by its id.
+	got := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-01", "1"),
+		`{"valid_time":"2025-01-02","series_id":"`+strings.ToUpper(first.ID)+`","value":2}`, `{"valid_time":"2025-01-03","series_id":"`+first.ID+`","value_key":"load","value":3}`)))
+	if len(got.SeriesIDs) != 1 || got.SeriesIDs["load"] != first.ID || got.Rows != 3 {
+		t.Errorf("POST /upload by key and by id answers %+v", got)
+	}
+	if text := s.must(t, 200, "GET", "/values", key, ""); strings.Count(text, `"series_unit":"MW"`) != 3 {
+		t.Errorf("GET /values: %s", text)
+	}
+}
+
+// valuesOf is what a read of one series shows, without what names the series.
+func (s *testServer) valuesOf(t *testing.T, key, name string) string {
+	t.Helper()
+	text := s.must(t, 200, "GET", "/values?series_key="+name, key, "")
+	return strings.ReplaceAll(regexp.MustCompile(`"series_id":"[^"]*",`).ReplaceAllString(text, ""), `"`+name+`"`, `"load"`)
+}
+
+func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	body := runWith("", at("2025-01-01T00:00:00Z", "1.5"), at("2025-01-01T01:00:00+00:00", "null"), at("2025-01-01 02:00", "1e-7"), at("2025-01-01T00:00:00Z", "-3", `,"valid_time_end":"2025-01-02"`))
+	csv := "\ufeffvalue_key,value,valid_time_end,valid_time\r\nload,1.5,,2025-01-01T00:00:00Z\r\nload,NaN,,2025-01-01T01:00:00+00:00\r\n\"load\",1e-7,,2025-01-01 02:00\nload,-3,2025-01-02,2025-01-01T00:00:00Z"
+	const path = "/upload?run_start_time=2025-01-01T00:00:00+00:00&run_params=%7B%22a%22:1%7D&workflow_id=csv"
+	named := func(text, name string) string { return strings.ReplaceAll(text, "load", name) }
+	s.must(t, 200, "POST", "/upload", key, body)
+	s.must(t, 200, "POST", "/upload", key, gzipped(named(body, "zipped")), "Content-Encoding: gzip")
+	s.must(t, 200, "POST", path, key, named(csv, "csv"), "Content-Type: text/csv; charset=UTF-8")
+	s.must(t, 200, "POST", path, key, named(strings.Replace(csv, "NaN", "", 1), "empty"), "Content-Type: text/csv")
+	s.must(t, 200, "POST", path, key, gzipped(named(csv, "both")), "Content-Type: text/csv", "Content-Encoding: gzip")
+	want := s.valuesOf(t, key, "load")
+	if strings.Count(want, `"value":`) != 4 || !strings.Contains(want, `"value":null`) {
+		t.Errorf("JSON stores %s", want)
+	}
+	for _, name := range []string{"zipped", "csv", "empty", "both"} {
+		if got := s.valuesOf(t, key, name); got != want {
+			t.Errorf("%s stores %s\nJSON stores %s", name, got, want)
+		}
+	}
+	if got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`); got != "3" {
+		t.Errorf("%s of 3 CSV uploads have their run_params", got)
+	}
+}
+
+func TestLongSeriesComeBackExactly(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	special := []float64{0.1, 1e-7, 1e300, 5e-324, math.MaxFloat64, -math.MaxFloat64, 1 / 3.0, 0, 1e15, 1e16, 123456789.123456789, 1e21, 0.0001, 0.00001, 9007199254740993}
+	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	var times []time.Time
+	for i := range 2500 { // over a thousand values, and over 32 days
+		times = append(times, begin.Add(time.Duration(i)*time.Hour))
+	}
+	for _, gap := range []time.Duration{0, 32*24*time.Hour - time.Microsecond, 32 * 24 * time.Hour, 32*24*time.Hour + time.Microsecond} {
+		times = append(times, begin.AddDate(3, 0, 0).Add(gap))
+	}
+	for i := range 1001 {
+		times = append(times, begin.AddDate(10, 0, 0).Add(time.Duration(i)*time.Microsecond))
+	}
+	value := func(i int) float64 {
+		if i < len(special) {
+			return special[i]
+		}
+		return math.Ldexp(float64(i*i*7919%1_000_003), -i%40)
+	}
+	rows := make([]string, len(times))
+	for i, at := range times {
+		rows[i] = fmt.Sprintf(`{"valid_time":%q,"value_key":"load","value":%s}`, at.Format(time.RFC3339Nano), strconv.FormatFloat(value(i), 'g', -1, 64))
+	}
+	rand.Shuffle(len(rows), func(i, j int) { rows[i], rows[j] = rows[j], rows[i] })
+	s.must(t, 200, "POST", "/upload", key, runWith("", rows...))
+	type answer struct {
+		Count int
+		Data  []struct {
+			At    time.Time `json:"valid_time"`
+			Value float64
+		}
+	}
+	got := mustDecode[answer](t, s.must(t, 200, "GET", "/values", key, ""))
+	if got.Count != len(times) || len(got.Data) != len(times) {
+		t.Fatalf("%d rows and a count of %d, want %d", len(got.Data), got.Count, len(times))
+	}
+	for i, row := range got.Data {
+		if !row.At.Equal(times[i]) || row.Value != value(i) {
+			t.Fatalf("row %d is %v, want %v %v", i, row, times[i], value(i))
+		}
+	}
+	for range 200 { // any window shows just what lies in it
+		i := rand.Intn(len(times))
+		j := i + rand.Intn(min(1500, len(times)-i))
+		query := fmt.Sprintf("/values?start_valid=%s&end_valid=%s", url.QueryEscape(times[i].Format(time.RFC3339Nano)), url.QueryEscape(times[j].Add(time.Microsecond).Format(time.RFC3339Nano)))
+		part := mustDecode[answer](t, s.must(t, 200, "GET", query, key, ""))
+		if part.Count != j-i+1 || !part.Data[0].At.Equal(times[i]) || !part.Data[j-i].At.Equal(times[j]) {
+			t.Fatalf("%s: %d rows, want %d", query, part.Count, j-i+1)
+		}
+	}
+}
+
+// ---- Read
+
+// mustPicture uploads what the tests of this part read: two runs of load known at different times, a third known when the
+// second was, an interval series, and a correction of one value.
+func mustPicture(t *testing.T, s *testServer) (key string, series map[string]string) {
+	t.Helper()
+	key = s.mustUser(t, tenantA, "a@example.com")
+	series = map[string]string{}
+	row := func(name, hour, value string, more ...string) string {
+		return strings.Replace(at("2025-01-01T"+hour+":00:00Z", value, more...), "load", name, 1)
+	}
+	end := func(hour string) string { return `,"valid_time_end":"2025-01-01T` + hour + `:00:00Z"` }
+	for i, rows := range [][]string{
+		{row("load", "00", "1"), row("load", "01", "2"), row("load", "02", "null"), row("wind", "00", "0.5")},
+		{row("load", "03", "4.5"), row("load", "01", "2.5"), row("load", "02", "3.5"), row("price", "00", "20", end("02")), row("price", "00", "10", end("01"))},
+		{row("load", "03", "9")},
+	} {
+		known := []string{"2024-12-31T00:00:00Z", "2024-12-31T12:00:00Z", "2024-12-31T12:00:00Z"}[i]
+		got := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith(`"known_time":"`+known+`",`, rows...)))
+		for name, id := range got.SeriesIDs {
+			series[name] = id
+		}
+	}
+	s.must(t, 200, "PUT", "/values", key, `{"updates":[{"series_key":"load","valid_time":"2025-01-01T02:00:00Z","value":3.75,"annotation":"checked","tags":["a","b"]}]}`)
+	return key, series
+}
+
+// answerRow is one row of GET /values.
+type answerRow struct {
+	Known      *time.Time `json:"known_time"`
+	Valid      time.Time  `json:"valid_time"`
+	End        *time.Time `json:"valid_time_end"`
+	Series     string     `json:"series_id"`
+	Key        string     `json:"series_key"`
+	Unit       string     `json:"series_unit"`
+	Value      *float64   `json:"value"`
+	Run        string     `json:"run_id"`
+	Change     string     `json:"change_time"`
+	ChangedBy  *string    `json:"changed_by"`
+	Annotation *string    `json:"annotation"`
+	Tags       []string   `json:"tags"`
+	Version    int        `json:"version"`
+}
+
+type readAnswer struct {
+	Count int         `json:"count"`
+	Data  []answerRow `json:"data"`
+}
+
+// brief is a read in short: each row as "known/key hour[-end]=value", known and end as hours, too.
+func brief(t *testing.T, text string) string {
+	t.Helper()
+	got := mustDecode[readAnswer](t, text)
+	if got.Count != len(got.Data) {
+		t.Errorf("count is %d for %d rows", got.Count, len(got.Data))
+	}
+	var rows []string
+	for _, r := range got.Data {
+		row := r.Key + " " + r.Valid.Format("15")
+		if r.Known != nil {
+			row = r.Known.Format("15") + "/" + row
+		}
+		if r.End != nil {
+			row += "-" + r.End.Format("15")
+		}
+		if row += "=null"; r.Value != nil {
+			row = strings.TrimSuffix(row, "null") + strconv.FormatFloat(*r.Value, 'g', -1, 64)
+		}
+		if r.Version > 0 {
+			row += fmt.Sprintf(" v%d", r.Version)
+		}
+		rows = append(rows, row)
+	}
+	return strings.Join(rows, ", ")
+}
+
+func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, series := mustPicture(t, s)
+	const flat = "load 00=1, load 01=2.5, load 02=3.75, load 03=9, price 00-01=10, price 00-02=20, wind 00=0.5"
+	for query, want := range map[string]string{
+		"":                                 flat,
+		"mode=flat&all_versions=false":     flat,
+		"mode=overlapping&series_key=load": "00/load 00=1, 00/load 01=2, 00/load 02=null, 12/load 01=2.5, 12/load 02=3.75, 12/load 03=4.5, 12/load 03=9",
+		"mode=overlapping&series_key=wind&series_id=" + series["price"]:                   "12/price 00-01=10, 12/price 00-02=20, 00/wind 00=0.5",
+		"series_id=" + series["wind"] + "&series_id=" + strings.ToUpper(series["wind"]):   "wind 00=0.5",
+		"series_key=wind&series_id=" + series["wind"]:                                     "wind 00=0.5",
+		"series_key=load&start_valid=2025-01-01T01:00:00Z&end_valid=2025-01-01T03:00:00Z": "load 01=2.5, load 02=3.75",
+		"start_valid=2025-01-01T00:00:01Z&series_key=price":                               "",
+		"end_valid=2025-01-01T00:00:00Z":                                                  "",
+		"end_known=2024-12-31T12:00:00Z&series_key=load":                                  "load 00=1, load 01=2, load 02=null",
+		"start_known=2024-12-31T12:00:00Z&series_key=load":                                "load 01=2.5, load 02=3.75, load 03=9",
+		"start_known=2025-01-01":                                                          "",
+		"series_key=load&all_versions=true&start_valid=2025-01-01T02:00:00Z":              "00/load 02=null v1, 12/load 02=3.5 v1, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1",
+		"series_key=load&lead=PT24H":                                                      "load 00=1, load 01=2, load 02=null",
+		"series_key=load&lead=13h":                                                        "load 00=1, load 01=2.5, load 02=3.75, load 03=9",
+		"series_key=load&lead=PT13H0.000001S":                                             "load 00=1, load 01=2, load 02=3.75, load 03=9",
+		"lead=P1DT1H&series_key=load":                                                     "load 01=2, load 02=null",
+		"lead=P1W":                                                                        "",
+		"limit=3":                                                                         "load 00=1, load 01=2.5, load 02=3.75",
+		"limit=1000&series_key=wind":                                                      "wind 00=0.5",
+		"bucket=PT2H&agg=mean&series_key=load":                                            "load 00=1.75, load 02=6.375",
+		"bucket=2h&agg=min&series_key=load":                                               "load 00=1, load 02=3.75",
+		"bucket=P1D&agg=max":                                                              "load 00=9, price 00=20, wind 00=0.5",
+		"bucket=P1D&agg=sum":                                                              "load 00=16.25, price 00=30, wind 00=0.5",
+		"bucket=P1D&agg=count&end_known=2024-12-31T12:00:00Z":                             "load 00=2, wind 00=1",
+		"bucket=PT1H&agg=mean&series_key=load&end_known=2024-12-31T12:00:00Z":             "load 00=1, load 01=2",
+		"bucket=90m&agg=max&series_key=load&start_valid=2025-01-01T01:00:00Z":             "load 00=2.5, load 01=3.75, load 03=9",
+		"bucket=PT1H&agg=count&series_key=load&limit=2":                                   "load 00=1, load 01=1",
+		"as_of=2020-01-01":                                                                "",
+	} {
+		if got := brief(t, s.must(t, 200, "GET", "/values?"+query, key, "")); got != want {
+			t.Errorf("GET /values?%s\nshows %s\nwant  %s", query, got, want)
+		}
+	}
+	for _, query := range []string{"series_key=nope", "series_id=" + nobody, "series_key=load&series_key=nope", "as_of=2020-01-01&series_key=load"} {
+		s.must(t, 404, "GET", "/values?"+query, key, "")
+	}
+	for query, field := range map[string]string{
+		"nope=1": "nope", "Mode=flat": "Mode", "mode=": "mode", "mode=both": "mode", "mode=flat&mode=flat": "mode", "series_id=x": "series_id", "start_valid=x": "start_valid", "end_valid=": "end_valid",
+		"start_known=2025-13-01": "start_known", "end_known=x": "end_known", "as_of=x": "as_of", "start_valid=2025-01-02&end_valid=2025-01-02": "valid",
+		"start_known=2025-01-02&end_known=2025-01-01": "known", "all_versions=perhaps": "all_versions", "detail=2": "detail", "limit=0": "limit", "limit=-1": "limit", "limit=x": "limit", "limit=1e3": "limit",
+		"lead=x": "lead", "lead=P1M": "lead", "lead=": "lead", "bucket=PT1H": "agg", "agg=mean": "bucket", "bucket=PT1H&agg=median": "agg", "bucket=0s&agg=mean": "bucket", "bucket=-1h&agg=mean": "bucket",
+		"bucket=PT1H&agg=mean&mode=overlapping": "bucket", "bucket=PT1H&agg=mean&all_versions=true": "bucket", "format=xml": "format", "start_valid=%zz": "query",
+	} {
+		if text := s.must(t, 422, "GET", "/values?"+query, key, ""); !strings.Contains(text, field) {
+			t.Errorf("GET /values?%s: %s, want %s in it", query, text, field)
+		}
+	}
+}
+
+func TestOverlappingRunsOfOneKnownTimeAreOrderedByValidTime(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	const known = `"known_time":"2025-01-01T00:00:00Z",`
+	s.must(t, 200, "POST", "/upload", key, runWith(known, at("2025-01-01T00:00:00Z", "1"), at("2025-01-01T02:00:00Z", "2")))
+	s.must(t, 200, "POST", "/upload", key, runWith(known, at("2025-01-01T01:00:00Z", "3"), at("2025-01-01T03:00:00Z", "4")))
+	const want = "00/load 00=1, 00/load 01=3, 00/load 02=2, 00/load 03=4"
+	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping", key, "")); got != want {
+		t.Errorf("GET /values?mode=overlapping\nshows %s\nwant  %s (series_key, known_time, valid_time)", got, want)
+	}
+}
+
+// canonical is a JSON object with its members in order and its numbers as they are written.
+func canonical(t *testing.T, text string) string {
+	t.Helper()
+	dec := json.NewDecoder(strings.NewReader(text))
+	dec.UseNumber()
+	var v any
+	if err := dec.Decode(&v); err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+	b, _ := json.Marshal(v)
+	return string(b)
+}
+
+func TestRowsAreWrittenAsDocumented(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, series := mustPicture(t, s)
+	s.must(t, 200, "POST", "/upload", key, runWith("", `{"valid_time":"2025-06-01T02:00:00.000250+02:00","value_key":"a \"quoted\", <ü>\\","value":1e-7}`,
+		`{"valid_time":"2025-06-01T02:00:00+02:00","value_key":"a \"quoted\", <ü>\\","value":-1e300}`))
+	runOf := func(where string) string {
+		return mustQuery(t, s.db, `SELECT run_id FROM values_table v JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
+	}
+	change := func(where string) string {
+		return mustQuery(t, s.db, `SELECT replace(to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
+			FROM values_table v JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
+	}
+	read := func(query string, header ...string) string {
+		return s.must(t, 200, "GET", "/values?"+query, key, "", header...)
+	}
+	load, price := `"series_id":"`+series["load"]+`"`, `"series_id":"`+series["price"]+`"`
+	const second = "series_key = 'load' AND version = 2"
+	for query, want := range map[string]string{
+		"limit=1&series_key=load": `{"valid_time":"2025-01-01T00:00:00+00:00",` + load + `,"value":1.0,"series_key":"load","series_unit":"dimensionless"}`,
+		"limit=1&series_key=load&mode=overlapping&start_valid=2025-01-01T02:00:00Z": `{"known_time":"2024-12-31T00:00:00+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
+			`,"value":null,"series_key":"load","series_unit":"dimensionless"}`,
+		"limit=1&series_key=price": `{"valid_time":"2025-01-01T00:00:00+00:00",` + price + `,"value":10.0,"series_key":"price","series_unit":"dimensionless","valid_time_end":"2025-01-01T01:00:00+00:00"}`,
+		"series_key=load&detail=true&start_valid=2025-01-01T02:00:00Z&limit=1": `{"valid_time":"2025-01-01T02:00:00+00:00",` + load + `,"value":3.75,"series_key":"load","series_unit":"dimensionless",` +
+			`"run_id":"` + runOf(second) + `","known_time":"2024-12-31T12:00:00+00:00","valid_time_end":null,"change_time":"` + change(second) + `","changed_by":"a@example.com","annotation":"checked","tags":["a","b"],"version":2}`,
+		"series_key=price&mode=overlapping&all_versions=true&limit=1": `{"known_time":"2024-12-31T12:00:00+00:00","valid_time":"2025-01-01T00:00:00+00:00",` + price + `,"value":10.0,"series_key":"price","series_unit":"dimensionless",` +
+			`"run_id":"` + runOf("series_key = 'price'") + `","valid_time_end":"2025-01-01T01:00:00+00:00","change_time":"` + change("series_key = 'price'") + `","changed_by":"a@example.com","annotation":null,"tags":null,"version":1}`,
+	} {
+		got := mustDecode[struct{ Data []json.RawMessage }](t, read(query))
+		if len(got.Data) != 1 || canonical(t, string(got.Data[0])) != canonical(t, want) {
+			t.Errorf("GET /values?%s\nshows %s\nwant  %s", query, got.Data, want)
+		}
+	}
+	odd := mustDecode[readAnswer](t, read("start_valid=2025-06-01"))
+	if text := read("start_valid=2025-06-01"); odd.Data[0].Key != `a "quoted", <ü>\` || !strings.Contains(text, `"2025-06-01T00:00:00.000250+00:00"`) ||
+		!strings.Contains(text, `"value":1e-07`) || !strings.Contains(text, `"value":-1e+300`) {
+		t.Errorf("an odd key, a fraction of a second, extreme values: %s", text)
+	}
+	csv := "valid_time,series_id,value,series_key,series_unit,valid_time_end\n" +
+		"2025-01-01T02:00:00+00:00," + series["load"] + ",3.75,load,dimensionless,\n2025-01-01T03:00:00+00:00," + series["load"] + ",9.0,load,dimensionless,\n"
+	const window = "series_key=load&start_valid=2025-01-01T02:00:00Z"
+	if got := read(window + "&format=csv"); got != csv {
+		t.Errorf("format=csv: %q, want %q", got, csv)
+	}
+	if got := read(window, "Accept: text/csv"); got != csv {
+		t.Errorf("Accept: text/csv: %q, want %q", got, csv)
+	}
+	if got := read(window+"&end_known=2024-12-31T12:00:00Z&mode=overlapping&format=csv", "Accept: application/json"); got !=
+		"known_time,valid_time,series_id,value,series_key,series_unit,valid_time_end\n2024-12-31T00:00:00+00:00,2025-01-01T02:00:00+00:00,"+series["load"]+",,load,dimensionless,\n" {
+		t.Errorf("a NULL in overlapping CSV: %q", got)
+	}
+	if got := read("start_valid=2025-06-01T00:00:00.0001Z&format=csv"); !strings.Contains(got, `,1e-07,"a ""quoted"", <ü>\",dimensionless,`) {
+		t.Errorf("an odd key in CSV: %q", got)
+	}
+	if got := read("series_key=load&format=csv&detail=true&start_valid=2025-01-01T02:00:00Z"); !strings.Contains(got, `,a@example.com,checked,"[""a"",""b""]",2`+"\n") {
+		t.Errorf("detail in CSV: %q", got)
+	}
+	for _, query := range []string{"start_valid=2030-01-01", "start_valid=2030-01-01&format=csv"} {
+		want := map[bool]string{true: "valid_time,series_id,value,series_key,series_unit,valid_time_end\n", false: ""}[strings.Contains(query, "csv")]
+		if got := read(query); want != "" && got != want || want == "" && mustDecode[readAnswer](t, got).Data == nil {
+			t.Errorf("nothing to show: %q", got)
+		}
+	}
+}
+
+// mustManyValues uploads n values of the series load in steps of a minute.
+func mustManyValues(t testing.TB, s *testServer, key string, n int) {
+	t.Helper()
+	const most = 250_000
+	begin := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
+	for first := 0; first < n; first += most {
+		text := []byte(`{"run_start_time":"2020-01-01","known_time":"2020-01-01","value_rows":[`)
+		for i := first; i < min(n, first+most); i++ {
+			text = begin.Add(time.Duration(i)*time.Minute).AppendFormat(append(text, `{"value_key":"load","valid_time":"`...), time.RFC3339)
+			text = append(strconv.AppendInt(append(text, `","value":`...), int64(i%1000), 10), ".25},"...)
+		}
+		s.must(t, 200, "POST", "/upload", key, string(text[:len(text)-1])+"]}")
+	}
+}
+
+func TestLongResponsesAreCompleteOrVisiblyBroken(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	const n = 1_000_000
+	mustManyValues(t, s, key, n)
+	window := "/values?end_valid=2020-02-15T00:00:00Z" // 64,800 values
+	plain := s.must(t, 200, "GET", window, key, "")
+	if got := mustDecode[readAnswer](t, plain); got.Count != 64_800 || len(got.Data) != 64_800 || len(plain) < 5<<20 || got.Data[64_799].Valid.Format("01-02T15:04") != "02-14T23:59" {
+		t.Errorf("%d rows, count %d, %d bytes", len(got.Data), got.Count, len(plain))
+	}
+	for header, compressed := range map[string]bool{"gzip": true, "deflate, gzip;q=0.5": true, "br": false, "gzip;q=0": false, "identity": false} {
+		resp, text, err := s.do("GET", window, key, "", "Accept-Encoding: "+header)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := resp.Header.Get("Content-Encoding") == "gzip"; got != compressed || !strings.Contains(resp.Header.Get("Vary"), "Accept-Encoding") {
+			t.Errorf("Accept-Encoding %q: %v", header, resp.Header)
+		} else if got {
+			unzipped, err := gzip.NewReader(strings.NewReader(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if all, err := io.ReadAll(unzipped); err != nil || string(all) != plain {
+				t.Errorf("the compressed response differs from the plain one: %v", err)
+			}
+		}
+	}
+	for _, query := range []string{"", "?mode=overlapping&detail=true",
+		"?format=csv",
+	} {
+		for _, encoding := range []string{"identity", "gzip"} {
+			r, _ := http.NewRequest("GET", s.url+"/values"+query, nil)
+			r.Header.Set("X-API-Key", key)
+			r.Header.Set("Accept-Encoding", encoding)
+			resp, err := s.client.Do(r)
+			if err != nil || resp.StatusCode != 200 {
+				t.Fatalf("%v %v", resp, err)
+			}
+			if _, err := io.CopyN(io.Discard, resp.Body, 1000); err != nil { // the response has begun; the database still has most of it
+				t.Fatal(err)
+			}
+			mustExec(t, s.db, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND usename = $1`, appRole.name)
+			size, err := io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+			if err == nil {
+				t.Errorf("GET /values%s (%s) ended after %d bytes as if it were complete", query, encoding, size)
+			}
+		}
+	}
+	s.must(t, 200, "GET", window+"&limit=1", key, "") // what is broken is not used again
+	if !strings.Contains(s.log.String(), "broken=true") {
+		t.Error("the log does not tell of the broken responses")
+	}
+}
+
+// ---- Model
+
+// A history is some uploads and corrections of one tenant, done over HTTP and mirrored in the plainest possible model:
+// a list of every version ever written. Times are microseconds since 1970; end 0 means that there is none.
+type history struct {
+	s        *testServer
+	rng      *rand.Rand
+	tenant   string
+	keys     [2]string // of two users
+	runs     []modelRun
+	versions []modelVersion
+	series   map[string]modelSeries
+	moments  []modelMoment
+}
+
+type modelRun struct {
+	id    string
+	known int64
+}
+
+type modelSeries struct {
+	id   string
+	born int // how many moments there were before it
+}
+
+type modelVersion struct {
+	series   string
+	run      int // an index: the order of insertion
+	time     int64
+	end      int64
+	value    *float64
+	note, by string
+	tags     []string
+	number   int
+}
+
+// modelMoment is a time by the database's clock, how much there was then, and what a read answered then.
+type modelMoment struct {
+	at       string
+	versions int
+	query    url.Values
+	answer   string
+}
+
+const (
+	hour     = int64(time.Hour / time.Microsecond)
+	modelDay = int64(1_735_689_600_000_000) // 2025-01-01
+)
+
+func iso(t int64) string { return time.UnixMicro(t).UTC().Format("2006-01-02T15:04:05.999999-07:00") }
+
+var modelSeed = flag.Int64("seed", 0, "the first history's seed in TestReadsAgreeWithNaiveModel; 0: a random one")
+
+func TestReadsAgreeWithNaiveModel(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	s.db.SetMaxIdleConns(16)
+	base := cmp.Or(*modelSeed, rand.Int63())
+	var next, failed atomic.Int64
+	together(8, func(int) {
+		for i := next.Add(1) - 1; i < int64(*histories) && failed.Load() < 3; i = next.Add(1) - 1 {
+			h := &history{s: s, rng: rand.New(rand.NewSource(base + i)), series: map[string]modelSeries{}}
+			if err := h.play(); err != nil {
+				failed.Add(1)
+				t.Errorf("%v\nagain: go test -run TestReadsAgreeWithNaiveModel -histories 1 -seed %d", err, base+i)
+			}
+		}
+	})
+}
+
+func (h *history) play() error {
+	h.tenant = fmt.Sprintf("%08x-%04x-4000-8000-%012x", h.rng.Uint32(), h.rng.Intn(1<<16), h.rng.Int63n(1<<48))
+	for i := range h.keys {
+		key, id := newKey()
+		digest := sha256.Sum256([]byte(key))
+		h.keys[i] = key
+		if _, err := h.s.db.Exec(`INSERT INTO users_table (tenant_id, email, key_id, key_digest) VALUES ($1, $2, $3, $4)`,
+			h.tenant, h.email(i), id, digest[:]); err != nil {
+			return err
+		}
+	}
+	for step := range 2 + h.rng.Intn(5) {
+		act := h.correct
+		if step == 0 || h.rng.Intn(2) == 0 {
+			act = h.upload
+		}
+		if err := act(h.rng.Intn(2)); err != nil {
+			return err
+		}
+		m := modelMoment{versions: len(h.versions)}
+		if err := h.s.db.QueryRow(`SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`).Scan(&m.at); err != nil {
+			return err
+		}
+		m.query = h.question()
+		var err error
+		if m.answer, err = h.compare(m.query, len(h.versions), len(h.moments)); err != nil {
+			return err
+		}
+		h.moments = append(h.moments, m)
+	}
+	for i, m := range h.moments { // every moment's answer can be had again
+		m.query.Set("as_of", m.at)
+		if _, again, err := h.s.do("GET", "/values?"+m.query.Encode(), h.keys[0], ""); err != nil || again != m.answer {
+			return fmt.Errorf("GET /values?%s\nanswers  %s\nanswered %s at that moment (%v)", m.query.Encode(), again, m.answer, err)
+		}
+		query := h.question()
+		query.Set("as_of", m.at)
+		if _, err := h.compare(query, m.versions, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *history) email(user int) string { return fmt.Sprintf("user%d@example.com", user) }
+
+// pick returns a random one.
+func pick[T any](rng *rand.Rand, from ...T) T { return from[rng.Intn(len(from))] }
+
+func (h *history) point() (t, end int64) {
+	t = modelDay + int64(h.rng.Intn(8))*hour
+	if h.rng.Intn(10) == 0 {
+		t += 40 * 24 * hour
+	}
+	return t, pick(h.rng, 0, 0, 0, t+hour, t+2*hour)
+}
+
+func (h *history) value() *float64 {
+	if h.rng.Intn(6) == 0 {
+		return nil
+	}
+	f := float64(h.rng.Intn(4)) * 0.5
+	return &f
+}
+
+// upload sends a random run.
+func (h *history) upload(user int) error {
+	body := map[string]any{"run_start_time": "2025-01-01"}
+	run := modelRun{known: modelDay - int64(h.rng.Intn(4))*6*hour}
+	nowKnown := h.rng.Intn(10) == 0
+	if !nowKnown {
+		body["known_time"] = iso(run.known)
+	}
+	var rows []map[string]any
+	taken := map[string]bool{}
+	add := func(name string, t, end int64) {
+		v := modelVersion{series: name, run: len(h.runs), time: t, end: end, value: h.value(), by: h.email(user), number: 1}
+		if place := fmt.Sprint(name, t, end); taken[place] {
+			return
+		} else {
+			taken[place] = true
+		}
+		row := map[string]any{"valid_time": iso(t), "value": v.value}
+		if end != 0 {
+			row["valid_time_end"] = iso(end)
+		}
+		if x, known := h.series[name]; known && h.rng.Intn(2) == 0 {
+			row["series_id"] = x.id
+		} else {
+			row["value_key"] = name
+		}
+		rows, h.versions = append(rows, row), append(h.versions, v)
+	}
+	for range 1 + h.rng.Intn(8) {
+		t, end := h.point()
+		add(pick(h.rng, "a", "b", "c"), t, end)
+	}
+	if h.rng.Intn(100) == 0 { // more than one block
+		for i := range int64(1100) {
+			add("a", modelDay+i*hour/60, 0)
+		}
+	}
+	body["value_rows"] = rows
+	text, _ := json.Marshal(body)
+	resp, answer, err := h.s.do("POST", "/upload", h.keys[user], string(text))
+	var got uploadAnswer
+	if err != nil || resp.StatusCode != 200 || json.Unmarshal([]byte(answer), &got) != nil {
+		return fmt.Errorf("POST /upload %s: %v %v %s", text, resp, err, answer)
+	}
+	for name, id := range got.SeriesIDs {
+		if x, known := h.series[name]; !known {
+			h.series[name] = modelSeries{id, len(h.moments)}
+		} else if x.id != id {
+			return fmt.Errorf("series %s became another", name)
+		}
+	}
+	if run.id = got.RunID; nowKnown {
+		err = h.s.db.QueryRow(`SELECT (extract(epoch FROM known_time) * 1000000)::bigint FROM runs_table WHERE tenant_id = $1 AND run_id = $2`, h.tenant, run.id).Scan(&run.known)
+	}
+	h.runs = append(h.runs, run)
+	return err
+}
+
+// later tells whether v counts rather than w, of versions of one series and time.
+func (h *history) later(v, w modelVersion) bool {
+	return cmp.Or(cmp.Compare(h.runs[v.run].known, h.runs[w.run].known), cmp.Compare(v.run, w.run), cmp.Compare(v.number, w.number)) > 0
+}
+
+type modelUpdate struct {
+	SeriesID  string           `json:"series_id,omitempty"`
+	SeriesKey string           `json:"series_key,omitempty"`
+	Time      string           `json:"valid_time"`
+	End       *string          `json:"valid_time_end,omitempty"`
+	RunID     string           `json:"run_id,omitempty"`
+	Known     *string          `json:"known_time,omitempty"`
+	Value     *json.RawMessage `json:"value,omitempty"`
+	Note      *json.RawMessage `json:"annotation,omitempty"`
+	Tags      *json.RawMessage `json:"tags,omitempty"`
+}
+
+// update makes a random update, and returns the version that it would write and its status: 200, 404 or 422. same tells
+// that it changes nothing.
+func (h *history) update(user int) (u modelUpdate, next modelVersion, same bool, status int) {
+	v := pick(h.rng, h.versions...)
+	name, t, end := v.series, v.time, v.end
+	if h.rng.Intn(4) == 0 {
+		t, end = h.point()
+	}
+	if h.rng.Intn(20) == 0 {
+		name = pick(h.rng, "a", "b", "c", "unknown")
+	}
+	u.Time = iso(t)
+	if end != 0 {
+		text := iso(end)
+		u.End = &text
+	}
+	x, seriesKnown := h.series[name]
+	if u.SeriesKey = name; seriesKnown && h.rng.Intn(2) == 0 {
+		u.SeriesKey, u.SeriesID = "", x.id
+	}
+	run := pick(h.rng, h.runs...)
+	known := run.known
+	if named := h.rng.Intn(5); named == 1 || named == 3 {
+		u.RunID = pick(h.rng, run.id, run.id, run.id, run.id, run.id, run.id, nobody)
+	}
+	if named := h.rng.Intn(5); named == 2 || named == 3 {
+		known = pick(h.rng, known, known, known, modelDay-6*hour, modelDay+1)
+		text := iso(known)
+		u.Known = &text
+	}
+	raw := func(v any) *json.RawMessage {
+		text, _ := json.Marshal(v)
+		return (*json.RawMessage)(&text)
+	}
+	value, note := h.value(), pick(h.rng, any("x"), any(" y "), any("  "), nil)
+	tags := pick(h.rng, []string{}, nil, []string{" B", "a", "A "}, []string{"c"})
+	mask := 1 + h.rng.Intn(7)
+	if mask&1 != 0 {
+		u.Value = raw(value)
+	}
+	if mask&2 != 0 {
+		u.Note = raw(note)
+	}
+	if mask&4 != 0 {
+		u.Tags = raw(tags)
+	}
+
+	if !seriesKnown {
+		return u, next, false, 404
+	}
+	var found *modelVersion
+	for i := range h.versions {
+		w := &h.versions[i]
+		if w.series == name && w.time == t && w.end == end && (u.RunID == "" || h.runs[w.run].id == u.RunID) &&
+			(u.Known == nil || h.runs[w.run].known == known) && (found == nil || h.later(*w, *found)) {
+			found = w
+		}
+	}
+	if found != nil {
+		next = *found
+	} else {
+		next = modelVersion{series: name, run: -1, time: t, end: end}
+		for i, r := range h.runs {
+			if (u.RunID != "" || u.Known != nil) && (u.RunID == "" || r.id == u.RunID) && (u.Known == nil || r.known == known) {
+				next.run = i
+			}
+		}
+		switch {
+		case next.run < 0:
+			return u, next, false, 404
+		case u.Value == nil:
+			return u, next, false, 422
+		}
+	}
+	if u.Value != nil {
+		next.value = value
+	}
+	if u.Note != nil {
+		text, _ := note.(string)
+		next.note = strings.TrimSpace(text)
+	}
+	if u.Tags != nil {
+		next.tags = map[int][]string{3: {"a", "b"}, 1: {"c"}, 0: nil}[len(tags)]
+	}
+	if found != nil && (next.value == nil) == (found.value == nil) && (next.value == nil || *next.value == *found.value) &&
+		next.note == found.note && slices.Equal(next.tags, found.tags) {
+		return u, next, true, 200
+	}
+	next.by = h.email(user)
+	next.number++
+	return u, next, false, 200
+}
+
+// correct sends a random batch of updates.
+func (h *history) correct(user int) error {
+	var sent []modelUpdate
+	var refused []int
+	type change struct {
+		modelVersion
+		same bool
+	}
+	var changes []change
+	last := map[string]int{}
+	place := func(v modelVersion) string { return fmt.Sprint(v.series, v.run, v.time, v.end) }
+	for range 1 + h.rng.Intn(4) {
+		u, next, same, status := h.update(user)
+		sent = append(sent, u)
+		if status != 200 {
+			refused = append(refused, status)
+		}
+		last[place(next)] = len(changes)
+		changes = append(changes, change{next, same})
+	}
+	text, _ := json.Marshal(map[string]any{"updates": sent})
+	resp, answer, err := h.s.do("PUT", "/values", h.keys[user], string(text))
+	if err != nil {
+		return err
+	}
+	if len(refused) > 0 {
+		if !slices.Contains(refused, resp.StatusCode) {
+			return fmt.Errorf("PUT /values %s: status %d, want one of %v: %s", text, resp.StatusCode, refused, answer)
+		}
+		return nil
+	}
+	var want, got [2][]string // updated, skipped
+	for i, c := range changes {
+		if last[place(c.modelVersion)] != i {
+			continue // the last of two equal keys wins
+		}
+		line := fmt.Sprint(h.runs[c.run].id, h.tenant, iso(c.time), h.series[c.series].id, c.number, !c.same)
+		if c.same {
+			want[1] = append(want[1], line)
+		} else {
+			want[0] = append(want[0], line)
+			h.versions = append(h.versions, c.modelVersion)
+		}
+	}
+	type result struct {
+		Run     string    `json:"run_id"`
+		Tenant  string    `json:"tenant_id"`
+		Time    time.Time `json:"valid_time"`
+		Series  string    `json:"series_id"`
+		ID      *int64    `json:"value_id"`
+		Version int       `json:"version"`
+	}
+	var body struct {
+		Updated []result `json:"updated"`
+		Skipped []result `json:"skipped_no_ops"`
+	}
+	if err := json.Unmarshal([]byte(answer), &body); err != nil || resp.StatusCode != 200 || body.Updated == nil || body.Skipped == nil {
+		return fmt.Errorf("PUT /values %s: status %d: %s", text, resp.StatusCode, answer)
+	}
+	for i, list := range [][]result{body.Updated, body.Skipped} {
+		for _, r := range list {
+			got[i] = append(got[i], fmt.Sprint(r.Run, r.Tenant, iso(r.Time.UnixMicro()), r.Series, r.Version, r.ID != nil))
+		}
+		slices.Sort(got[i])
+		slices.Sort(want[i])
+		if !slices.Equal(got[i], want[i]) {
+			return fmt.Errorf("PUT /values %s\nanswers %s\nwant updated %q, skipped %q", text, answer, want[0], want[1])
+		}
+	}
+	return nil
+}
+
+// question makes a random query.
+func (h *history) question() url.Values {
+	q := url.Values{}
+	chance := func(percent int) bool { return h.rng.Intn(100) < percent }
+	if chance(40) {
+		start := modelDay + int64(h.rng.Intn(6))*hour
+		q.Set("start_valid", iso(start))
+		if chance(60) {
+			q.Set("end_valid", iso(start+int64(1+h.rng.Intn(5))*hour))
+		}
+	}
+	if chance(20) {
+		q.Set("start_known", iso(modelDay-int64(h.rng.Intn(4))*6*hour))
+	}
+	if chance(20) {
+		q.Set("end_known", iso(modelDay+1-int64(h.rng.Intn(3))*6*hour))
+		if q.Get("end_known") <= q.Get("start_known") {
+			q.Del("start_known")
+		}
+	}
+	if chance(20) {
+		q.Set("lead", pick(h.rng, "1h", "PT6H", "P1D", "PT20H30M"))
+	}
+	for range h.rng.Intn(3) {
+		name := pick(h.rng, "a", "b", "c")
+		if x, known := h.series[name]; known && chance(50) {
+			q.Add("series_id", x.id)
+		} else {
+			q.Add("series_key", name)
+		}
+	}
+	if chance(20) {
+		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m"))
+		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count"))
+		return q
+	}
+	for name, value := range map[string]string{"mode": pick(h.rng, "flat", "overlapping"), "detail": pick(h.rng, "true", "false"), "all_versions": pick(h.rng, "true", "false", "false")} {
+		if value != "false" {
+			q.Set(name, value)
+		}
+	}
+	return q
+}
+
+// expect is what the model answers to q when it knew so many versions and moments; false means 404.
+func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
+	wanted := map[string]bool{}
+	for name, x := range h.series {
+		if len(q["series_id"])+len(q["series_key"]) == 0 || slices.Contains(q["series_id"], x.id) || slices.Contains(q["series_key"], name) {
+			wanted[name] = true
+		}
+		if slices.Contains(q["series_id"], x.id) && x.born > moments {
+			return nil, false
+		}
+	}
+	for _, name := range q["series_key"] {
+		if x, known := h.series[name]; !known || x.born > moments {
+			return nil, false
+		}
+	}
+	bound := func(name string, otherwise int64) int64 {
+		if t, err := time.Parse(time.RFC3339Nano, q.Get(name)); err == nil {
+			return t.UnixMicro()
+		}
+		return otherwise
+	}
+	lead := map[string]int64{"": math.MinInt64, "1h": hour, "PT6H": 6 * hour, "P1D": 24 * hour, "PT20H30M": 41 * hour / 2}[q.Get("lead")]
+	overlapping, all := q.Get("mode") == "overlapping", q.Get("all_versions") == "true"
+	best := map[string]modelVersion{}
+	for i, v := range h.versions[:versions] {
+		known := h.runs[v.run].known
+		if !wanted[v.series] || v.time < bound("start_valid", math.MinInt64) || v.time >= bound("end_valid", math.MaxInt64) ||
+			known < bound("start_known", math.MinInt64) || known >= bound("end_known", math.MaxInt64) || v.time-known < lead {
+			continue
+		}
+		rival := fmt.Sprint(v.series, v.time, v.end)
+		if all {
+			rival = strconv.Itoa(i)
+		} else if overlapping {
+			rival += fmt.Sprint(" of run ", v.run)
+		}
+		if w, is := best[rival]; !is || h.later(v, w) {
+			best[rival] = v
+		}
+	}
+	if q.Has("bucket") {
+		return h.buckets(q, best), true
+	}
+	var lines []string
+	for _, v := range best {
+		row := answerRow{Key: v.series, Series: h.series[v.series].id, Valid: time.UnixMicro(v.time), Value: v.value}
+		if end := time.UnixMicro(v.end); v.end != 0 {
+			row.End = &end
+		}
+		known := time.UnixMicro(h.runs[v.run].known)
+		if overlapping || all || q.Get("detail") == "true" {
+			row.Known = &known
+		}
+		if all || q.Get("detail") == "true" {
+			row.Run, row.Version, row.ChangedBy, row.Tags = h.runs[v.run].id, v.number, &v.by, v.tags
+			if v.note != "" {
+				row.Annotation = &v.note
+			}
+		}
+		lines = append(lines, row.line())
+	}
+	return lines, true
+}
+
+// buckets aggregates what a flat read shows. The values are multiples of a half, so sums do not depend on their order.
+func (h *history) buckets(q url.Values, shown map[string]modelVersion) []string {
+	width := map[string]int64{"2h": 2 * hour, "PT3H": 3 * hour, "P1D": 24 * hour, "7m": 7 * hour / 60}[q.Get("bucket")]
+	type place struct {
+		series string
+		start  int64
+	}
+	values := map[place][]float64{}
+	for _, v := range shown {
+		if v.value != nil {
+			p := place{v.series, v.time - v.time%width}
+			values[p] = append(values[p], *v.value)
+		}
+	}
+	var lines []string
+	for p, list := range values {
+		sum := 0.0
+		for _, f := range list {
+			sum += f
+		}
+		value := map[string]float64{"mean": sum / float64(len(list)), "min": slices.Min(list), "max": slices.Max(list), "sum": sum, "count": float64(len(list))}[q.Get("agg")]
+		row := answerRow{Key: p.series, Series: h.series[p.series].id, Valid: time.UnixMicro(p.start), Value: &value}
+		lines = append(lines, row.line())
+	}
+	return lines
+}
+
+// line is all of a row but when it was changed, so that equal rows have equal lines.
+func (r answerRow) line() string {
+	text := func(v any) string {
+		b, _ := json.Marshal(v)
+		return string(b)
+	}
+	when := func(t *time.Time) string {
+		if t == nil {
+			return "-"
+		}
+		return iso(t.UnixMicro())
+	}
+	return strings.Join([]string{r.Key, when(&r.Valid), when(r.End), text(r.Value), r.Series, when(r.Known), r.Run, strconv.Itoa(r.Version), text(r.ChangedBy), text(r.Annotation), strings.Join(r.Tags, ",")}, " ")
+}
+
+// compare asks the server and the model the same, and returns the server's answer.
+func (h *history) compare(q url.Values, versions, moments int) (string, error) {
+	wanted, found := h.expect(q, versions, moments)
+	resp, text, err := h.s.do("GET", "/values?"+q.Encode(), h.keys[0], "")
+	if err != nil || found != (resp.StatusCode == 200) || !found && resp.StatusCode != 404 {
+		return "", fmt.Errorf("GET /values?%s: %v %v %s, want found %v", q.Encode(), resp, err, text, found)
+	}
+	if !found {
+		return text, nil
+	}
+	var got readAnswer
+	var raw struct{ Data []json.RawMessage }
+	if err := cmp.Or(json.Unmarshal([]byte(text), &got), json.Unmarshal([]byte(text), &raw)); err != nil {
+		return "", err
+	}
+	lines := make([]string, len(got.Data))
+	for i, r := range got.Data {
+		lines[i] = r.line()
+		if i > 0 && !inOrder(q, got.Data[i-1], r) {
+			return "", fmt.Errorf("GET /values?%s: out of order: %s, then %s", q.Encode(), lines[i-1], lines[i])
+		}
+	}
+	slices.Sort(lines)
+	slices.Sort(wanted)
+	if !slices.Equal(lines, wanted) || got.Count != len(lines) {
+		return "", fmt.Errorf("GET /values?%s\nshows %d rows %q\nwant  %d rows %q", q.Encode(), got.Count, lines, len(wanted), wanted)
+	}
+	if len(lines) > 1 && h.rng.Intn(4) == 0 { // a limit shows the first rows of the same
+		limit := 1 + h.rng.Intn(len(lines))
+		var part struct{ Data []json.RawMessage }
+		_, limited, err := h.s.do("GET", fmt.Sprintf("/values?%s&limit=%d", q.Encode(), limit), h.keys[0], "")
+		if err != nil || json.Unmarshal([]byte(limited), &part) != nil || len(part.Data) != limit ||
+			!slices.EqualFunc(part.Data, raw.Data[:limit], func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) {
+			return "", fmt.Errorf("GET /values?%s with limit=%d: %v %s\nwithout %s", q.Encode(), limit, err, limited, text)
+		}
+	}
+	return text, nil
+}
+
+// inOrder tells whether b may follow a. Of overlapping runs known at one time each is in order by itself;
+// TestOverlappingRunsOfOneKnownTimeAreOrderedByValidTime says more.
+func inOrder(q url.Values, a, b answerRow) bool {
+	order := strings.Compare(a.Key, b.Key)
+	if q.Get("mode") == "overlapping" {
+		if order = cmp.Or(order, a.Known.Compare(*b.Known)); order == 0 && a.Run != b.Run || a.Run == "" {
+			return order <= 0
+		}
+	}
+	order = cmp.Or(order, a.Valid.Compare(b.Valid))
+	if q.Get("all_versions") == "true" {
+		order = cmp.Or(order, cmp.Compare(a.Version, b.Version))
+	}
+	return order <= 0
+}
+
+// ---- Correct
+
+// update is an entry of PUT /values on load at midnight, with these members.
+func update(members string) string {
+	return `{"updates":[{"series_key":"load","valid_time":"2025-01-01T00:00:00Z",` + members + `}]}`
+}
+
+func TestCorrectionKeepsWhatIsAbsentAndClearsWhatIsNull(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, second := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantA, "b@example.com")
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	version := 1
+	for _, c := range []struct{ members, want string }{ // value, annotation, tags after it; "" if it changes nothing
+		{`"annotation":"  checked by hand  "`, `1 "checked by hand" null`}, {`"value":1`, ``}, {`"annotation":"checked by hand","value":1.0`, ``},
+		{`"tags":["b"," A ","a","B"]`, `1 "checked by hand" ["a","b"]`}, {`"tags":["A","b"]`, ``}, {`"value":2.5`, `2.5 "checked by hand" ["a","b"]`},
+		{`"value":null`, `null "checked by hand" ["a","b"]`}, {`"value":null,"tags":["b","a"]`, ``}, {`"annotation":null`, `null null ["a","b"]`}, {`"annotation":" \n"`, ``},
+		{`"tags":null`, `null null null`}, {`"tags":[]`, ``}, {`"value":-3,"annotation":"x","tags":["ü"]`, `-3 "x" ["ü"]`}, {`"annotation":"","value":0,"tags":[]`, `0 null null`},
+	} {
+		answer := s.must(t, 200, "PUT", "/values", second, update(c.members))
+		var n int
+		if n = strings.Count(answer, `"value_id"`); c.want != "" {
+			version++
+		}
+		if (n == 1) != (c.want != "") || !strings.Contains(answer, fmt.Sprintf(`"version":%d`, version)) || !strings.Contains(answer, tenantA) ||
+			(c.want == "") == strings.Contains(answer, `"skipped_no_ops":[]`) {
+			t.Errorf("%s: answer %s, want version %d", c.members, answer, version)
+		}
+		got := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values?detail=true", key, "")).Data[0]
+		text, _ := json.Marshal([]any{got.Value, got.Annotation, got.Tags})
+		if want := "[" + strings.ReplaceAll(c.want, " ", ",") + "]"; c.want != "" && strings.ReplaceAll(string(text), " ", ",") != want || *got.ChangedBy != "b@example.com" || got.Version != version {
+			t.Errorf("%s leads to %s version %d by %s, want %s version %d", c.members, text, got.Version, *got.ChangedBy, c.want, version)
+		}
+	}
+	all := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values?all_versions=true", key, ""))
+	if all.Count != version || *all.Data[0].ChangedBy != "a@example.com" || *all.Data[0].Value != 1 {
+		t.Errorf("the history has %d versions, want %d, and begins with %+v", all.Count, version, all.Data[0])
+	}
+	if got := mustQuery(t, s.db, `SELECT concat_ws(' ', count(*), min(value), min(version)) FROM current_values`); got != fmt.Sprint("1 0 ", version) {
+		t.Errorf("the view current_values shows %q", got)
+	}
+}
+
+func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, series := mustPicture(t, s)
+	runs := strings.Fields(mustQuery(t, s.db, `SELECT string_agg(run_id::text, ' ' ORDER BY inserted_at) FROM runs_table`))
+	const one, end = `{"valid_time":"2025-01-01T01:00:00Z",`, `"valid_time":"2025-01-01T00:00:00Z","valid_time_end":"2025-01-01T02:00:00Z",`
+	s.mustAll(t, key, []httpCase{
+		{"PUT", "/values", `{"updates":[` + one + `"series_key":"load","value":7}]}`, 200, []string{runs[1], `"version":2`}},
+		{"PUT", "/values", `{"updates":[` + one + `"series_key":"load","value":8,"run_id":"` + strings.ToUpper(runs[0]) + `"}]}`, 200, []string{runs[0], `"version":2`}},
+		{"PUT", "/values", `{"updates":[` + one + `"series_id":"` + series["load"] + `","value":9,"known_time":"2024-12-31 01:00+01:00"}]}`, 200, []string{runs[0], `"version":3`}},
+		{"PUT", "/values", `{"updates":[{` + end + `"series_key":"price","value":21}]}`, 200, []string{`"version":2`}},
+		{"PUT", "/values", `{"updates":[` + one + `"series_key":"wind","run_id":"` + runs[0] + `","value":6,"annotation":"late"}]}`, 200, []string{`"version":1`}}, // the run gains it
+		{"PUT", "/values", `{"updates":[` + one + `"series_key":"wind","run_id":"` + runs[1] + `","value":null}]}`, 200, []string{`"version":1`}},
+		{"PUT", "/values", `{"updates":[` + one + `"series_key":"load","value":1},` + one + `"series_key":"load","value":2}]}`, 200, []string{`"version":3`}}, // the last counts
+		{"PUT", "/values", `{"updates":[]}`, 200, []string{`"updated":[]`, `"skipped_no_ops":[]`}},
+	})
+	const want = "00/load 00=1 v1, 00/load 01=9 v3, 00/load 02=null v1, 12/load 01=2 v3, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1, " +
+		"12/price 00-01=10 v1, 12/price 00-02=21 v2, 00/wind 00=0.5 v1, 00/wind 01=6 v1, 12/wind 01=null v1"
+	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping&detail=true", key, "")); got != want {
+		t.Errorf("after the corrections\nit is %s\nwant  %s", got, want)
+	}
+	before := s.stored(t)
+	good := one + `"series_key":"load","value":55},`
+	for _, c := range []struct {
+		bad    string
+		status int
+		want   string
+	}{
+		{`{"valid_time":"2025-01-05","series_key":"load","value":1}`, 404, "updates[1]"}, {one + `"series_key":"nope","value":1}`, 404, "updates[1]"}, {one + `"series_id":"` + nobody + `","value":1}`, 404, "updates[1]"},
+		{one + `"series_key":"load","valid_time_end":"2025-01-01T02:00:00Z","value":1}`, 404, "updates[1]"}, {`{"valid_time":"2025-01-01T00:00:00Z","series_key":"price","value":1}`, 404, "updates[1]"},
+		{one + `"series_key":"load","run_id":"` + nobody + `","value":1}`, 404, "updates[1]"}, {one + `"series_key":"load","known_time":"2024-01-01","value":1}`, 404, "updates[1]"},
+		{one + `"series_key":"load","run_id":"` + runs[0] + `","known_time":"2024-12-31T12:00:00Z","value":1}`, 404, "updates[1]"},
+		{one + `"series_key":"price","run_id":"` + runs[0] + `","annotation":"x"}`, 422, "value"}, {one + `"series_key":"load"}`, 422, "updates[1]"}, {one + `"value":1}`, 422, "series"},
+		{`{"series_key":"load","value":1}`, 422, "valid_time"}, {`{"valid_time":"soon","series_key":"load","value":1}`, 422, "valid_time"}, {one + `"series_key":"load","value":"1"}`, 422, "value"},
+		{one + `"series_key":"load","value":1e999}`, 422, "value"}, {one + `"series_key":"load","value":NaN}`, 422, "updates[1]"}, {one + `"series_key":"load","value":1,"extra":1}`, 422, "extra"},
+		{one + `"series_key":"load","tags":"x"}`, 422, "tags"}, {one + `"series_key":"load","tags":[5]}`, 422, "tags"}, {one + `"series_key":"load","tags":["a\u0000"]}`, 422, "tags"},
+		{one + `"series_key":"load","annotation":5}`, 422, "annotation"}, {one + `"series_key":"load","annotation":"\u0000"}`, 422, "annotation"}, {one + `"series_key":"load","run_id":"x","value":1}`, 422, "run_id"},
+		{one + `"series_key":"wind","series_id":"` + series["load"] + `","value":1}`, 422, "wind"}, {one + `"series_key":"load","valid_time_end":"2025-01-01","value":1}`, 422, "valid_time_end"},
+		{one + `"series_key":"load","known_time":"x","value":1}`, 422, "known_time"}, {one + `"series_key":"load","tenant_id":"` + tenantB + `","value":1}`, 403, "tenant_id"}, {`5`, 422, "updates[1]"}, {`null`, 422, "updates[1]"},
+	} {
+		if text := s.must(t, c.status, "PUT", "/values", key, `{"updates":[`+good+c.bad+`]}`); !strings.Contains(text, c.want) {
+			t.Errorf("%s: %s, want %s in it", c.bad, text, c.want)
+		}
+		if s.stored(t) != before {
+			t.Fatalf("%s: refused, and yet something was stored", c.bad)
+		}
+	}
+	s.mustAll(t, key, []httpCase{
+		{"PUT", "/values", `{`, 422, []string{"body"}}, {"PUT", "/values", `[]`, 422, []string{"body"}}, {"PUT", "/values", `{"updates":{}}`, 422, []string{"updates"}}, {"PUT", "/values", `{"updates":[],"x":1}`, 422, []string{"x"}},
+		{"PUT", "/values", `{"updates":[],"updates":[]}`, 422, []string{"updates"}}, {"PUT", "/values", `{"Updates":[]}`, 422, []string{"Updates"}}, {"PUT", "/values?x=1", `{"updates":[]}`, 422, []string{"x"}},
+	})
+	s.must(t, 415, "PUT", "/values", key, "a,b", "Content-Type: text/csv")
+}
+
+func TestManyCorrectionsAreOneRequest(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	const n = 3000
+	mustManyValues(t, s, key, n)
+	var updates []string
+	for i := range n {
+		at := time.Date(2020, 1, 1, 0, i, 0, 0, time.UTC).Format(time.RFC3339)
+		updates = append(updates, fmt.Sprintf(`{"series_key":"load","valid_time":%q,"value":%d.5}`, at, i))
+	}
+	text := s.must(t, 200, "PUT", "/values", key, `{"updates":[`+strings.Join(updates, ",")+`]}`)
+	got := mustDecode[struct {
+		Updated []struct {
+			ID      int64     `json:"value_id"`
+			Time    time.Time `json:"valid_time"`
+			Version int
+		}
+	}](t, text)
+	ids := map[int64]bool{}
+	for i, u := range got.Updated {
+		if ids[u.ID] = true; u.Version != 2 || !u.Time.Equal(time.Date(2020, 1, 1, 0, i, 0, 0, time.UTC)) {
+			t.Fatalf("updated[%d] is %+v", i, u)
+		}
+		if stored := i % 500; stored == 0 && mustQuery(t, s.db, `SELECT valid_from = $2 FROM values_table WHERE value_id = $1`, u.ID, u.Time) != "true" {
+			t.Errorf("value_id of updated[%d] is another row's", i)
+		}
+	}
+	if len(ids) != n {
+		t.Errorf("%d value_ids, want %d", len(ids), n)
+	}
+	for i, row := range mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values", key, "")).Data {
+		if *row.Value != float64(i)+0.5 {
+			t.Fatalf("after the corrections row %d is %v", i, *row.Value)
+		}
+	}
+}
+
+func TestConcurrentCorrectionsOfOneValueAreAllKept(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	together(8, func(i int) {
+		resp, text, err := s.do("PUT", "/values", key, update(fmt.Sprintf(`"value":%d`, 100+i)))
+		if err != nil || resp.StatusCode != 200 || !strings.Contains(text, "value_id") {
+			t.Errorf("%v %v %s", resp, err, text)
+		}
+	})
+	if got := mustQuery(t, s.db, `SELECT string_agg(version::text, ' ' ORDER BY version) FROM values_table`); got != "1 2 3 4 5 6 7 8 9" {
+		t.Errorf("the versions are %s", got)
+	}
+	together(2, func(i int) { s.do("PUT", "/values", key, update(`"tags":["t`+strconv.Itoa(i)+`"]`)) })
+	if got := mustQuery(t, s.db, `SELECT string_agg(version::text, ' ' ORDER BY version) FROM values_table WHERE tags IS NOT NULL`); got != "10 11" {
+		t.Errorf("two at once made the versions %s", got)
+	}
+}
+
+// ---- Faults
+
+func TestStoppingServerFinishesWhatItBegan(t *testing.T) { // S30
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	const n = 4
+	var began, ended sync.WaitGroup
+	stopped := make(chan struct{})
+	began.Add(n)
+	for i := range n {
+		ended.Go(func() {
+			in, out := io.Pipe()
+			go func() {
+				// The client sends the body only after the server asked for it: then the handler is reading.
+				io.WriteString(out, `{"run_start_time":"2025-01-01",`)
+				began.Done()
+				<-stopped
+				io.WriteString(out, `"value_rows":[`+strings.Replace(at("2025-01-01", "1"), "load", "s"+strconv.Itoa(i), 1)+`]}`)
+				out.Close()
+			}()
+			r, _ := http.NewRequest("POST", s.url+"/upload", in)
+			r.Header = http.Header{"X-Api-Key": {key}, "Content-Type": {"application/json"}, "Expect": {"100-continue"}}
+			resp, err := s.client.Do(r)
+			if err != nil || resp.StatusCode != 200 {
+				t.Errorf("a request that had begun: %v %v", resp, err)
+				return
+			}
+			io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		})
+	}
+	began.Wait()
+	code := make(chan int)
+	go func() { code <- s.stop() }()
+	for { // once nobody is let in any more, the server is stopping
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			break
+		}
+		conn.Close()
+		time.Sleep(time.Millisecond)
+	}
+	close(stopped)
+	ended.Wait()
+	if got := <-code; got != 0 {
+		t.Errorf("exit %d after a stop, want 0", got)
+	}
+	if got := s.stored(t); got != "4 4 4 4" {
+		t.Errorf("stored %q, want every acknowledged upload", got)
+	}
+}
+
+func TestAbandonedAndTruncatedUploadsStoreNothing(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	body := runWith("", at("2025-01-01", "1"))
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", key, len(body)+10, body)
+	conn.(*net.TCPConn).CloseWrite()
+	io.Copy(io.Discard, conn)
+	conn.Close()
+	if got := s.stored(t); got != "0 0 0" {
+		t.Errorf("a body that ended too early stored %q", got)
+	}
+}
+
+// ---- Benchmarks
+
+func BenchmarkUpload100k(b *testing.B) {
+	s := mustServer(b)
+	key := s.mustUser(b, tenantA, "a@example.com")
+	rows := make([]string, 100_000)
+	for i := range rows {
+		rows[i] = fmt.Sprintf(`{"valid_time":%q,"value_key":"load","value":%d.25}`, iso(modelDay+int64(i)*hour/60), i%1000)
+	}
+	body := runWith("", rows...)
+	b.SetBytes(int64(len(body)))
+	for b.Loop() {
+		s.must(b, 200, "POST", "/upload", key, body)
+	}
+	b.ReportMetric(float64(len(rows)*b.N)/b.Elapsed().Seconds(), "values/s")
+}
+
+func BenchmarkReadFlat1M(b *testing.B) {
+	s := mustServer(b)
+	key := s.mustUser(b, tenantA, "a@example.com")
+	const n = 1_000_000
+	mustManyValues(b, s, key, n)
+	for b.Loop() {
+		r, _ := http.NewRequest("GET", s.url+"/values", nil)
+		r.Header.Set("X-API-Key", key)
+		resp, err := s.client.Do(r)
+		if err != nil || resp.StatusCode != 200 {
+			b.Fatal(resp, err)
+		}
+		size, err := io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.SetBytes(size)
+	}
+	b.ReportMetric(float64(n*b.N)/b.Elapsed().Seconds(), "values/s")
+}
+
+func BenchmarkSmallRead(b *testing.B) {
+	s := mustServer(b)
+	key := s.mustUser(b, tenantA, "a@example.com")
+	mustManyValues(b, s, key, 100_000)
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			resp, _, err := s.do("GET", "/values?series_key=load&start_valid=2020-02-01T00:00:00Z&end_valid=2020-02-01T01:00:00Z", key, "")
+			if err != nil || resp.StatusCode != 200 {
+				b.Error(resp, err)
+			}
+		}
+	})
+}
+
+// ---- Fuzz targets
+
+func FuzzParseTime(f *testing.F) {
+	for _, seed := range []string{"2025-01-01T00:00:00Z", "2025-01-01", "2025-01-01 05:30 05:30", "1677-01-01T00:00:00.000001-23:59", "2262-12-31T23:59:59.999999999Z", "2025-02-29T00:00:00Z", "2025-01-01T24:00:00Z"} {
+		f.Add(seed)
+	}
+	strict := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$`) // time.Parse takes more than RFC 3339
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := parseTime(s)
+		want, wantErr := time.Parse(time.RFC3339Nano, s)
+		if year := want.UTC().Year(); strict.MatchString(s) && (err == nil) != (wantErr == nil && year >= 1677 && year <= 2262) {
+			t.Fatalf("parseTime(%q): %v, time.Parse: %v", s, err, wantErr)
+		}
+		if err != nil {
+			return
+		}
+		text := got.String()
+		if strict.MatchString(s) && text != iso6(want) {
+			t.Errorf("parseTime(%q) is %s, want %s", s, text, iso6(want))
+		}
+		if again, err := parseTime(text); err != nil || again != got {
+			t.Errorf("parseTime(%q) is written as %s, which reads as %v, %v", s, text, again, err)
+		}
+	})
+}
+
+// iso6 is t as the API writes it.
+func iso6(t time.Time) string {
+	if t = t.UTC().Truncate(time.Microsecond); t.Nanosecond() == 0 {
+		return t.Format("2006-01-02T15:04:05-07:00")
+	}
+	return t.Format("2006-01-02T15:04:05.000000-07:00")
+}
+
+func FuzzParseSpan(f *testing.F) {
+	for _, seed := range []string{"PT36H", "P1D", "P1W2DT3H4M5.5S", "90m", "1h30m", "P", "PT", "P1M", "-1h", "0s", "P99999W", "PT9999999999999999H", "1ns"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := parseSpan(s)
+		if err == nil && got <= 0 {
+			t.Errorf("parseSpan(%q) = %d, want a positive duration", s, got)
+		}
+		if d, goErr := time.ParseDuration(s); goErr == nil && err == nil && int64(got) != d.Microseconds() {
+			t.Errorf("parseSpan(%q) = %d µs, want %v", s, got, d)
+		}
+	})
+}
+
+func FuzzParseNumber(f *testing.F) {
+	for _, seed := range []string{"1", "-0", "1e308", "1e309", "NaN", "", "Infinity", "0x1p-2", "1_0", "5e-324", "+1", "nan", "null"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := parseNumber(s)
+		if err != nil {
+			return
+		}
+		want, wantErr := strconv.ParseFloat(s, 64)
+		if math.IsInf(float64(got), 0) || !math.IsNaN(float64(got)) && (wantErr != nil || float64(got) != want) {
+			t.Errorf("parseNumber(%q) = %v, want %v %v", s, got, want, wantErr)
+		}
+	})
+}
+
+func FuzzDecodeArray(f *testing.F) {
+	const oid, null = 701, uint64(0x7ff8000000000001)
+	f.Add(encodeArray(oid, []uint64{1, null, math.MaxUint64}, null))
+	f.Add(encodeArray(oid, nil, null))
+	f.Add([]byte{0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 189, 255, 255, 255, 255, 0, 0, 0, 1})
+	f.Fuzz(func(t *testing.T, wire []byte) {
+		_, _ = decodeArray(nil, wire, null) // it must not panic, whatever the database sends
+		bits := make([]uint64, len(wire)/8)
+		for i := range bits {
+			bits[i] = binary.BigEndian.Uint64(wire[8*i:])
+		}
+		if len(bits) == 0 {
+			return // no row holds an empty array
+		}
+		got, err := decodeArray([]uint64{42}, encodeArray(oid, bits, null), null)
+		if err != nil || !slices.Equal(got, append([]uint64{42}, bits...)) {
+			t.Errorf("%x comes back as %x, %v", bits, got, err)
+		}
+	})
+}
+
+func FuzzKey(f *testing.F) {
+	key, id := newKey()
+	if !wellFormedKey(key) || !strings.HasPrefix(key, "tdb_"+id+"_") || len(id) != 8 {
+		f.Fatalf("newKey returns %q, %q", key, id)
+	}
+	f.Add(key, 5, byte(1))
+	f.Add("tdb_", 0, byte(255))
+	f.Fuzz(func(t *testing.T, s string, at int, flip byte) {
+		if wellFormedKey(s) && (!strings.HasPrefix(s, "tdb_") || len(s) != len(key)) {
+			t.Errorf("%q is well-formed", s)
+		}
+		key, _ := newKey()
+		typo := []byte(key)
+		typo[uint(at)%uint(len(typo))] ^= flip
+		if flip != 0 && wellFormedKey(string(typo)) {
+			t.Errorf("%q is well-formed, and so is %q", key, typo)
+		}
+	})
+}
