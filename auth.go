@@ -10,8 +10,7 @@ package main
 // Not defended: whoever reads a key on its way (use TLS) or where the client keeps it has it. Whoever may write to
 // users_table, or controls this process, decides who gets in.
 //
-// A key is 256 random bits. That is why one fast SHA-256 is the right digest (a slow hash protects passwords, which can
-// be guessed), and why failures are throttled only to spare the log and the database.
+// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed.
 
 import (
 	"context"
@@ -25,9 +24,7 @@ import (
 	"hash/crc32"
 	"net"
 	"net/http"
-	"net/netip"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -44,11 +41,6 @@ const (
 	openTenant = "00000000-0000-0000-0000-000000000000"
 
 	lookupTimeout = 5 * time.Second // to get a connection and the answer; then the request gets 503
-
-	// One address may fail so often within failureWindow before it is answered 429: far above any mistake in a script.
-	failureBurst     = 300
-	failureWindow    = time.Minute
-	failureAddresses = 10_000 // those beyond share one count, so that no flood of addresses fills the memory
 )
 
 // Caller is whom a request acts for. Only this file makes one; every method of store that touches tenant data takes it.
@@ -59,13 +51,12 @@ type Caller struct {
 	readOnly bool
 }
 
-// keyRecord is what the database knows of the user whose current or previous key has the digest that was looked up.
-// Expiry is judged by the database's clock, the only one that all servers share.
+// keyRecord is what the database knows of the user whose key has the digest that was looked up. Expiry is judged by the
+// database's clock, the only one that all servers share.
 type keyRecord struct {
 	userID, tenant, email     string
-	digest, previous          []byte
+	digest                    []byte
 	readOnly, active, expired bool
-	previousExpired           bool // or there is no previous key
 	useIsStale                bool // last_used_at is due
 }
 
@@ -86,17 +77,11 @@ type authenticator struct {
 	requireAuth      bool   // refuse everyone, rather than admit everyone, while there is no users_table
 	host             string // the host that the server was told to listen on
 
-	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
 	touching atomic.Bool // a last_used_at is being written
-	failures failureCounter
+	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
 }
 
-// unknown is the answer when it could not be found out whom to admit.
-func unknown(what string, err error) error {
-	return &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", what + ": " + err.Error()}
-}
-
-// authenticate returns whom r acts for. Errors are ready to be sent: 401, 403 and 429 refuse the caller, 503 says that it
+// authenticate returns whom r acts for. Errors are ready to be sent: 401 and 403 refuse the caller, 503 says that it
 // could not be decided. Their reason is for the log alone.
 func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
@@ -104,7 +89,7 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	if !a.latched.Load() {
 		exists, err := a.usersTableExists(ctx)
 		if err != nil {
-			return Caller{}, unknown("users_table", err)
+			return Caller{}, &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", "users_table: " + err.Error()}
 		}
 		if !exists {
 			return a.openCaller(r)
@@ -116,9 +101,9 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	case len(values) == 0 || len(values) == 1 && values[0] == "":
 		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", "no key"}
 	case len(values) > 1 || !wellFormedKey(values[0]):
-		return a.refuse(r, "malformed key")
+		return refuse("malformed key")
 	}
-	return a.judge(ctx, r, values[0])
+	return a.judge(ctx, values[0])
 }
 
 // openCaller admits r without a key, there being no users_table. A web page must not be able to use the visitor's
@@ -142,27 +127,23 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 }
 
 // judge looks a well-formed key up and decides on what the database says of it.
-func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
+func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
 	k, err := a.keys.LookupKey(ctx, digest[:])
 	if errors.Is(err, errUnknownKey) {
-		return a.refuse(r, "unknown key")
+		return refuse("unknown key")
 	}
 	if err != nil {
-		return Caller{}, unknown("key lookup", err)
+		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", "key lookup: " + err.Error()}
 	}
 	// The database compared already, but not in constant time and not in code that is read here.
-	current := subtle.ConstantTimeCompare(digest[:], k.digest) == 1
-	previous := subtle.ConstantTimeCompare(digest[:], k.previous) == 1
 	switch {
-	case !current && !previous:
-		return a.refuse(r, "unknown key")
+	case subtle.ConstantTimeCompare(digest[:], k.digest) != 1:
+		return refuse("unknown key")
 	case !k.active:
-		return a.refuse(r, "deactivated key "+keyID(key))
+		return refuse("deactivated key " + keyID(key))
 	case k.expired:
-		return a.refuse(r, "expired key "+keyID(key))
-	case !current && k.previousExpired:
-		return a.refuse(r, "replaced key "+keyID(key))
+		return refuse("expired key " + keyID(key))
 	}
 	if k.useIsStale {
 		a.touchLater(k.userID)
@@ -184,15 +165,11 @@ func (a *authenticator) touchLater(userID string) {
 }
 
 // refuse answers any key that does not open the door, with the same bytes whatever the reason.
-func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
-	if a.failures.add(r.RemoteAddr, time.Now()) > failureBurst {
-		return Caller{}, &apiError{http.StatusTooManyRequests, "Too many failed authentications. Try again later.", reason}
-	}
+func refuse(reason string) (Caller, error) {
 	return Caller{}, &apiError{http.StatusUnauthorized, "Invalid or inactive API key.", reason}
 }
 
-// newKey makes a key and returns it with its id. It is the only source of keys. crypto/rand never fails: it would end
-// the program rather than return fewer random bytes.
+// newKey makes a key and returns it with its id. It is the only source of keys. crypto/rand ends the program if it fails.
 func newKey() (key, id string) {
 	random := make([]byte, 5+32)
 	rand.Read(random)
@@ -207,38 +184,13 @@ func checksum(body string) string {
 
 // wellFormedKey tells whether key could be one of ours. It is no control: anyone can compute a checksum.
 func wellFormedKey(key string) bool {
-	if len(key) != keyLength || !strings.HasPrefix(key, keyPrefix) || strings.Trim(key, keyAlphabet) != "" {
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	if len(key) != keyLength || !strings.HasPrefix(key, keyPrefix) || strings.Trim(key, alphabet) != "" {
 		return false
 	}
 	body := key[:keyLength-checksumLength]
 	return checksum(body) == key[len(body):]
 }
 
-const keyAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-
 // keyID returns the part of a well-formed key that may be shown.
 func keyID(key string) string { return key[len(keyPrefix):][:keyIDLength] }
-
-// failureCounter counts failures per address since the window began. The zero value is ready for use.
-type failureCounter struct {
-	mu        sync.Mutex
-	ends      time.Time
-	byAddress map[netip.Prefix]int
-}
-
-// add counts a failure at remote, an address with port, and returns how many that makes in this window. An IPv6 client
-// has a whole /64 to choose from, so that counts as one. X-Forwarded-For is not trusted: anyone can send it.
-func (f *failureCounter) add(remote string, now time.Time) int {
-	address, _ := netip.ParseAddrPort(remote) // the zero address on failure, which is then shared
-	place, _ := address.Addr().Unmap().Prefix(min(64, address.Addr().Unmap().BitLen()))
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if now.After(f.ends) {
-		f.byAddress, f.ends = map[netip.Prefix]int{}, now.Add(failureWindow)
-	}
-	if len(f.byAddress) >= failureAddresses && f.byAddress[place] == 0 {
-		place = netip.Prefix{}
-	}
-	f.byAddress[place]++
-	return f.byAddress[place]
-}

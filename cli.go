@@ -29,37 +29,29 @@ type cli struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 
-	dsn, schema, tenant, email, appRole, expires, host, tlsCert, tlsKey               string
-	withUsers, dryRun, yes, readOnly, quiet, inactive, asJSON, requireAuth, anonymous bool
-	port                                                                              int
-	grace                                                                             time.Duration
-	expiresAt                                                                         *time.Time
+	dsn, schema, tenant, email, appRole, host                               string
+	withUsers, dryRun, yes, quiet, inactive, asJSON, requireAuth, anonymous bool
+	port                                                                    int
 }
 
 // command is one line of the command table. flagNames marks with "!" what must be given. Whatever has flags gets a store,
 // and the database ends a statement of it after timeout; 0 is never.
 type command struct {
-	name, about, flagNames, example string
-	timeout                         time.Duration
-	run                             func(c *cli, ctx context.Context, st *store) error
+	name, about, flagNames string
+	timeout                time.Duration
+	run                    func(c *cli, ctx context.Context, st *store) error
 }
 
 var commands = []command{
-	{"create tables", "Create what is missing of timedb's tables.", "dsn schema with-users app-role dry-run yes",
-		"--with-users", 0, (*cli).createTables},
-	{"delete tables", "Delete timedb's tables and all that is in them.", "dsn schema yes", "--schema test", 0, (*cli).deleteTables},
-	{"users create", "Create a user and print the API key.", "dsn schema tenant-id! email! read-only expires quiet",
-		"-t 6f1c2a34-… -e alice@example.com --expires 90d", 0, (*cli).usersCreate},
-	{"users list", "List users.", "dsn schema tenant-id include-inactive json", "--json", 0, (*cli).usersList},
-	{"users deactivate", "Refuse a user's key from now on.", "dsn schema email! tenant-id yes",
-		"-e alice@example.com", 0, (*cli).changeUser},
-	{"users activate", "Admit a deactivated user's key again.", "dsn schema email! tenant-id",
-		"-e alice@example.com", 0, (*cli).changeUser},
-	{"users regenerate-key", "Replace a user's key and print the new one.", "dsn schema email! tenant-id grace quiet yes",
-		"-e alice@example.com --grace 24h", 0, (*cli).changeUser},
-	{"api", "Serve HTTP.", "dsn schema host port tls-cert tls-key require-auth allow-anonymous",
-		"--port 8000", statementTimeout, (*cli).api},
-	{"version", "Print the version.", "", "", 0, func(c *cli, _ context.Context, _ *store) error {
+	{"create tables", "Create what is missing of timedb's tables.", "dsn schema with-users app-role dry-run yes", 0, (*cli).createTables},
+	{"delete tables", "Delete timedb's tables and all that is in them.", "dsn schema yes", 0, (*cli).deleteTables},
+	{"users create", "Create a user and print the API key.", "dsn schema tenant-id! email! quiet", 0, (*cli).usersCreate},
+	{"users list", "List users.", "dsn schema tenant-id include-inactive json", 0, (*cli).usersList},
+	{"users deactivate", "Refuse a user's key from now on.", "dsn schema email! tenant-id yes", 0, (*cli).changeUser},
+	{"users activate", "Admit a deactivated user's key again.", "dsn schema email! tenant-id", 0, (*cli).changeUser},
+	{"users regenerate-key", "Replace a user's key.", "dsn schema email! tenant-id quiet yes", 0, (*cli).changeUser},
+	{"api", "Serve HTTP.", "dsn schema host port require-auth allow-anonymous", statementTimeout, (*cli).api},
+	{"version", "Print the version.", "", 0, func(c *cli, _ context.Context, _ *store) error {
 		return c.report(nil, "timedb %s\n", versionOf())
 	}},
 }
@@ -76,16 +68,11 @@ func (c *cli) flags() *flag.FlagSet {
 	all.BoolVar(&c.yes, "yes", false, "do not ask")
 	all.StringVar(&c.tenant, "tenant-id", "", "`UUID` of the tenant")
 	all.StringVar(&c.email, "email", "", "the user's `EMAIL`")
-	all.BoolVar(&c.readOnly, "read-only", false, "the key may read but not write")
-	all.StringVar(&c.expires, "expires", "", "when the key ends: `90d`, 12h or an RFC 3339 time")
 	all.BoolVar(&c.quiet, "quiet", false, "print the key alone")
 	all.BoolVar(&c.inactive, "include-inactive", false, "accepted for scripts; deactivated users are always listed")
 	all.BoolVar(&c.asJSON, "json", false, "print JSON")
-	all.DurationVar(&c.grace, "grace", 0, "keep the old key valid for so long, such as `24h`")
 	all.StringVar(&c.host, "host", "127.0.0.1", "`ADDRESS` to listen on")
 	all.IntVar(&c.port, "port", 8000, "`PORT` to listen on")
-	all.StringVar(&c.tlsCert, "tls-cert", "", "certificate `FILE`, to serve HTTPS")
-	all.StringVar(&c.tlsKey, "tls-key", "", "private key `FILE`")
 	all.BoolVar(&c.requireAuth, "require-auth", false, "refuse everyone while there is no users_table")
 	all.BoolVar(&c.anonymous, "allow-anonymous", false, "serve a network without users_table: everyone may read and write everything")
 	set := flag.NewFlagSet("", flag.ContinueOnError)
@@ -147,8 +134,7 @@ func (c *cli) check(rest []string) (err error) {
 	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
 	c.email = strings.TrimSpace(c.email)
 	user, domain, _ := strings.Cut(c.email, "@")
-	c.expiresAt, err = parseExpiry(c.expires, time.Now())
-	err = cmp.Or(checkUUID("--tenant-id", &c.tenant), err)
+	err = checkUUID("--tenant-id", &c.tenant)
 	switch {
 	case len(rest) > 0:
 		return fmt.Errorf("unexpected argument %q", rest[0])
@@ -158,10 +144,6 @@ func (c *cli) check(rest []string) (err error) {
 		return errors.New("--email is required")
 	case c.name == "users create" && (user == "" || domain == "" || checkText("--email", c.email, maxText) != nil):
 		return errors.New("--email: expected an address such as alice@example.com")
-	case c.grace < 0:
-		return errors.New("--grace: expected a duration such as 24h")
-	case (c.tlsCert == "") != (c.tlsKey == ""):
-		return errors.New("--tls-cert and --tls-key go together")
 	case err == nil && c.dsn == "" && c.flagNames != "" && !c.dryRun:
 		return errors.New("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
 	}
@@ -194,7 +176,6 @@ func (c *cli) help() {
 		set := c.flags()
 		set.SetOutput(c.stdout)
 		set.PrintDefaults()
-		fmt.Fprintln(c.stdout, "\nexample: timedb", strings.TrimSpace(c.name+" "+c.example))
 		return
 	}
 	fmt.Fprint(c.stdout, "timedb stores versioned time series in PostgreSQL and serves them over HTTP.\n\n")
@@ -248,9 +229,6 @@ func (c *cli) createTables(ctx context.Context, st *store) error {
 		state := map[bool]string{true: "exists", false: "created"}[slices.Contains(before, name)]
 		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
 	}
-	if c.appRole != "" {
-		fmt.Fprintf(c.stdout, "granted  what `timedb api` needs to role %s\n", c.appRole)
-	}
 	if !slices.Contains(after, "users_table") {
 		fmt.Fprintln(c.stdout, "There is no users_table: the API serves everyone without a key. Run with --with-users to change that.")
 	}
@@ -272,8 +250,7 @@ func (c *cli) deleteTables(ctx context.Context, st *store) error {
 func (c *cli) usersCreate(ctx context.Context, st *store) error {
 	key, id := newKey()
 	digest := sha256.Sum256([]byte(key))
-	access := map[bool]string{true: "ro", false: "rw"}[c.readOnly]
-	u := &user{Tenant: c.tenant, Email: c.email, KeyID: id, Access: access, ExpiresAt: c.expiresAt}
+	u := &user{Tenant: c.tenant, Email: c.email, KeyID: id, Access: "rw"}
 	return c.showKey(st.CreateUser(ctx, u, digest[:]), u, key)
 }
 
@@ -284,25 +261,6 @@ func (c *cli) showKey(err error, u *user, key string) error {
 	}
 	return c.report(err, "User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nAPI Key: %s\n"+
 		"The key will not be shown again: keep it now.\n", u.ID, u.Tenant, u.Email, u.Access, key)
-}
-
-// parseExpiry reads "90d", a Go duration or an RFC 3339 time after now; "" is never.
-func parseExpiry(s string, now time.Time) (*time.Time, error) {
-	if s == "" {
-		return nil, nil
-	}
-	at, err := time.Parse(time.RFC3339, s)
-	if duration, bad := time.ParseDuration(s); bad == nil {
-		at, err = now.Add(duration), nil
-	}
-	number, isDays := strings.CutSuffix(s, "d")
-	if days, bad := strconv.ParseUint(number, 10, 16); isDays && bad == nil { // more bits would not fit a Duration
-		at, err = now.Add(time.Duration(days)*24*time.Hour), nil
-	}
-	if err != nil || !at.After(now) {
-		return nil, errors.New("--expires: expected 90d, 12h or an RFC 3339 time, in the future")
-	}
-	return &at, nil
 }
 
 func (c *cli) usersList(ctx context.Context, st *store) error {
@@ -318,9 +276,6 @@ func (c *cli) usersList(ctx context.Context, st *store) error {
 	fmt.Fprintln(w, "EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
 	for _, u := range users {
 		status := map[bool]string{true: "active", false: "inactive"}[u.Active]
-		if u.Active && u.ExpiresAt != nil && u.ExpiresAt.Before(time.Now()) {
-			status = "expired"
-		}
 		fmt.Fprintln(w, strings.Join([]string{u.Email, u.Tenant, u.ID, u.KeyID, u.Access, status,
 			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt)}, "\t"))
 	}
@@ -363,7 +318,7 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	}
 	key, id := newKey()
 	digest := sha256.Sum256([]byte(key))
-	return c.showKey(st.ReplaceKey(ctx, u.ID, id, digest[:], c.grace), u, key)
+	return c.showKey(st.ReplaceKey(ctx, u.ID, id, digest[:]), u, key)
 }
 
 func (c *cli) api(ctx context.Context, st *store) error {
@@ -387,13 +342,9 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	if err != nil {
 		return err
 	}
-	scheme, serve := "http", func() error { return srv.Serve(listener) }
-	if c.tlsCert != "" {
-		scheme, serve = "https", func() error { return srv.ServeTLS(listener, c.tlsCert, c.tlsKey) }
-	}
 	failed := make(chan error, 1)
-	go func() { failed <- serve() }()
-	fmt.Fprintf(c.stdout, "timedb serves %s://%s\n", scheme, listener.Addr())
+	go func() { failed <- srv.Serve(listener) }()
+	fmt.Fprintf(c.stdout, "timedb serves http://%s\n", listener.Addr())
 	select {
 	case err := <-failed:
 		return err
@@ -405,7 +356,7 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	return srv.Shutdown(drain)
 }
 
-// checkStart refuses what would expose data and warns of what weakens the protection.
+// checkStart refuses to expose data to a network without users.
 func (c *cli) checkStart(ctx context.Context, st *store, log *slog.Logger) error {
 	exists, err := st.usersTableExists(ctx)
 	if err != nil {
@@ -416,17 +367,12 @@ func (c *cli) checkStart(ctx context.Context, st *store, log *slog.Logger) error
 		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and write: "+
 			"run timedb create tables --with-users, or pass --allow-anonymous", c.host)
 	}
-	warnIf := func(weak bool, text string, args ...any) {
-		if weak {
-			log.Warn(text, args...)
-		}
+	if !exists {
+		log.Warn("there is no users_table", "schema", c.schema, "everyone_is_refused", c.requireAuth)
 	}
-	warnIf(!exists, "no users_table: requests need no key", "schema", c.schema)
-	warnIf(!local && c.tlsCert == "", "keys and data cross the network in plain text: use --tls-cert or a TLS proxy", "host", c.host)
-	warnIf(!st.secure, "the connection to the database is not verified: use sslmode=verify-full")
-	can, err := st.canRewrite(ctx)
-	warnIf(err != nil, "the tables cannot be used yet: run timedb create tables", "reason", fmt.Sprint(err))
-	warnIf(can, "the database role could rewrite stored data: use a role made by timedb create tables --app-role")
+	if !local {
+		log.Warn("keys and data cross the network in plain text: put a TLS proxy in front", "host", c.host)
+	}
 	return nil
 }
 

@@ -1,10 +1,8 @@
-// Timedb serves versioned time series from PostgreSQL over HTTP.
+// Timedb serves versioned time series from PostgreSQL over HTTP. A value has three times: valid_time, the moment that it
+// describes; known_time, when its run knew it; change_time, when this version of it was written. Nothing is overwritten.
 //
-// A value has three times: valid_time, the moment that it describes; known_time, when its run knew it; and change_time,
-// when this version of it was written. Nothing is overwritten, so every read can be repeated as it was.
-//
-// The command line (cli.go) makes tables and users and starts the server. A request comes in through server.go, which
-// has auth.go decide whom it acts for and store.go speak SQL. schema.sql is the database's side.
+// cli.go makes tables and users and starts the server. A request comes in through server.go, which has auth.go decide
+// whom it acts for and store.go speak SQL. schema.sql is the database's side.
 package main
 
 import (

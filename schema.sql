@@ -80,28 +80,20 @@ JOIN series_table s ON s.tenant_id = v.tenant_id AND s.series_id = v.series_id
 CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
 ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
--- A timestamp as the API writes it: in UTC, with six digits of fraction or none.
-CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text LANGUAGE sql STABLE AS $$
-    SELECT replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
-$$;
-
 -- section: users
 
 -- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
 CREATE TABLE IF NOT EXISTS users_table (
-    user_id             uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
-    tenant_id           uuid        NOT NULL,
-    email               text        NOT NULL,
-    key_id              text        NOT NULL,
-    key_digest          bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
-    previous_digest     bytea       UNIQUE CHECK (octet_length(previous_digest) = 32),
-    previous_expires_at timestamptz,
-    access              text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
-    is_active           boolean     NOT NULL DEFAULT true,
-    expires_at          timestamptz,
-    last_used_at        timestamptz,
-    created_at          timestamptz NOT NULL DEFAULT clock_timestamp(),
-    CHECK ((previous_digest IS NULL) = (previous_expires_at IS NULL))
+    user_id      uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    tenant_id    uuid        NOT NULL,
+    email        text        NOT NULL,
+    key_id       text        NOT NULL,
+    key_digest   bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
+    access       text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
+    is_active    boolean     NOT NULL DEFAULT true,
+    expires_at   timestamptz,
+    last_used_at timestamptz,
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lower(email));
 
@@ -113,11 +105,10 @@ GRANT SELECT ON current_values TO :app_role;
 
 -- section: app role users
 
-GRANT SELECT (user_id, tenant_id, email, key_digest, previous_digest, previous_expires_at, access, is_active,
-              expires_at, last_used_at), UPDATE (last_used_at) ON users_table TO :app_role;
+GRANT SELECT (user_id, tenant_id, email, key_digest, access, is_active, expires_at, last_used_at), UPDATE (last_used_at)
+    ON users_table TO :app_role;
 
 -- section: delete
 
 DROP VIEW IF EXISTS current_values;
-DROP FUNCTION IF EXISTS iso_time(timestamptz);
 DROP TABLE IF EXISTS values_table, series_table, runs_table, users_table;

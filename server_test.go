@@ -11,7 +11,7 @@ package main
 //   Source           what can be read off the source and the catalog
 //   Tenancy          one tenant's ids in another's hands
 //   Upload           what is stored, what is refused, retries
-//   Read             formats, modes, windows, streams
+//   Read             rows, modes, windows, streams
 //   Model            random histories against a naive model
 //   Correct          PUT /values
 //   Faults           shutdown
@@ -20,7 +20,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"database/sql"
@@ -28,6 +27,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"go/ast"
@@ -215,7 +215,7 @@ func mustAPI(t testing.TB, dsn string, args ...string) *testServer {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &testServer{dsn: dsn, db: mustOpen(t, dsn), log: &logBuffer{}}
-	s.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100, DisableCompression: true, ExpectContinueTimeout: time.Minute}}
+	s.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100, ExpectContinueTimeout: time.Minute}}
 	out, done := &logBuffer{}, make(chan struct{})
 	code := -1
 	go func() {
@@ -260,9 +260,9 @@ func mustServer(t testing.TB, args ...string) *testServer {
 }
 
 // mustUser creates a user on the command line and returns the key.
-func (s *testServer) mustUser(t testing.TB, tenant, email string, flags ...string) string {
+func (s *testServer) mustUser(t testing.TB, tenant, email string) string {
 	t.Helper()
-	key, _ := mustRun(t, 0, s.dsn, "", append([]string{"users", "create", "-q", "-t", tenant, "-e", email}, flags...)...)
+	key, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-q", "-t", tenant, "-e", email)
 	return strings.TrimSpace(key)
 }
 
@@ -381,15 +381,6 @@ func users(t testing.TB, db *sql.DB) string {
 	return mustQuery(t, db, `SELECT md5(string_agg(u::text, ',' ORDER BY user_id)) FROM users_table u`)
 }
 
-// gzipped is text compressed.
-func gzipped(text string) string {
-	var b bytes.Buffer
-	w := gzip.NewWriter(&b)
-	io.WriteString(w, text)
-	w.Close()
-	return b.String()
-}
-
 // together calls fn n times at once and waits for all.
 func together(n int, fn func(i int)) {
 	var wg sync.WaitGroup
@@ -437,11 +428,13 @@ func TestPasswordOfADSNIsNeverPrinted(t *testing.T) {
 		"postgresql://u:hunter2/x@127.0.0.1:1/db", "postgresql://u:x/hunter2@127.0.0.1:1/db", "postgresql://u:hunter2?x@127.0.0.1:1/db",
 		"postgresql://u:x?hunter2@127.0.0.1:1/db", "postgresql://u:hunter2#x@127.0.0.1:1/db", "postgresql://u:x#hunter2@127.0.0.1:1/db",
 		"postgresql://localhost:1/hunter2@127.0.0.1:1/db", "postgresql://localhost:1?hunter2@127.0.0.1:1/db",
-		"postgresql://localhost:1#hunter2@127.0.0.1:1/db", "postgresql://u:%zzhunter2@127.0.0.1:1/db", "postgresql://u:hunter2@127.0.0.1:port/db",
+		"postgresql://localhost:1#hunter2@127.0.0.1:1/db", "postgresql://u:%zzhunter2@127.0.0.1:1/db",
+		"postgresql://u:hunter2@127.0.0.1:port/db",
 		"postgresql://u:hunter2@127.0.0.1:1/db?sslmode=perhaps", "postgresql://u:hunter2@127.0.0.1:1/db?connect_timeout=soon",
 		"postgresql://u:hunter2@[::1/db", "postgresql://u:hunter2 x@127.0.0.1:1/db", "postgresql://u:hunter2\n@127.0.0.1:1/db",
 		"hunter2", "host=127.0.0.1 port=1 password='hunter2", "host=127.0.0.1 port=x password=hunter2", "password = hunter2 port",
-		"host=127.0.0.1 port=1 password=x hunter2", "postgresql://u:x@127.0.0.1:1/db?password=hunter2&port=x", "mysql://u:hunter2@127.0.0.1:1/db",
+		"host=127.0.0.1 port=1 password=x hunter2", "postgresql://u:x@127.0.0.1:1/db?password=hunter2&port=x",
+		"mysql://u:hunter2@127.0.0.1:1/db",
 	} {
 		for _, args := range [][]string{{"users", "list"}, {"api", "--port", "0"}} {
 			code, stdout, stderr := runIn(map[string]string{"DATABASE_URL": dsn}, "", args...)
@@ -456,7 +449,8 @@ func TestNotebookDSNShapesAreUnderstood(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)
 	bare, _, _ := strings.Cut(dsn, "?")
-	for _, shape := range []string{bare, bare + "?sslmode=prefer&application_name=notebook", strings.Replace(bare, "postgresql:", "postgres:", 1)} {
+	for _, shape := range []string{bare, bare + "?sslmode=prefer&application_name=notebook",
+		strings.Replace(bare, "postgresql:", "postgres:", 1)} {
 		mustRun(t, 0, shape, "", "create", "tables", "-y")
 	}
 }
@@ -470,11 +464,8 @@ func TestExitCodeOfWrongUsageIsTwo(t *testing.T) {
 		"users create", "users create -e a@example.com", "users create -t " + tenantA, "users create -t nope -e a@example.com",
 		"users create -t " + tenantA + "0 -e a@example.com", "users create -e= -t " + tenantA, "users create -t= -e a@example.com",
 		"users create -e nonsense -t " + tenantA,
-		"users create --expires soon -e a@example.com -t " + tenantA, "users create --expires -5d -e a@example.com -t " + tenantA,
-		"users create --expires 2001-01-01T00:00:00Z -e a@example.com -t " + tenantA,
 		"users list -t nope", "users deactivate", "users deactivate -e=", "users activate", "users activate -e a@example.com -t nope",
 		"users regenerate-key", "api --port x", "api stray",
-		"users regenerate-key -e a@example.com --grace soon", "users regenerate-key -y -e a@example.com --grace -1h", "api --tls-cert file",
 	} {
 		mustRun(t, 2, down, "", strings.Fields(line)...)
 	}
@@ -491,7 +482,6 @@ func TestHelpAndVersionNeedNoDatabase(t *testing.T) {
 		"users deactivate": "-dsn -email -tenant-id -yes", "users activate": "-dsn -email -tenant-id",
 		"users regenerate-key": "-dsn -email -tenant-id -q -yes",
 		"api":                  "-dsn -schema -host -port -require-auth -allow-anonymous",
-		"users create ":        "-read-only -expires", "users regenerate-key ": "-grace", "api ": "-tls-cert -tls-key",
 	} {
 		for _, line := range []string{"help " + command, command + " -h", command + " --help"} {
 			stdout, _ := mustRun(t, 0, "", "", strings.Fields(line)...)
@@ -516,7 +506,8 @@ func TestCreateTablesMayBeRepeatedAndRunConcurrently(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)
 	together(4, func(int) {
-		if code, _, stderr := runIn(map[string]string{"TIMEDB_DSN": dsn}, "", "create", "tables", "-y", "--with-users", "--app-role", appRole.name); code != 0 {
+		if code, _, stderr := runIn(map[string]string{"TIMEDB_DSN": dsn}, "", "create", "tables", "-y", "--with-users",
+			"--app-role", appRole.name); code != 0 {
 			t.Errorf("exit %d: %s", code, stderr)
 		}
 	})
@@ -552,7 +543,7 @@ func TestDryRunPrintsSQLThatWorks(t *testing.T) {
 		t.Errorf("--dry-run makes %q, create tables makes %q", printed, did)
 	}
 	s := mustAPI(t, dsn, "--schema", "dry run")
-	s.must(t, 401, "GET", "/runs", "", "")
+	s.must(t, 401, "GET", "/values", "", "")
 }
 
 func TestSchemaHoldsEverythingAndNothingElseIsDeleted(t *testing.T) {
@@ -566,7 +557,7 @@ func TestSchemaHoldsEverythingAndNothingElseIsDeleted(t *testing.T) {
 	}
 	mustExec(t, db, `CREATE TABLE "Wind ""Nord""".mine (x int); CREATE VIEW "Wind ""Nord""".my_view AS SELECT 1 AS one`)
 	s := mustAPI(t, dsn, "-s", schema)
-	s.must(t, 401, "GET", "/runs", "", "")
+	s.must(t, 401, "GET", "/values", "", "")
 	mustCreateTables(t, dsn, "--with-users") // the same in public must survive too
 	public := relations(t, db, "public")
 	mustRun(t, 0, dsn, "", "delete", "tables", "-y", "-s", schema)
@@ -646,7 +637,8 @@ func TestUsersCreateShowsTheKeyOnce(t *testing.T) {
 		t.Fatalf("no line of the key alone: %q", stdout)
 	}
 	db := mustOpen(t, dsn)
-	for _, want := range []string{mustQuery(t, db, `SELECT user_id FROM users_table`), tenantA, "Alice@example.com", "not be shown again"} {
+	for _, want := range []string{mustQuery(t, db, `SELECT user_id FROM users_table`), tenantA, "Alice@example.com",
+		"not be shown again"} {
 		if !strings.Contains(stdout, want) {
 			t.Errorf("users create prints %q, want %q in it", stdout, want)
 		}
@@ -740,9 +732,11 @@ func TestAppRoleCannotRewriteAnything(t *testing.T) {
 	s := mustServer(t)
 	s.mustUser(t, tenantA, "a@example.com")
 	app := mustOpen(t, asAppRole(s.dsn))
-	forbidden := []string{`SELECT created_at FROM users_table`, `SELECT * FROM users_table`, `DELETE FROM users_table`, `TRUNCATE users_table`,
+	forbidden := []string{`SELECT created_at FROM users_table`, `SELECT * FROM users_table`, `DELETE FROM users_table`,
+		`TRUNCATE users_table`,
 		`INSERT INTO users_table (tenant_id, email, key_id, key_digest) VALUES (gen_random_uuid(), 'x', 'x', sha256('x'))`,
-		`ALTER TABLE values_table ADD x int`, `DROP TABLE values_table`, `CREATE TRIGGER x BEFORE INSERT ON runs_table EXECUTE FUNCTION suppress_redundant_updates_trigger()`}
+		`ALTER TABLE values_table ADD x int`, `DROP TABLE values_table`,
+		`CREATE TRIGGER x BEFORE INSERT ON runs_table EXECUTE FUNCTION suppress_redundant_updates_trigger()`}
 	columns := mustQuery(t, s.db, `SELECT string_agg(attname, ' ') FROM pg_attribute
 		WHERE attrelid = 'users_table'::regclass AND attnum > 0 AND NOT attisdropped AND attname <> 'last_used_at'`)
 	for _, column := range strings.Fields(columns) {
@@ -770,15 +764,10 @@ func TestAPIRefusesToStartUnsafely(t *testing.T) {
 	mustRun(t, 1, "postgresql://u:p@127.0.0.1:1/db", "", "api", "--port", "0") // the database is down
 	mustAPI(t, dsn, "--host", "0.0.0.0", "--allow-anonymous")
 	mustCreateTables(t, dsn, "--with-users")
-	mustAPI(t, dsn, "--host", "0.0.0.0")
-	// S19: the operator is told when the API's role could rewrite history, and only then.
-	for args, warns := range map[string]bool{"": false, "-d": true} {
-		var flags []string
-		if args != "" {
-			flags = []string{args, dsn}
-		}
-		if s := mustAPI(t, dsn, flags...); strings.Contains(s.log.String(), "level=WARN") != warns {
-			t.Errorf("started with %q the log is %q", args, s.log)
+	// The operator is told that the network can listen in, and only then.
+	for host, warns := range map[string]bool{"127.0.0.1": false, "0.0.0.0": true} {
+		if s := mustAPI(t, dsn, "--host", host); strings.Contains(s.log.String(), "level=WARN") != warns {
+			t.Errorf("started on %s the log is %q", host, s.log)
 		}
 	}
 }
@@ -800,18 +789,19 @@ const (
 func TestEveryRouteNeedsAKey(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
-	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/runs", "/", "/healthz", "/docs", "/openapi.json",
-		"/nope", "/values/", "/values/x", "//values", "/./values", "/upload?x=%zz", "/users", "/debug/pprof/", "/.git/config"} {
+	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/", "/healthz", "/nope", "/values/",
+		"/values/x", "//values", "/./values", "/upload?x=%zz", "/users", "/debug/pprof/", "/.git/config"} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"} {
-			isOpen := slices.Contains([]string{"/", "/healthz", "/docs", "/openapi.json"}, path) && (method == "GET" || method == "HEAD")
+			isOpen := (path == "/" || path == "/healthz") && (method == "GET" || method == "HEAD")
 			resp, body, err := s.do(method, path, "", "")
 			if err != nil {
 				t.Fatal(err)
 			}
-			if isOpen && resp.StatusCode != 200 && path[:2] != "/d" && path[:2] != "/o" {
+			if isOpen && resp.StatusCode != 200 {
 				t.Errorf("%s %s: status %d, want 200", method, path, resp.StatusCode)
 			}
-			if !isOpen && (resp.StatusCode != 401 || method != "HEAD" && body != noKey || resp.Header.Get("WWW-Authenticate") != "ApiKey") {
+			if !isOpen && (resp.StatusCode != 401 || method != "HEAD" && body != noKey ||
+				resp.Header.Get("WWW-Authenticate") != "ApiKey") {
 				t.Errorf("%s %s without a key: status %d, %v %q", method, path, resp.StatusCode, resp.Header, body)
 			}
 			for name := range resp.Header {
@@ -835,9 +825,8 @@ func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key := s.mustUser(t, tenantA, "a@example.com")
-	for path, allow := range map[string]string{"/upload": "POST", "/values": "GET PUT", "/series": "POST",
-		"/runs":            "GET",
-		"/list_timeseries": "GET", "/": "GET",
+	for path, allow := range map[string]string{
+		"/upload": "POST", "/values": "GET PUT", "/series": "POST", "/list_timeseries": "GET", "/": "GET",
 	} {
 		resp, _, err := s.do("DELETE", path, key, "")
 		if err != nil || resp.StatusCode != 405 {
@@ -850,7 +839,7 @@ func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
 			}
 		}
 	}
-	for _, path := range []string{"/nope", "/values/x", "/docs/x", "/VALUES"} {
+	for _, path := range []string{"/nope", "/values/x", "/VALUES"} {
 		s.must(t, 404, "GET", path, key, "")
 	}
 }
@@ -883,11 +872,14 @@ func TestMalformedKeysAreRefusedWithoutALookup(t *testing.T) {
 	mustExec(t, s.db, "REVOKE ALL ON users_table FROM "+appRole.name) // from now on a lookup would be 503
 	s.must(t, 503, "GET", "/list_timeseries", key, "")
 	for _, c := range []struct{ body, path, header string }{
-		{noKey, "/list_timeseries", "X-Other: x"}, {noKey, "/list_timeseries", "X-API-Key: "}, {noKey, "/list_timeseries?api_key=" + key + "&X-API-Key=" + key, "X-Other: x"},
+		{noKey, "/list_timeseries", "X-Other: x"}, {noKey, "/list_timeseries", "X-API-Key: "},
+		{noKey, "/list_timeseries?api_key=" + key + "&X-API-Key=" + key, "X-Other: x"},
 		{noKey, "/list_timeseries", "Authorization: ApiKey " + key}, {noKey, "/list_timeseries", "Cookie: X-API-Key=" + key},
-		{badKey, "/list_timeseries", "X-API-Key: x"}, {badKey, "/list_timeseries", "X-API-Key: " + key + key}, {badKey, "/list_timeseries", "X-API-Key: " + strings.Repeat("k", 8000)},
+		{badKey, "/list_timeseries", "X-API-Key: x"}, {badKey, "/list_timeseries", "X-API-Key: " + key + key},
+		{badKey, "/list_timeseries", "X-API-Key: " + strings.Repeat("k", 8000)},
 		{badKey, "/list_timeseries", "X-API-Key: " + key[:len(key)-1]}, {badKey, "/list_timeseries", "X-API-Key: " + strings.ToUpper(key)},
-		{badKey, "/list_timeseries", "X-API-Key: " + key[:20] + "é" + key[22:]}, {badKey, "/list_timeseries", "X-API-Key: " + key + "," + key},
+		{badKey, "/list_timeseries", "X-API-Key: " + key[:20] + "é" + key[22:]},
+		{badKey, "/list_timeseries", "X-API-Key: " + key + "," + key},
 	} {
 		if body := s.must(t, 401, "GET", c.path, "", "", c.header); body != c.body {
 			t.Errorf("%.80s: %q, want %q", c.header, body, c.body)
@@ -919,7 +911,8 @@ func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
 	keys["hex digest"], keys["digest in base64"] = hex.EncodeToString(digest[:]), base64.RawURLEncoding.EncodeToString(digest[:])
 	keys["digest in a key's form"] = stored[:13] + base64.RawURLEncoding.EncodeToString(digest[:]) + stored[56:]
 	var first string
-	for _, name := range []string{"unknown", "malformed", "deactivated", "expired", "replaced", "hex digest", "digest in base64", "digest in a key's form"} {
+	for _, name := range []string{"unknown", "malformed", "deactivated", "expired", "replaced", "hex digest",
+		"digest in base64", "digest in a key's form"} {
 		resp, body, err := s.do("GET", "/values", keys[name], "")
 		if err != nil {
 			t.Fatal(err)
@@ -932,7 +925,8 @@ func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
 			t.Errorf("%s key: %q, want the same as an unknown key: %q", name, answer, first)
 		}
 	}
-	if !strings.Contains(first, "401") || !strings.Contains(first, badKey) || !strings.Contains(strings.ToLower(first), "www-authenticate: apikey") {
+	if !strings.Contains(first, "401") || !strings.Contains(first, badKey) ||
+		!strings.Contains(strings.ToLower(first), "www-authenticate: apikey") {
 		t.Errorf("a refused key: %q", first)
 	}
 }
@@ -957,40 +951,25 @@ func TestRevokedKeyIsRefusedOnTheNextRequestOfEveryServer(t *testing.T) {
 	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...)
 	everywhere(200, key, "activated")
 
-	regenerate := func(flags ...string) string {
-		text, _ := mustRun(t, 0, s.dsn, "", append(append([]string{"users", "regenerate-key", "-q"}, a...), flags...)...)
-		return strings.TrimSpace(text)
-	}
-	second := regenerate()
+	text, _ := mustRun(t, 0, s.dsn, "", append([]string{"users", "regenerate-key", "-q"}, a...)...)
+	second := strings.TrimSpace(text)
 	everywhere(401, key, "replaced")
 	everywhere(200, second, "the new key")
+	mustRun(t, 0, s.dsn, "", append([]string{"users", "deactivate"}, a...)...)
+	everywhere(401, second, "the new key, deactivated")
 	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...) // S10
 	everywhere(401, key, "activated after it was replaced")
-	third := regenerate("--grace", "24h")
-	everywhere(200, second, "within its grace")
-	everywhere(200, third, "beside the old key's grace")
-	mustRun(t, 0, s.dsn, "", append([]string{"users", "deactivate"}, a...)...)
-	everywhere(401, second, "deactivated within its grace")
-	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...)
-	mustExec(t, s.db, `UPDATE users_table SET previous_expires_at = clock_timestamp()`)
-	everywhere(401, second, "after its grace")
-	everywhere(200, third, "after the old key's grace")
-	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...) // S10
-	everywhere(401, second, "activated after its grace")
-	everywhere(401, key, "activated long after it was replaced")
-	fourth := regenerate() // no grace: what was in its grace ends too
-	everywhere(401, third, "replaced without grace")
-	everywhere(200, fourth, "the newest key")
+	everywhere(200, second, "the new key, activated")
 }
 
 func TestReadOnlyKeyMayOnlyRead(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "reader@example.com", "--read-only")
+	key := s.mustUser(t, tenantA, "reader@example.com")
+	mustExec(t, s.db, `UPDATE users_table SET access = 'ro'`)
 	before := s.stored(t)
 	for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
 		s.must(t, 403, "POST", "/upload", key, body)
-		s.must(t, 403, "POST", "/upload?run_start_time=2025-01-01", key, "valid_time,value_key,value\n", "Content-Type: text/csv")
 		s.must(t, 403, "PUT", "/values", key, body)
 		s.must(t, 403, "POST", "/series", key, body)
 	}
@@ -1005,12 +984,11 @@ func TestReadOnlyKeyMayOnlyRead(t *testing.T) {
 func TestKeyEndsWhenItExpires(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
-	for _, expires := range []string{"90d", "1h30m", "2200-01-01T00:00:00Z"} {
-		key := s.mustUser(t, tenantA, expires+"@example.com", "--expires", expires)
-		s.must(t, 200, "GET", "/list_timeseries", key, "")
-		mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() WHERE email = $1`, expires+"@example.com")
-		s.must(t, 401, "GET", "/list_timeseries", key, "")
-	}
+	key := s.mustUser(t, tenantA, "a@example.com")
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() + interval '1 hour'`)
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp()`)
+	s.must(t, 401, "GET", "/list_timeseries", key, "")
 }
 
 func TestDoubtNeverOpensTheDoor(t *testing.T) {
@@ -1028,9 +1006,12 @@ func TestDoubtNeverOpensTheDoor(t *testing.T) {
 		{s.db, `ALTER TABLE users_table RENAME TO elsewhere`, `ALTER TABLE elsewhere RENAME TO users_table`},
 		{s.db, `REVOKE SELECT ON users_table FROM ` + appRole.name + `; REVOKE SELECT (key_digest) ON users_table FROM ` + appRole.name,
 			`GRANT SELECT ON users_table TO ` + appRole.name},
-		{s.db, `ALTER TABLE users_table RENAME COLUMN is_active TO was_active`, `ALTER TABLE users_table RENAME COLUMN was_active TO is_active`},
-		{s.db, `CREATE SCHEMA hidden; ALTER TABLE users_table SET SCHEMA hidden`, `ALTER TABLE hidden.users_table SET SCHEMA public; DROP SCHEMA hidden`},
-		{admin, `ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS false; ` + disconnect, `ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS true`},
+		{s.db, `ALTER TABLE users_table RENAME COLUMN is_active TO was_active`,
+			`ALTER TABLE users_table RENAME COLUMN was_active TO is_active`},
+		{s.db, `CREATE SCHEMA hidden; ALTER TABLE users_table SET SCHEMA hidden`,
+			`ALTER TABLE hidden.users_table SET SCHEMA public; DROP SCHEMA hidden`},
+		{admin, `ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS false; ` + disconnect,
+			`ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS true`},
 		{s.db, `DROP TABLE users_table`, ""},
 	} {
 		mustExec(t, c.db, c.breaks)
@@ -1041,7 +1022,8 @@ func TestDoubtNeverOpensTheDoor(t *testing.T) {
 					t.Errorf("after %q GET %s: %v %v, want 503", c.breaks, path, resp, err)
 					continue
 				}
-				if resp.StatusCode == 503 && resp.Header.Get("Retry-After") == "" || regexp.MustCompile(`pq:|users_table|load|SELECT`).MatchString(body) {
+				if resp.StatusCode == 503 && resp.Header.Get("Retry-After") == "" ||
+					regexp.MustCompile(`pq:|users_table|load|SELECT`).MatchString(body) {
 					t.Errorf("after %q GET %s: %v %q", c.breaks, path, resp.Header, body)
 				}
 			}
@@ -1069,7 +1051,7 @@ func TestDoubtNeverOpensTheDoor(t *testing.T) {
 	}
 }
 
-// TestUnreadableCatalogDoesNotOpenAFreshServer is the state unknown before users_table was ever seen.
+// No server that is asked here has ever seen a users_table.
 func TestUnknownStateOfUsersTableIsNotOpen(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)
@@ -1127,7 +1109,8 @@ func TestOpenModeIsNotForWebPages(t *testing.T) { // S24
 		header []string
 	}{
 		{200, nil}, {200, []string{"Host: localhost" + port}}, {200, []string{"Host: [::1]" + port}}, {200, []string{"Origin: " + s.url}},
-		{403, []string{"Host: evil.example"}}, {403, []string{"Host: evil.example" + port}}, {403, []string{"Host: 127.0.0.1.evil.example"}},
+		{403, []string{"Host: evil.example"}}, {403, []string{"Host: evil.example" + port}},
+		{403, []string{"Host: 127.0.0.1.evil.example"}},
 		{403, []string{"Host: 192.0.2.1" + port}}, {403, []string{"Origin: https://evil.example"}}, {403, []string{"Origin: null"}},
 		{403, []string{"Sec-Fetch-Site: cross-site"}}, {403, []string{"Sec-Fetch-Site: same-site"}},
 	} {
@@ -1136,40 +1119,11 @@ func TestOpenModeIsNotForWebPages(t *testing.T) { // S24
 	s.must(t, 403, "GET", "/values", "", "", "Host: evil.example")
 }
 
-func TestFailuresOfOneAddressAreBoundedAndValidKeysAreNot(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	unknown, _ := newKey()
-	var refused, limited atomic.Int32
-	together(8, func(i int) {
-		for range 60 {
-			resp, _, err := s.do("GET", "/list_timeseries", unknown, "", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i))
-			switch {
-			case err == nil && resp.StatusCode == 401:
-				refused.Add(1)
-			case err == nil && resp.StatusCode == 429 && resp.Header.Get("Retry-After") != "":
-				limited.Add(1)
-			default:
-				t.Errorf("an unknown key: %v %v", resp, err)
-			}
-		}
-	})
-	if refused.Load() < 20 || limited.Load() == 0 {
-		t.Errorf("of 480 failures %d were 401 and %d were 429, want a generous burst and then 429", refused.Load(), limited.Load())
-	}
-	s.must(t, 200, "GET", "/list_timeseries", key, "")
-	s.must(t, 401, "GET", "/list_timeseries", "", "") // no key at all is no guess
-	if n := strings.Count(s.log.String(), "unknown key"); n < 20 || n > 470 {
-		t.Errorf("%d of 480 failures were logged, want all of the burst and not all of the rest", n)
-	}
-}
-
 func TestHeadersOver16KiBAreRefused(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	for size, want := range map[int]string{15 << 10: " 401 ", 17 << 10: " 431 ", 200 << 10: " 431 "} {
-		request := "GET /runs HTTP/1.1\r\nHost: x\r\nX-Padding: " + strings.Repeat("p", size) + "\r\n\r\n"
+		request := "GET /values HTTP/1.1\r\nHost: x\r\nX-Padding: " + strings.Repeat("p", size) + "\r\n\r\n"
 		if line := s.mustRaw(t, request); !strings.Contains(line, want) {
 			t.Errorf("a header of %d bytes: %q, want %s", size, line, want)
 		}
@@ -1186,7 +1140,8 @@ func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
 	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
 	s.must(t, 401, "GET", "/list_timeseries", key, "")
 	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
-	for _, path := range []string{"/x%0d%0atime=2025-01-01T00:00:00Z%20level=INFO%20msg=forged", "/x%0alevel=INFO", "/%1b[2Jx", "/%e2%80%a8x", "/%00"} {
+	for _, path := range []string{"/x%0d%0atime=2025-01-01T00:00:00Z%20level=INFO%20msg=forged", "/x%0alevel=INFO", "/%1b[2Jx",
+		"/%e2%80%a8x", "/%00"} {
 		s.must(t, 404, "GET", path, key, "")
 		s.must(t, 401, "GET", path, "", "")
 	}
@@ -1276,7 +1231,8 @@ func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
 		check(fn.Name.Name, hasCaller, fn)
 	}
 	if seen < 5 || withCaller < 5 {
-		t.Errorf("only %d statements and %d functions with a Caller were found: does this test still look in the right place?", seen, withCaller)
+		t.Errorf("only %d statements and %d functions with a Caller were found: does this test still look in the right place?",
+			seen, withCaller)
 	}
 }
 
@@ -1336,7 +1292,6 @@ func TestTenantInTheRequestChangesNothing(t *testing.T) { // S13
 		{"POST", "/upload?tenant_id=" + tenantA, oneValue, 403, []string{"tenant_id"}},
 		{"PUT", "/values", `{"updates":[{"tenant_id":"` + tenantA + `","valid_time":"2025-01-01","series_key":"load","value":5}]}`, 403, []string{"tenant_id"}},
 		{"GET", "/values?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
-		{"GET", "/runs?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
 		{"GET", "/list_timeseries?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
 		{"GET", "/values?tenant_id=nonsense", "", 422, []string{"tenant_id"}},
 		{"GET", "/values?tenant_id=" + strings.ToUpper(tenantB), "", 200, []string{`"count":0`}},
@@ -1358,7 +1313,8 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 	a, b := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
 	uploaded := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", a, oneValue))
 	seriesA, runA := uploaded.SeriesIDs["load"], uploaded.RunID
-	own := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", b, strings.ReplaceAll(strings.ReplaceAll(oneValue, "load", "own"), "known_time", "run_finish_time")))
+	own := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", b,
+		strings.ReplaceAll(strings.ReplaceAll(oneValue, "load", "own"), "known_time", "run_finish_time")))
 	const point = `"valid_time":"2025-01-01T00:00:00Z","value":7}]}`
 	before, aData := s.stored(t), s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "")
 	for _, c := range []struct{ method, path, body, id, never string }{
@@ -1375,7 +1331,8 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 	} {
 		var answers [2]string
 		for i, id := range []string{c.id, c.never} {
-			text := s.must(t, 404, c.method, strings.ReplaceAll(c.path, "ID", url.QueryEscape(id)), b, strings.ReplaceAll(c.body, "ID", id))
+			text := s.must(t, 404, c.method, strings.ReplaceAll(c.path, "ID", url.QueryEscape(id)), b,
+				strings.ReplaceAll(c.body, "ID", id))
 			answers[i] = strings.ReplaceAll(text, id, "ID")
 		}
 		if answers[0] != answers[1] {
@@ -1385,10 +1342,9 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 			t.Fatalf("%s %s %s stored something", c.method, c.path, c.body)
 		}
 	}
-	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true", "/list_timeseries",
-		"/runs", "/values?format=csv",
-	} {
-		if text := s.must(t, 200, "GET", path, b, ""); strings.Contains(text, "load") || strings.Contains(text, runA) || strings.Contains(text, seriesA) {
+	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true", "/list_timeseries"} {
+		if text := s.must(t, 200, "GET", path, b, ""); strings.Contains(text, "load") || strings.Contains(text, runA) ||
+			strings.Contains(text, seriesA) {
 			t.Errorf("GET %s shows another tenant's: %s", path, text)
 		}
 	}
@@ -1433,15 +1389,12 @@ func TestUploadAnswersAndStoresTheRun(t *testing.T) {
 	if got.Message != "Run created successfully" || got.Rows != 3 || len(got.SeriesIDs) != 2 || len(got.RunID) != 36 {
 		t.Errorf("POST /upload answers %+v", got)
 	}
-	runs := s.must(t, 200, "GET", "/runs", key, "")
-	for _, want := range []string{`"run_id":"` + got.RunID + `"`, `"workflow_id":"day-ahead"`, `"run_start_time":"2025-01-01T06:00:00+00:00"`,
-		`"run_finish_time":"2025-01-01T06:05:00.250000+00:00"`, `"known_time":"2025-01-01T06:00:00+00:00"`, `"changed_by":"a@example.com"`, `"rows":3`, `"inserted_at":"20`} {
-		if !strings.Contains(runs, want) {
-			t.Errorf("GET /runs: %s, want %s in it", runs, want)
-		}
-	}
-	if params := mustQuery(t, s.db, `SELECT run_params FROM runs_table`); params != `{"n": [1, 2.5], "model": "v2"}` {
-		t.Errorf("run_params are stored as %s", params)
+	want := got.RunID + ` day-ahead 2025-01-01 06:00:00 2025-01-01 06:05:00.25 2025-01-01 06:00:00 ` +
+		`{"n": [1, 2.5], "model": "v2"} 3 a@example.com`
+	if run := mustQuery(t, s.db, `SELECT concat_ws(' ', run_id, workflow_id, run_start_time AT TIME ZONE 'UTC',
+		run_finish_time AT TIME ZONE 'UTC', known_time AT TIME ZONE 'UTC', run_params, rows_inserted, changed_by)
+		FROM runs_table`); run != want {
+		t.Errorf("the run is stored as %s\nwant %s", run, want)
 	}
 	type entry struct {
 		Key         string  `json:"series_key"`
@@ -1450,7 +1403,8 @@ func TestUploadAnswersAndStoresTheRun(t *testing.T) {
 	}
 	list := mustDecode[map[string]entry](t, s.must(t, 200, "GET", "/list_timeseries", key, ""))
 	load, wind := list[got.SeriesIDs["load"]], list[got.SeriesIDs["wind"]]
-	if len(list) != 2 || load.Key != "load" || load.Description == nil || *load.Description != "Load in MW" || load.Unit != "dimensionless" || wind.Description != nil {
+	if len(list) != 2 || load.Key != "load" || load.Description == nil || *load.Description != "Load in MW" ||
+		load.Unit != "dimensionless" || wind.Description != nil {
 		t.Errorf("GET /list_timeseries: %+v", list)
 	}
 	// Without known_time it is the database's now; without workflow_id it is api-workflow.
@@ -1459,21 +1413,9 @@ func TestUploadAnswersAndStoresTheRun(t *testing.T) {
 	if next.SeriesIDs["load"] != got.SeriesIDs["load"] {
 		t.Error("the same value_key became another series")
 	}
-	if mustQuery(t, s.db, `SELECT workflow_id FROM runs_table WHERE known_time BETWEEN $1 AND clock_timestamp()`, before) != "api-workflow" {
+	if mustQuery(t, s.db, `SELECT workflow_id FROM runs_table WHERE known_time BETWEEN $1 AND clock_timestamp()`,
+		before) != "api-workflow" {
 		t.Error("without known_time and workflow_id the run is not as documented")
-	}
-	for query, want := range map[string]string{"?workflow_id=day-ahead": got.RunID, "?limit=1": next.RunID, "?end_known=2025-01-01T06:00:00Z": "",
-		"?start_known=2025-01-01T06:00:00Z&end_known=2025-01-01T06:00:01Z": got.RunID, "?workflow_id=other": ""} {
-		text := s.must(t, 200, "GET", "/runs"+query, key, "")
-		if n := strings.Count(text, `"run_id"`); want == "" && n != 0 || want != "" && (n != 1 || !strings.Contains(text, want)) {
-			t.Errorf("GET /runs%s: %s, want run %q", query, text, want)
-		}
-	}
-	if text := s.must(t, 200, "GET", "/runs", key, ""); strings.Index(text, next.RunID) > strings.Index(text, got.RunID) {
-		t.Error("GET /runs does not show the newest known first")
-	}
-	for _, query := range []string{"?limit=0", "?limit=x", "?nope=1", "?start_known=x", "?start_known=2025-01-02&end_known=2025-01-01"} {
-		s.must(t, 422, "GET", "/runs"+query, key, "")
 	}
 }
 
@@ -1481,7 +1423,8 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key, other := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
-	seriesA := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith(`"run_id":"`+nobody+`",`, at("2025-01-01", "1")))).SeriesIDs["load"]
+	seriesA := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key,
+		runWith(`"run_id":"`+nobody+`",`, at("2025-01-01", "1")))).SeriesIDs["load"]
 	seriesB := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", other, oneValue)).SeriesIDs["load"]
 	good := at("2025-02-01T00:00:00Z", "1")
 	row := func(members string) string { return runWith("", good, `{`+members+`}`) } // after a good row, to see that all or nothing holds
@@ -1491,49 +1434,77 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 		status int
 		want   string // in the detail: the field above all
 	}{
-		{`{`, 422, "body"}, {``, 415, "Content-Type"}, {`[]`, 422, "body"}, {`null`, 422, "body"}, {`"text"`, 422, "body"}, {`{"run_start_time"`, 422, "early"},
+		{`{`, 422, "body"}, {``, 415, "Content-Type"}, {`[]`, 422, "body"}, {`null`, 422, "body"}, {`"text"`, 422, "body"},
+		{`{"run_start_time"`, 422, "early"},
 		{runWith("", good) + ` {}`, 422, "body"}, {runWith("", good) + `x`, 422, "body"}, {runWith("", good)[:60], 422, "value_rows"},
 		{runWith("", good+","), 422, "value_rows"}, {runWith("", good+"]"), 422, ""},
-		{`{"value_rows":[` + good + `]}`, 422, "run_start_time"}, {`{"run_start_time":null,"value_rows":[` + good + `]}`, 422, "run_start_time"},
-		{`{"run_start_time":5,"value_rows":[]}`, 422, "run_start_time"}, {`{"run_start_time":"yesterday","value_rows":[]}`, 422, "run_start_time"},
-		{runWith(`"run_finish_time":"2024-12-31T23:59:59Z",`, good), 422, "run_finish_time"}, {runWith(`"known_time":"soon",`, good), 422, "known_time"},
+		{`{"value_rows":[` + good + `]}`, 422, "run_start_time"},
+		{`{"run_start_time":null,"value_rows":[` + good + `]}`, 422, "run_start_time"},
+		{`{"run_start_time":5,"value_rows":[]}`, 422, "run_start_time"},
+		{`{"run_start_time":"yesterday","value_rows":[]}`, 422, "run_start_time"},
+		{runWith(`"run_finish_time":"2024-12-31T23:59:59Z",`, good), 422, "run_finish_time"},
+		{runWith(`"known_time":"soon",`, good), 422, "known_time"},
 		{runWith(`"workflow_id":7,`, good), 422, "workflow_id"}, {runWith(`"workflow_id":" ",`, good), 422, "workflow_id"},
-		{runWith(`"workflow_id":"a\u0000b",`, good), 422, "workflow_id"}, {runWith("\"workflow_id\":\"a\xffb\",", good), 422, "workflow_id"},
-		{runWith(`"run_params":[],`, good), 422, "run_params"}, {runWith(`"run_params":"x",`, good), 422, "run_params"}, {runWith(`"run_params":5,`, good), 422, "run_params"},
-		{runWith(`"run_params":{"a":"\u0000"},`, good), 422, "run_params"}, {runWith(`"run_params":{"a":"\ud800"},`, good), 422, "run_params"},
-		{runWith("\"run_params\":{\"a\":\"\xff\"},", good), 422, "run_params"}, {runWith(`"run_params":`+strings.Repeat(`{"a":`, 100_000)+`1`+strings.Repeat(`}`, 100_000)+`,`, good), 422, "run_params"},
+		{runWith(`"workflow_id":"a\u0000b",`, good), 422, "workflow_id"},
+		{runWith("\"workflow_id\":\"a\xffb\",", good), 422, "workflow_id"},
+		{runWith(`"run_params":[],`, good), 422, "run_params"}, {runWith(`"run_params":"x",`, good), 422, "run_params"},
+		{runWith(`"run_params":5,`, good), 422, "run_params"},
+		{runWith(`"run_params":{"a":"\u0000"},`, good), 422, "run_params"},
+		{runWith(`"run_params":{"a":"\ud800"},`, good), 422, "run_params"},
+		{runWith("\"run_params\":{\"a\":\"\xff\"},", good), 422, "run_params"},
+		{runWith(`"run_params":`+strings.Repeat(`{"a":`, 100_000)+`1`+strings.Repeat(`}`, 100_000)+`,`, good), 422, "run_params"},
 		{runWith(`"run_params":`+strings.Repeat(`[`, 9_000)+strings.Repeat(`]`, 9_000)+`,`, good), 422, "run_params"},
 		{runWith(`"run_params":`+strings.Repeat(`{"a":`, 2_500)+`1`+strings.Repeat(`}`, 2_500)+`,"nope":1,`, good), 422, "nope"},
-		{runWith(`"series_descriptions":[],`, good), 422, "series_descriptions"}, {runWith(`"series_descriptions":{"load":5},`, good), 422, "series_descriptions"},
-		{runWith(`"run_id":"nope",`, good), 422, "run_id"}, {runWith(`"run_id":5,`, good), 422, "run_id"}, {runWith(`"run_id":"`+nobody+`0",`, good), 422, "run_id"},
+		{runWith(`"series_descriptions":[],`, good), 422, "series_descriptions"},
+		{runWith(`"series_descriptions":{"load":5},`, good), 422, "series_descriptions"},
+		{runWith(`"run_id":"nope",`, good), 422, "run_id"}, {runWith(`"run_id":5,`, good), 422, "run_id"},
+		{runWith(`"run_id":"`+nobody+`0",`, good), 422, "run_id"},
 		{runWith(`"run_id":"`+nobody+`",`, good), 409, "run_id"}, {runWith(`"tenant_id":"`+tenantB+`",`, good), 403, "tenant_id"},
-		{runWith(`"extra":1,`, good), 422, "extra"}, {runWith(`"Workflow_ID":"x",`, good), 422, "Workflow_ID"}, {runWith(`"VALUE_ROWS":[],`, good), 422, "VALUE_ROWS"},
-		{runWith(`"workflow_id":"a","workflow_id":"b",`, good), 422, "workflow_id"}, {runWith(`"value_rows":[],`, good), 422, "value_rows"},
-		{`{"run_start_time":"2025-01-01","value_rows":{}}`, 422, "value_rows"}, {`{"run_start_time":"2025-01-01","value_rows":null}`, 422, "value_rows"},
-		{runWith("", good, `5`), 422, "value_rows[1]"}, {runWith("", good, `[]`), 422, "value_rows[1]"}, {runWith("", good, `null`), 422, "value_rows[1]"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":1,"extra":1`), 422, "extra"}, {row(`"value_key":"load","value":1`), 422, "value_rows[1].valid_time"},
-		{row(`"valid_time":null,"value_key":"load","value":1`), 422, "value_rows[1].valid_time"}, {row(`"valid_time":5,"value_key":"load","value":1`), 422, "valid_time"},
-		{row(`"valid_time":"2025-01-01","value":1`), 422, "value_rows[1].value_key"}, {row(`"valid_time":"2025-01-01","value_key":"","value":1`), 422, "value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":" \t","value":1`), 422, "value_key"}, {row(`"valid_time":"2025-01-01","value_key":5,"value":1`), 422, "value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":"a\u0000","value":1`), 422, "value_key"}, {row("\"valid_time\":\"2025-01-01\",\"value_key\":\"\xff\",\"value\":1"), 422, "value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":"load"`), 422, "value_rows[1].value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":"1"`), 422, "value"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":true`), 422, "value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":NaN`), 422, "value_rows[1]"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":1e999`), 422, "value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":-Infinity`), 422, "value_rows[1]"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":"NaN"`), 422, "value"}, {row(`"valid_time":"2025-01-01","value_key":"load","value":[1]`), 422, "value"},
+		{runWith(`"extra":1,`, good), 422, "extra"}, {runWith(`"Workflow_ID":"x",`, good), 422, "Workflow_ID"},
+		{runWith(`"VALUE_ROWS":[],`, good), 422, "VALUE_ROWS"},
+		{runWith(`"workflow_id":"a","workflow_id":"b",`, good), 422, "workflow_id"},
+		{runWith(`"value_rows":[],`, good), 422, "value_rows"},
+		{`{"run_start_time":"2025-01-01","value_rows":{}}`, 422, "value_rows"},
+		{`{"run_start_time":"2025-01-01","value_rows":null}`, 422, "value_rows"},
+		{runWith("", good, `5`), 422, "value_rows[1]"}, {runWith("", good, `[]`), 422, "value_rows[1]"},
+		{runWith("", good, `null`), 422, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":1,"extra":1`), 422, "extra"},
+		{row(`"value_key":"load","value":1`), 422, "value_rows[1].valid_time"},
+		{row(`"valid_time":null,"value_key":"load","value":1`), 422, "value_rows[1].valid_time"},
+		{row(`"valid_time":5,"value_key":"load","value":1`), 422, "valid_time"},
+		{row(`"valid_time":"2025-01-01","value":1`), 422, "value_rows[1].value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":"","value":1`), 422, "value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":" \t","value":1`), 422, "value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":5,"value":1`), 422, "value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":"a\u0000","value":1`), 422, "value_key"},
+		{row("\"valid_time\":\"2025-01-01\",\"value_key\":\"\xff\",\"value\":1"), 422, "value_key"},
+		{row(`"valid_time":"2025-01-01","value_key":"load"`), 422, "value_rows[1].value"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":"1"`), 422, "value"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":true`), 422, "value"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":NaN`), 422, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":1e999`), 422, "value"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":-Infinity`), 422, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":"NaN"`), 422, "value"},
+		{row(`"valid_time":"2025-01-01","value_key":"load","value":[1]`), 422, "value"},
 		{row(`"valid_time":"2025-01-01","valid_time_end":"2025-01-01","value_key":"load","value":1`), 422, "value_rows[1].valid_time_end"},
 		{row(`"valid_time":"2025-01-02","valid_time_end":"2025-01-01T23:00-01:00","value_key":"load","value":1`), 422, "valid_time_end"},
 		{row(`"valid_time":"2025-01-01","valid_time_end":"later","value_key":"load","value":1`), 422, "valid_time_end"},
-		{row(`"valid_time":"2025-01-01","series_id":"nope","value":1`), 422, "series_id"}, {row(`"valid_time":"2025-01-01","series_id":"` + nobody + `","value":1`), 404, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","series_id":"nope","value":1`), 422, "series_id"},
+		{row(`"valid_time":"2025-01-01","series_id":"` + nobody + `","value":1`), 404, "value_rows[1]"},
 		{row(`"valid_time":"2025-01-01","series_id":"` + seriesB + `","value":1`), 404, "value_rows[1]"},
 		{row(`"valid_time":"2025-01-01","series_id":"` + seriesA + `","value_key":"wind","value":1`), 422, "wind"},
 		{runWith("", good, good), 422, "2025-02-01T00:00:00"}, {runWith("", good, at("2025-02-01T01:00:00+01:00", "2")), 422, "twice"},
 		{runWith("", good, `{"valid_time":"2025-02-01","series_id":"`+seriesA+`","value":1}`), 422, "twice"},
-		{runWith("", at("2025-01-01", "1", `,"valid_time_end":"2025-01-02"`), at("2025-01-01", "2", `,"valid_time_end":"2025-01-02T00:00:00Z"`)), 422, "twice"},
+		{runWith("", at("2025-01-01", "1", `,"valid_time_end":"2025-01-02"`),
+			at("2025-01-01", "2", `,"valid_time_end":"2025-01-02T00:00:00Z"`)), 422, "twice"},
 		{runWith("", at("2025-01-01T00:00:00.1234567Z", "1"), at("2025-01-01T00:00:00.1234569Z", "1")), 422, "twice"},
 	}
-	for _, time := range []string{"", "yesterday", "1735689600", "2025", "2025-01", "2025-1-1", "2025-13-01", "2025-02-30", "2025-02-29T00:00:00Z", "20250101T000000Z",
-		"2025-01-01T24:00:01Z", "2025-01-01T25:00:00Z", "2025-01-01T00:60:00Z", "2025-01-01T00:00:61Z", "2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00 UTC", "2025-01-01T1:00:00Z",
-		"2025-01-01T00:00:00Z[UTC]", "0001-01-01T00:00:00Z", "1676-12-31T23:59:59Z", "2263-01-01T00:00:00Z", "9999-12-31", "12025-01-01", "-2025-01-01", "infinity", "now",
+	for _, time := range []string{"", "yesterday", "1735689600", "2025", "2025-01", "2025-1-1", "2025-13-01", "2025-02-30",
+		"2025-02-29T00:00:00Z", "20250101T000000Z",
+		"2025-01-01T24:00:01Z", "2025-01-01T25:00:00Z", "2025-01-01T00:60:00Z", "2025-01-01T00:00:61Z",
+		"2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00 UTC", "2025-01-01T1:00:00Z",
+		"2025-01-01T00:00:00Z[UTC]", "0001-01-01T00:00:00Z", "1676-12-31T23:59:59Z", "2263-01-01T00:00:00Z", "9999-12-31",
+		"12025-01-01", "-2025-01-01", "infinity", "now",
 		"2025-01-01T00:00:00Zx", "2025-01-01T00:00:00.Z", " 2025-01-01"} {
 		jsonCases = append(jsonCases, struct {
 			body   string
@@ -1556,39 +1527,13 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 	}
 	refused(422, "nope", "/upload?nope=1", runWith("", good))
 	refused(422, "workflow_id", "/upload?workflow_id=x", runWith("", good))
-	for _, c := range []struct{ query, body, want string }{
-		{"", "valid_time,value_key,value\n", "run_start_time"}, {"run_start_time=x", "valid_time,value_key,value\n", "run_start_time"},
-		{"run_start_time=2025-01-01&value_rows=x", "valid_time,value_key,value\n", "value_rows"}, {"run_start_time=2025-01-01&nope=1", "", "nope"},
-		{"run_start_time=2025-01-01&run_start_time=2025-01-02", "valid_time,value_key,value\n", "run_start_time"},
-		{"run_start_time=2025-01-01&run_params=x", "valid_time,value_key,value\n", "run_params"}, {"run_start_time=2025-01-01", "", "header"},
-		{"run_start_time=2025-01-01", "valid_time,value_key\n2025-01-01,load\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value,extra\n", "extra"},
-		{"run_start_time=2025-01-01", "valid_time,value,value_key,value\n", "value"}, {"run_start_time=2025-01-01", "Valid_Time,value_key,value\n", "Valid_Time"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load\n", "3"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load,one\n", "value"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,Infinity\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1e999\n", "value"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n,load,1\n", "valid_time"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\nsoon,load,1\n", "valid_time"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,,1\n", "value_key"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\xff,1\n", "value_key"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\"load,1\n", ""}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01 00:00,load,2\n", "twice"},
-	} {
-		refused(422, c.want, "/upload?"+c.query, c.body, "Content-Type: text/csv")
-	}
 	body := runWith("", good)
-	for _, header := range []string{"Content-Type: text/plain", "Content-Type: application/x-www-form-urlencoded", "Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br"} {
+	for _, header := range []string{"Content-Type: text/plain", "Content-Type: text/csv",
+		"Content-Type: application/x-www-form-urlencoded",
+		"Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br", "Content-Encoding: gzip"} {
 		name, _, _ := strings.Cut(header, ":")
 		refused(415, name, "/upload", body, header)
 	}
-	zipped := gzipped(body)
-	refused(422, "body", "/upload", body, "Content-Encoding: gzip")
-	refused(422, "", "/upload", zipped[:len(zipped)-12], "Content-Encoding: gzip")
-	refused(422, "", "/upload", zipped[:len(zipped)-6]+"\x00\x00\x00\x00\x00\x00", "Content-Encoding: gzip") // the checksum is wrong
-	var bomb bytes.Buffer
-	w, _ := gzip.NewWriterLevel(&bomb, gzip.BestSpeed)
-	w.Write([]byte(`{"workflow_id":"`))
-	for range 200 {
-		w.Write(bytes.Repeat([]byte("x"), 1<<20))
-	}
-	w.Close()
-	refused(413, "larger", "/upload", bomb.String(), "Content-Encoding: gzip")
 	refused(413, "larger", "/upload", `{"workflow_id":"`+strings.Repeat("x", 80<<20))
 	refused(422, "body", "/upload", "{"+strings.Repeat(" ", 4<<20)) // white space between tokens
 	refused(422, "body", "/upload", "{")                            // and the server still serves
@@ -1602,11 +1547,17 @@ func TestTimestampsAreReadInEveryDocumentedForm(t *testing.T) {
 	s := mustServer(t)
 	key := s.mustUser(t, tenantA, "a@example.com")
 	for i, c := range []struct{ in, out string }{
-		{"2025-01-01", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05", ""}, {"2025-01-01T05:30", "2025-01-01T05:30:00+00:00"}, {"2025-01-01 05:30:01", "2025-01-01T05:30:01+00:00"},
-		{"2025-01-01T05:30:01.5", "2025-01-01T05:30:01.500000+00:00"}, {"2025-01-01T05:30:01.123456789Z", "2025-01-01T05:30:01.123456+00:00"},
-		{"2025-01-01T05:30:00+05:30", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05:30:00 05:30", "2025-01-01T00:00:00+00:00"}, {"2025-01-01 05:30-01", "2025-01-01T06:30:00+00:00"},
-		{"2025-01-01T05:30:00+0100", "2025-01-01T04:30:00+00:00"}, {"2024-12-31T23:59:59.999999-00:00", "2024-12-31T23:59:59.999999+00:00"},
-		{"1677-01-01T00:00:00Z", "1677-01-01T00:00:00+00:00"}, {"1969-12-31T23:59:59.000001Z", "1969-12-31T23:59:59.000001+00:00"}, {"2262-12-31T23:59:59.999999Z", "2262-12-31T23:59:59.999999+00:00"},
+		{"2025-01-01", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05", ""}, {"2025-01-01T05:30", "2025-01-01T05:30:00+00:00"},
+		{"2025-01-01 05:30:01", "2025-01-01T05:30:01+00:00"},
+		{"2025-01-01T05:30:01.5", "2025-01-01T05:30:01.500000+00:00"},
+		{"2025-01-01T05:30:01.123456789Z", "2025-01-01T05:30:01.123456+00:00"},
+		{"2025-01-01T05:30:00+05:30", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05:30:00 05:30", "2025-01-01T00:00:00+00:00"},
+		{"2025-01-01 05:30-01", "2025-01-01T06:30:00+00:00"},
+		{"2025-01-01T05:30:00+0100", "2025-01-01T04:30:00+00:00"},
+		{"2024-12-31T23:59:59.999999-00:00", "2024-12-31T23:59:59.999999+00:00"},
+		{"1677-01-01T00:00:00Z", "1677-01-01T00:00:00+00:00"},
+		{"1969-12-31T23:59:59.000001Z", "1969-12-31T23:59:59.000001+00:00"},
+		{"2262-12-31T23:59:59.999999Z", "2262-12-31T23:59:59.999999+00:00"},
 		{"1999-12-31T23:59:59.75Z", "1999-12-31T23:59:59.750000+00:00"}, {"2024-02-29T12:00Z", "2024-02-29T12:00:00+00:00"},
 	} {
 		if c.out == "" {
@@ -1614,7 +1565,8 @@ func TestTimestampsAreReadInEveryDocumentedForm(t *testing.T) {
 		}
 		name := fmt.Sprintf("s%d", i)
 		s.must(t, 200, "POST", "/upload", key, runWith("", strings.Replace(at(c.in, "1"), "load", name, 1)))
-		text := s.must(t, 200, "GET", "/values?series_key="+name+"&start_valid="+strings.NewReplacer(" ", "%20").Replace(c.in), key, "") // its plus stays bare
+		text := s.must(t, 200, "GET", "/values?series_key="+name+"&start_valid="+strings.NewReplacer(" ", "%20").Replace(c.in),
+			key, "") // its plus stays bare
 		if !strings.Contains(text, `"valid_time":"`+c.out+`"`) {
 			t.Errorf("%s comes back in %s, want %s", c.in, text, c.out)
 		}
@@ -1642,17 +1594,6 @@ func TestRepeatedUploadAnswersTheSameAndStoresNothing(t *testing.T) {
 	if s.stored(t) != before {
 		t.Error("a repeated upload stored something")
 	}
-	csv := func(id, value string) (path, body string) {
-		return "/upload?run_start_time=2025-01-01&run_id=" + id, "valid_time,value_key,value\n2025-01-01,load," + value + "\n"
-	}
-	path, text := csv(tenantB, "5")
-	first = s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv")
-	if again := s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv"); again != first {
-		t.Errorf("the same CSV again answers %s, first %s", again, first)
-	}
-	_, text = csv(tenantB, "6")
-	s.must(t, 409, "POST", path, key, text, "Content-Type: text/csv")
-	s.must(t, 409, "POST", path+"&workflow_id=x", key, text, "Content-Type: text/csv")
 }
 
 func TestConcurrentUploadsMakeOneRunAndOneSeries(t *testing.T) {
@@ -1700,10 +1641,13 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 		t.Errorf("POST /series answers %+v, then %+v", first, again)
 	}
 	s.mustAll(t, key, []httpCase{
-		{"POST", "/series", `{"name":"load"}`, 409, []string{"unit"}}, {"POST", "/series", `{"name":"load","unit":"kW"}`, 409, []string{"unit"}},
-		{"POST", "/series", `{"name":" "}`, 422, []string{"name"}}, {"POST", "/series", `{}`, 422, []string{"name"}}, {"POST", "/series", `{"name":"x","unit":""}`, 422, []string{"unit"}},
+		{"POST", "/series", `{"name":"load"}`, 409, []string{"unit"}},
+		{"POST", "/series", `{"name":"load","unit":"kW"}`, 409, []string{"unit"}},
+		{"POST", "/series", `{"name":" "}`, 422, []string{"name"}}, {"POST", "/series", `{}`, 422, []string{"name"}},
+		{"POST", "/series", `{"name":"x","unit":""}`, 422, []string{"unit"}},
 		{"POST", "/series", `{"name":5}`, 422, []string{"name"}}, {"POST", "/series", `{"name":"x","extra":1}`, 422, []string{"extra"}},
-		{"POST", "/series", `{"name":"x","name":"y"}`, 422, []string{"name"}}, {"POST", "/series", `{"name":"x\u0000"}`, 422, []string{"name"}},
+		{"POST", "/series", `{"name":"x","name":"y"}`, 422, []string{"name"}},
+		{"POST", "/series", `{"name":"x\u0000"}`, 422, []string{"name"}},
 		{"POST", "/series?x=1", `{"name":"x"}`, 422, []string{"x"}}, {"POST", "/series", `name=x`, 422, []string{"body"}},
 		{"POST", "/series", `{"name":"empty"}`, 200, []string{"Series created successfully"}},
 		{"GET", "/list_timeseries", ``, 200, []string{`"series_key":"empty"`, `"unit":"dimensionless"`, `"series_key":"load"`}},
@@ -1712,7 +1656,8 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	})
 	// An upload finds a series by its key whatever its unit, or by its id.
 	got := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-01", "1"),
-		`{"valid_time":"2025-01-02","series_id":"`+strings.ToUpper(first.ID)+`","value":2}`, `{"valid_time":"2025-01-03","series_id":"`+first.ID+`","value_key":"load","value":3}`)))
+		`{"valid_time":"2025-01-02","series_id":"`+strings.ToUpper(first.ID)+`","value":2}`,
+		`{"valid_time":"2025-01-03","series_id":"`+first.ID+`","value_key":"load","value":3}`)))
 	if len(got.SeriesIDs) != 1 || got.SeriesIDs["load"] != first.ID || got.Rows != 3 {
 		t.Errorf("POST /upload by key and by id answers %+v", got)
 	}
@@ -1721,45 +1666,12 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	}
 }
 
-// valuesOf is what a read of one series shows, without what names the series.
-func (s *testServer) valuesOf(t *testing.T, key, name string) string {
-	t.Helper()
-	text := s.must(t, 200, "GET", "/values?series_key="+name, key, "")
-	return strings.ReplaceAll(regexp.MustCompile(`"series_id":"[^"]*",`).ReplaceAllString(text, ""), `"`+name+`"`, `"load"`)
-}
-
-func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	body := runWith("", at("2025-01-01T00:00:00Z", "1.5"), at("2025-01-01T01:00:00+00:00", "null"), at("2025-01-01 02:00", "1e-7"), at("2025-01-01T00:00:00Z", "-3", `,"valid_time_end":"2025-01-02"`))
-	csv := "\ufeffvalue_key,value,valid_time_end,valid_time\r\nload,1.5,,2025-01-01T00:00:00Z\r\nload,NaN,,2025-01-01T01:00:00+00:00\r\n\"load\",1e-7,,2025-01-01 02:00\nload,-3,2025-01-02,2025-01-01T00:00:00Z"
-	const path = "/upload?run_start_time=2025-01-01T00:00:00+00:00&run_params=%7B%22a%22:1%7D&workflow_id=csv"
-	named := func(text, name string) string { return strings.ReplaceAll(text, "load", name) }
-	s.must(t, 200, "POST", "/upload", key, body)
-	s.must(t, 200, "POST", "/upload", key, gzipped(named(body, "zipped")), "Content-Encoding: gzip")
-	s.must(t, 200, "POST", path, key, named(csv, "csv"), "Content-Type: text/csv; charset=UTF-8")
-	s.must(t, 200, "POST", path, key, named(strings.Replace(csv, "NaN", "", 1), "empty"), "Content-Type: text/csv")
-	s.must(t, 200, "POST", path, key, gzipped(named(csv, "both")), "Content-Type: text/csv", "Content-Encoding: gzip")
-	want := s.valuesOf(t, key, "load")
-	if strings.Count(want, `"value":`) != 4 || !strings.Contains(want, `"value":null`) {
-		t.Errorf("JSON stores %s", want)
-	}
-	for _, name := range []string{"zipped", "csv", "empty", "both"} {
-		if got := s.valuesOf(t, key, name); got != want {
-			t.Errorf("%s stores %s\nJSON stores %s", name, got, want)
-		}
-	}
-	if got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`); got != "3" {
-		t.Errorf("%s of 3 CSV uploads have their run_params", got)
-	}
-}
-
 func TestLongSeriesComeBackExactly(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key := s.mustUser(t, tenantA, "a@example.com")
-	special := []float64{0.1, 1e-7, 1e300, 5e-324, math.MaxFloat64, -math.MaxFloat64, 1 / 3.0, 0, 1e15, 1e16, 123456789.123456789, 1e21, 0.0001, 0.00001, 9007199254740993}
+	special := []float64{0.1, 1e-7, 1e300, 5e-324, math.MaxFloat64, -math.MaxFloat64, 1 / 3.0, 0, 1e15, 1e16,
+		123456789.123456789, 1e21, 0.0001, 0.00001, 9007199254740993}
 	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
 	var times []time.Time
 	for i := range 2500 { // over a thousand values, and over 32 days
@@ -1779,7 +1691,8 @@ func TestLongSeriesComeBackExactly(t *testing.T) {
 	}
 	rows := make([]string, len(times))
 	for i, at := range times {
-		rows[i] = fmt.Sprintf(`{"valid_time":%q,"value_key":"load","value":%s}`, at.Format(time.RFC3339Nano), strconv.FormatFloat(value(i), 'g', -1, 64))
+		rows[i] = fmt.Sprintf(`{"valid_time":%q,"value_key":"load","value":%s}`, at.Format(time.RFC3339Nano),
+			strconv.FormatFloat(value(i), 'g', -1, 64))
 	}
 	rand.Shuffle(len(rows), func(i, j int) { rows[i], rows[j] = rows[j], rows[i] })
 	s.must(t, 200, "POST", "/upload", key, runWith("", rows...))
@@ -1802,7 +1715,8 @@ func TestLongSeriesComeBackExactly(t *testing.T) {
 	for range 200 { // any window shows just what lies in it
 		i := rand.Intn(len(times))
 		j := i + rand.Intn(min(1500, len(times)-i))
-		query := fmt.Sprintf("/values?start_valid=%s&end_valid=%s", url.QueryEscape(times[i].Format(time.RFC3339Nano)), url.QueryEscape(times[j].Add(time.Microsecond).Format(time.RFC3339Nano)))
+		query := fmt.Sprintf("/values?start_valid=%s&end_valid=%s", url.QueryEscape(times[i].Format(time.RFC3339Nano)),
+			url.QueryEscape(times[j].Add(time.Microsecond).Format(time.RFC3339Nano)))
 		part := mustDecode[answer](t, s.must(t, 200, "GET", query, key, ""))
 		if part.Count != j-i+1 || !part.Data[0].At.Equal(times[i]) || !part.Data[j-i].At.Equal(times[j]) {
 			t.Fatalf("%s: %d rows, want %d", query, part.Count, j-i+1)
@@ -1824,7 +1738,8 @@ func mustPicture(t *testing.T, s *testServer) (key string, series map[string]str
 	end := func(hour string) string { return `,"valid_time_end":"2025-01-01T` + hour + `:00:00Z"` }
 	for i, rows := range [][]string{
 		{row("load", "00", "1"), row("load", "01", "2"), row("load", "02", "null"), row("wind", "00", "0.5")},
-		{row("load", "03", "4.5"), row("load", "01", "2.5"), row("load", "02", "3.5"), row("price", "00", "20", end("02")), row("price", "00", "10", end("01"))},
+		{row("load", "03", "4.5"), row("load", "01", "2.5"), row("load", "02", "3.5"), row("price", "00", "20", end("02")),
+			row("price", "00", "10", end("01"))},
 		{row("load", "03", "9")},
 	} {
 		known := []string{"2024-12-31T00:00:00Z", "2024-12-31T12:00:00Z", "2024-12-31T12:00:00Z"}[i]
@@ -1905,36 +1820,26 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 		"start_known=2024-12-31T12:00:00Z&series_key=load":                                "load 01=2.5, load 02=3.75, load 03=9",
 		"start_known=2025-01-01":                                                          "",
 		"series_key=load&all_versions=true&start_valid=2025-01-01T02:00:00Z":              "00/load 02=null v1, 12/load 02=3.5 v1, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1",
-		"series_key=load&lead=PT24H":                                                      "load 00=1, load 01=2, load 02=null",
-		"series_key=load&lead=13h":                                                        "load 00=1, load 01=2.5, load 02=3.75, load 03=9",
-		"series_key=load&lead=PT13H0.000001S":                                             "load 00=1, load 01=2, load 02=3.75, load 03=9",
-		"lead=P1DT1H&series_key=load":                                                     "load 01=2, load 02=null",
-		"lead=P1W":                                                                        "",
-		"limit=3":                                                                         "load 00=1, load 01=2.5, load 02=3.75",
-		"limit=1000&series_key=wind":                                                      "wind 00=0.5",
-		"bucket=PT2H&agg=mean&series_key=load":                                            "load 00=1.75, load 02=6.375",
-		"bucket=2h&agg=min&series_key=load":                                               "load 00=1, load 02=3.75",
-		"bucket=P1D&agg=max":                                                              "load 00=9, price 00=20, wind 00=0.5",
-		"bucket=P1D&agg=sum":                                                              "load 00=16.25, price 00=30, wind 00=0.5",
-		"bucket=P1D&agg=count&end_known=2024-12-31T12:00:00Z":                             "load 00=2, wind 00=1",
-		"bucket=PT1H&agg=mean&series_key=load&end_known=2024-12-31T12:00:00Z":             "load 00=1, load 01=2",
-		"bucket=90m&agg=max&series_key=load&start_valid=2025-01-01T01:00:00Z":             "load 00=2.5, load 01=3.75, load 03=9",
-		"bucket=PT1H&agg=count&series_key=load&limit=2":                                   "load 00=1, load 01=1",
-		"as_of=2020-01-01":                                                                "",
+		"limit=3":                    "load 00=1, load 01=2.5, load 02=3.75",
+		"limit=1000&series_key=wind": "wind 00=0.5",
+		"as_of=2020-01-01":           "",
 	} {
 		if got := brief(t, s.must(t, 200, "GET", "/values?"+query, key, "")); got != want {
 			t.Errorf("GET /values?%s\nshows %s\nwant  %s", query, got, want)
 		}
 	}
-	for _, query := range []string{"series_key=nope", "series_id=" + nobody, "series_key=load&series_key=nope", "as_of=2020-01-01&series_key=load"} {
+	for _, query := range []string{"series_key=nope", "series_id=" + nobody, "series_key=load&series_key=nope",
+		"as_of=2020-01-01&series_key=load"} {
 		s.must(t, 404, "GET", "/values?"+query, key, "")
 	}
 	for query, field := range map[string]string{
-		"nope=1": "nope", "Mode=flat": "Mode", "mode=": "mode", "mode=both": "mode", "mode=flat&mode=flat": "mode", "series_id=x": "series_id", "start_valid=x": "start_valid", "end_valid=": "end_valid",
-		"start_known=2025-13-01": "start_known", "end_known=x": "end_known", "as_of=x": "as_of", "start_valid=2025-01-02&end_valid=2025-01-02": "valid",
-		"start_known=2025-01-02&end_known=2025-01-01": "known", "all_versions=perhaps": "all_versions", "detail=2": "detail", "limit=0": "limit", "limit=-1": "limit", "limit=x": "limit", "limit=1e3": "limit",
-		"lead=x": "lead", "lead=P1M": "lead", "lead=": "lead", "bucket=PT1H": "agg", "agg=mean": "bucket", "bucket=PT1H&agg=median": "agg", "bucket=0s&agg=mean": "bucket", "bucket=-1h&agg=mean": "bucket",
-		"bucket=PT1H&agg=mean&mode=overlapping": "bucket", "bucket=PT1H&agg=mean&all_versions=true": "bucket", "format=xml": "format", "start_valid=%zz": "query",
+		"nope=1": "nope", "Mode=flat": "Mode", "mode=": "mode", "mode=both": "mode", "mode=flat&mode=flat": "mode",
+		"series_id=x": "series_id", "start_valid=x": "start_valid", "end_valid=": "end_valid",
+		"start_known=2025-13-01": "start_known", "end_known=x": "end_known", "as_of=x": "as_of",
+		"start_valid=2025-01-02&end_valid=2025-01-02": "valid",
+		"start_known=2025-01-02&end_known=2025-01-01": "known", "all_versions=perhaps": "all_versions", "detail=2": "detail",
+		"limit=0": "limit", "limit=-1": "limit", "limit=x": "limit", "limit=1e3": "limit",
+		"series_key=": "series_key", "series_id=": "series_id", "start_valid=%zz": "query",
 	} {
 		if text := s.must(t, 422, "GET", "/values?"+query, key, ""); !strings.Contains(text, field) {
 			t.Errorf("GET /values?%s: %s, want %s in it", query, text, field)
@@ -1972,7 +1877,8 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key, series := mustPicture(t, s)
-	s.must(t, 200, "POST", "/upload", key, runWith("", `{"valid_time":"2025-06-01T02:00:00.000250+02:00","value_key":"a \"quoted\", <ü>\\","value":1e-7}`,
+	s.must(t, 200, "POST", "/upload", key, runWith("",
+		`{"valid_time":"2025-06-01T02:00:00.000250+02:00","value_key":"a \"quoted\", <ü>\\","value":1e-7}`,
 		`{"valid_time":"2025-06-01T02:00:00+02:00","value_key":"a \"quoted\", <ü>\\","value":-1e300}`))
 	runOf := func(where string) string {
 		return mustQuery(t, s.db, `SELECT run_id FROM values_table v JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
@@ -1981,8 +1887,8 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 		return mustQuery(t, s.db, `SELECT replace(to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
 			FROM values_table v JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
 	}
-	read := func(query string, header ...string) string {
-		return s.must(t, 200, "GET", "/values?"+query, key, "", header...)
+	read := func(query string) string {
+		return s.must(t, 200, "GET", "/values?"+query, key, "")
 	}
 	load, price := `"series_id":"`+series["load"]+`"`, `"series_id":"`+series["price"]+`"`
 	const second = "series_key = 'load' AND version = 2"
@@ -2002,34 +1908,13 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 		}
 	}
 	odd := mustDecode[readAnswer](t, read("start_valid=2025-06-01"))
-	if text := read("start_valid=2025-06-01"); odd.Data[0].Key != `a "quoted", <ü>\` || !strings.Contains(text, `"2025-06-01T00:00:00.000250+00:00"`) ||
+	if text := read("start_valid=2025-06-01"); odd.Data[0].Key != `a "quoted", <ü>\` ||
+		!strings.Contains(text, `"2025-06-01T00:00:00.000250+00:00"`) ||
 		!strings.Contains(text, `"value":1e-07`) || !strings.Contains(text, `"value":-1e+300`) {
 		t.Errorf("an odd key, a fraction of a second, extreme values: %s", text)
 	}
-	csv := "valid_time,series_id,value,series_key,series_unit,valid_time_end\n" +
-		"2025-01-01T02:00:00+00:00," + series["load"] + ",3.75,load,dimensionless,\n2025-01-01T03:00:00+00:00," + series["load"] + ",9.0,load,dimensionless,\n"
-	const window = "series_key=load&start_valid=2025-01-01T02:00:00Z"
-	if got := read(window + "&format=csv"); got != csv {
-		t.Errorf("format=csv: %q, want %q", got, csv)
-	}
-	if got := read(window, "Accept: text/csv"); got != csv {
-		t.Errorf("Accept: text/csv: %q, want %q", got, csv)
-	}
-	if got := read(window+"&end_known=2024-12-31T12:00:00Z&mode=overlapping&format=csv", "Accept: application/json"); got !=
-		"known_time,valid_time,series_id,value,series_key,series_unit,valid_time_end\n2024-12-31T00:00:00+00:00,2025-01-01T02:00:00+00:00,"+series["load"]+",,load,dimensionless,\n" {
-		t.Errorf("a NULL in overlapping CSV: %q", got)
-	}
-	if got := read("start_valid=2025-06-01T00:00:00.0001Z&format=csv"); !strings.Contains(got, `,1e-07,"a ""quoted"", <ü>\",dimensionless,`) {
-		t.Errorf("an odd key in CSV: %q", got)
-	}
-	if got := read("series_key=load&format=csv&detail=true&start_valid=2025-01-01T02:00:00Z"); !strings.Contains(got, `,a@example.com,checked,"[""a"",""b""]",2`+"\n") {
-		t.Errorf("detail in CSV: %q", got)
-	}
-	for _, query := range []string{"start_valid=2030-01-01", "start_valid=2030-01-01&format=csv"} {
-		want := map[bool]string{true: "valid_time,series_id,value,series_key,series_unit,valid_time_end\n", false: ""}[strings.Contains(query, "csv")]
-		if got := read(query); want != "" && got != want || want == "" && mustDecode[readAnswer](t, got).Data == nil {
-			t.Errorf("nothing to show: %q", got)
-		}
+	if got := read("start_valid=2030-01-01"); got != `{"data":[],"count":0}`+"\n" {
+		t.Errorf("nothing to show: %q", got)
 	}
 }
 
@@ -2041,7 +1926,8 @@ func mustManyValues(t testing.TB, s *testServer, key string, n int) {
 	for first := 0; first < n; first += most {
 		text := []byte(`{"run_start_time":"2020-01-01","known_time":"2020-01-01","value_rows":[`)
 		for i := first; i < min(n, first+most); i++ {
-			text = begin.Add(time.Duration(i)*time.Minute).AppendFormat(append(text, `{"value_key":"load","valid_time":"`...), time.RFC3339)
+			text = begin.Add(time.Duration(i)*time.Minute).AppendFormat(append(text, `{"value_key":"load","valid_time":"`...),
+				time.RFC3339)
 			text = append(strconv.AppendInt(append(text, `","value":`...), int64(i%1000), 10), ".25},"...)
 		}
 		s.must(t, 200, "POST", "/upload", key, string(text[:len(text)-1])+"]}")
@@ -2055,47 +1941,28 @@ func TestLongResponsesAreCompleteOrVisiblyBroken(t *testing.T) {
 	const n = 1_000_000
 	mustManyValues(t, s, key, n)
 	window := "/values?end_valid=2020-02-15T00:00:00Z" // 64,800 values
-	plain := s.must(t, 200, "GET", window, key, "")
-	if got := mustDecode[readAnswer](t, plain); got.Count != 64_800 || len(got.Data) != 64_800 || len(plain) < 5<<20 || got.Data[64_799].Valid.Format("01-02T15:04") != "02-14T23:59" {
-		t.Errorf("%d rows, count %d, %d bytes", len(got.Data), got.Count, len(plain))
+	text := s.must(t, 200, "GET", window, key, "")
+	if got := mustDecode[readAnswer](t, text); got.Count != 64_800 || len(got.Data) != 64_800 || len(text) < 5<<20 ||
+		got.Data[64_799].Valid.Format("01-02T15:04") != "02-14T23:59" {
+		t.Errorf("%d rows, count %d, %d bytes", len(got.Data), got.Count, len(text))
 	}
-	for header, compressed := range map[string]bool{"gzip": true, "deflate, gzip;q=0.5": true, "br": false, "gzip;q=0": false, "identity": false} {
-		resp, text, err := s.do("GET", window, key, "", "Accept-Encoding: "+header)
-		if err != nil {
+	for _, query := range []string{"", "?mode=overlapping&detail=true"} {
+		r, _ := http.NewRequest("GET", s.url+"/values"+query, nil)
+		r.Header.Set("X-API-Key", key)
+		resp, err := s.client.Do(r)
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatalf("%v %v", resp, err)
+		}
+		// The response has begun; the database still has most of it.
+		if _, err := io.CopyN(io.Discard, resp.Body, 1000); err != nil {
 			t.Fatal(err)
 		}
-		if got := resp.Header.Get("Content-Encoding") == "gzip"; got != compressed || !strings.Contains(resp.Header.Get("Vary"), "Accept-Encoding") {
-			t.Errorf("Accept-Encoding %q: %v", header, resp.Header)
-		} else if got {
-			unzipped, err := gzip.NewReader(strings.NewReader(text))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if all, err := io.ReadAll(unzipped); err != nil || string(all) != plain {
-				t.Errorf("the compressed response differs from the plain one: %v", err)
-			}
-		}
-	}
-	for _, query := range []string{"", "?mode=overlapping&detail=true",
-		"?format=csv",
-	} {
-		for _, encoding := range []string{"identity", "gzip"} {
-			r, _ := http.NewRequest("GET", s.url+"/values"+query, nil)
-			r.Header.Set("X-API-Key", key)
-			r.Header.Set("Accept-Encoding", encoding)
-			resp, err := s.client.Do(r)
-			if err != nil || resp.StatusCode != 200 {
-				t.Fatalf("%v %v", resp, err)
-			}
-			if _, err := io.CopyN(io.Discard, resp.Body, 1000); err != nil { // the response has begun; the database still has most of it
-				t.Fatal(err)
-			}
-			mustExec(t, s.db, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND usename = $1`, appRole.name)
-			size, err := io.Copy(io.Discard, resp.Body)
-			resp.Body.Close()
-			if err == nil {
-				t.Errorf("GET /values%s (%s) ended after %d bytes as if it were complete", query, encoding, size)
-			}
+		mustExec(t, s.db, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+			WHERE datname = current_database() AND usename = $1`, appRole.name)
+		size, err := io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		if err == nil {
+			t.Errorf("GET /values%s ended after %d bytes as if it were complete", query, size)
 		}
 	}
 	s.must(t, 200, "GET", window+"&limit=1", key, "") // what is broken is not used again
@@ -2499,9 +2366,6 @@ func (h *history) question() url.Values {
 			q.Del("start_known")
 		}
 	}
-	if chance(20) {
-		q.Set("lead", pick(h.rng, "1h", "PT6H", "P1D", "PT20H30M"))
-	}
 	for range h.rng.Intn(3) {
 		name := pick(h.rng, "a", "b", "c")
 		if x, known := h.series[name]; known && chance(50) {
@@ -2510,12 +2374,8 @@ func (h *history) question() url.Values {
 			q.Add("series_key", name)
 		}
 	}
-	if chance(20) {
-		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m"))
-		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count"))
-		return q
-	}
-	for name, value := range map[string]string{"mode": pick(h.rng, "flat", "overlapping"), "detail": pick(h.rng, "true", "false"), "all_versions": pick(h.rng, "true", "false", "false")} {
+	for name, value := range map[string]string{"mode": pick(h.rng, "flat", "overlapping"),
+		"detail": pick(h.rng, "true", "false"), "all_versions": pick(h.rng, "true", "false", "false")} {
 		if value != "false" {
 			q.Set(name, value)
 		}
@@ -2527,7 +2387,8 @@ func (h *history) question() url.Values {
 func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 	wanted := map[string]bool{}
 	for name, x := range h.series {
-		if len(q["series_id"])+len(q["series_key"]) == 0 || slices.Contains(q["series_id"], x.id) || slices.Contains(q["series_key"], name) {
+		if len(q["series_id"])+len(q["series_key"]) == 0 || slices.Contains(q["series_id"], x.id) ||
+			slices.Contains(q["series_key"], name) {
 			wanted[name] = true
 		}
 		if slices.Contains(q["series_id"], x.id) && x.born > moments {
@@ -2545,13 +2406,12 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 		}
 		return otherwise
 	}
-	lead := map[string]int64{"": math.MinInt64, "1h": hour, "PT6H": 6 * hour, "P1D": 24 * hour, "PT20H30M": 41 * hour / 2}[q.Get("lead")]
 	overlapping, all := q.Get("mode") == "overlapping", q.Get("all_versions") == "true"
 	best := map[string]modelVersion{}
 	for i, v := range h.versions[:versions] {
 		known := h.runs[v.run].known
 		if !wanted[v.series] || v.time < bound("start_valid", math.MinInt64) || v.time >= bound("end_valid", math.MaxInt64) ||
-			known < bound("start_known", math.MinInt64) || known >= bound("end_known", math.MaxInt64) || v.time-known < lead {
+			known < bound("start_known", math.MinInt64) || known >= bound("end_known", math.MaxInt64) {
 			continue
 		}
 		rival := fmt.Sprint(v.series, v.time, v.end)
@@ -2563,9 +2423,6 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 		if w, is := best[rival]; !is || h.later(v, w) {
 			best[rival] = v
 		}
-	}
-	if q.Has("bucket") {
-		return h.buckets(q, best), true
 	}
 	var lines []string
 	for _, v := range best {
@@ -2588,33 +2445,6 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 	return lines, true
 }
 
-// buckets aggregates what a flat read shows. The values are multiples of a half, so sums do not depend on their order.
-func (h *history) buckets(q url.Values, shown map[string]modelVersion) []string {
-	width := map[string]int64{"2h": 2 * hour, "PT3H": 3 * hour, "P1D": 24 * hour, "7m": 7 * hour / 60}[q.Get("bucket")]
-	type place struct {
-		series string
-		start  int64
-	}
-	values := map[place][]float64{}
-	for _, v := range shown {
-		if v.value != nil {
-			p := place{v.series, v.time - v.time%width}
-			values[p] = append(values[p], *v.value)
-		}
-	}
-	var lines []string
-	for p, list := range values {
-		sum := 0.0
-		for _, f := range list {
-			sum += f
-		}
-		value := map[string]float64{"mean": sum / float64(len(list)), "min": slices.Min(list), "max": slices.Max(list), "sum": sum, "count": float64(len(list))}[q.Get("agg")]
-		row := answerRow{Key: p.series, Series: h.series[p.series].id, Valid: time.UnixMicro(p.start), Value: &value}
-		lines = append(lines, row.line())
-	}
-	return lines
-}
-
 // line is all of a row but when it was changed, so that equal rows have equal lines.
 func (r answerRow) line() string {
 	text := func(v any) string {
@@ -2627,7 +2457,8 @@ func (r answerRow) line() string {
 		}
 		return iso(t.UnixMicro())
 	}
-	return strings.Join([]string{r.Key, when(&r.Valid), when(r.End), text(r.Value), r.Series, when(r.Known), r.Run, strconv.Itoa(r.Version), text(r.ChangedBy), text(r.Annotation), strings.Join(r.Tags, ",")}, " ")
+	return strings.Join([]string{r.Key, when(&r.Valid), when(r.End), text(r.Value), r.Series, when(r.Known), r.Run,
+		strconv.Itoa(r.Version), text(r.ChangedBy), text(r.Annotation), strings.Join(r.Tags, ",")}, " ")
 }
 
 // compare asks the server and the model the same, and returns the server's answer.
@@ -2699,23 +2530,29 @@ func TestCorrectionKeepsWhatIsAbsentAndClearsWhatIsNull(t *testing.T) {
 	s.must(t, 200, "POST", "/upload", key, oneValue)
 	version := 1
 	for _, c := range []struct{ members, want string }{ // value, annotation, tags after it; "" if it changes nothing
-		{`"annotation":"  checked by hand  "`, `1 "checked by hand" null`}, {`"value":1`, ``}, {`"annotation":"checked by hand","value":1.0`, ``},
-		{`"tags":["b"," A ","a","B"]`, `1 "checked by hand" ["a","b"]`}, {`"tags":["A","b"]`, ``}, {`"value":2.5`, `2.5 "checked by hand" ["a","b"]`},
-		{`"value":null`, `null "checked by hand" ["a","b"]`}, {`"value":null,"tags":["b","a"]`, ``}, {`"annotation":null`, `null null ["a","b"]`}, {`"annotation":" \n"`, ``},
-		{`"tags":null`, `null null null`}, {`"tags":[]`, ``}, {`"value":-3,"annotation":"x","tags":["ü"]`, `-3 "x" ["ü"]`}, {`"annotation":"","value":0,"tags":[]`, `0 null null`},
+		{`"annotation":"  checked by hand  "`, `1 "checked by hand" null`}, {`"value":1`, ``},
+		{`"annotation":"checked by hand","value":1.0`, ``},
+		{`"tags":["b"," A ","a","B"]`, `1 "checked by hand" ["a","b"]`}, {`"tags":["A","b"]`, ``},
+		{`"value":2.5`, `2.5 "checked by hand" ["a","b"]`},
+		{`"value":null`, `null "checked by hand" ["a","b"]`}, {`"value":null,"tags":["b","a"]`, ``},
+		{`"annotation":null`, `null null ["a","b"]`}, {`"annotation":" \n"`, ``},
+		{`"tags":null`, `null null null`}, {`"tags":[]`, ``}, {`"value":-3,"annotation":"x","tags":["ü"]`, `-3 "x" ["ü"]`},
+		{`"annotation":"","value":0,"tags":[]`, `0 null null`},
 	} {
 		answer := s.must(t, 200, "PUT", "/values", second, update(c.members))
 		var n int
 		if n = strings.Count(answer, `"value_id"`); c.want != "" {
 			version++
 		}
-		if (n == 1) != (c.want != "") || !strings.Contains(answer, fmt.Sprintf(`"version":%d`, version)) || !strings.Contains(answer, tenantA) ||
+		if (n == 1) != (c.want != "") || !strings.Contains(answer, fmt.Sprintf(`"version":%d`, version)) ||
+			!strings.Contains(answer, tenantA) ||
 			(c.want == "") == strings.Contains(answer, `"skipped_no_ops":[]`) {
 			t.Errorf("%s: answer %s, want version %d", c.members, answer, version)
 		}
 		got := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values?detail=true", key, "")).Data[0]
 		text, _ := json.Marshal([]any{got.Value, got.Annotation, got.Tags})
-		if want := "[" + strings.ReplaceAll(c.want, " ", ",") + "]"; c.want != "" && strings.ReplaceAll(string(text), " ", ",") != want || *got.ChangedBy != "b@example.com" || got.Version != version {
+		if want := "[" + strings.ReplaceAll(c.want, " ", ",") + "]"; c.want != "" &&
+			strings.ReplaceAll(string(text), " ", ",") != want || *got.ChangedBy != "b@example.com" || got.Version != version {
 			t.Errorf("%s leads to %s version %d by %s, want %s version %d", c.members, text, got.Version, *got.ChangedBy, c.want, version)
 		}
 	}
@@ -2806,7 +2643,8 @@ func TestManyCorrectionsAreOneRequest(t *testing.T) {
 		if ids[u.ID] = true; u.Version != 2 || !u.Time.Equal(time.Date(2020, 1, 1, 0, i, 0, 0, time.UTC)) {
 			t.Fatalf("updated[%d] is %+v", i, u)
 		}
-		if stored := i % 500; stored == 0 && mustQuery(t, s.db, `SELECT valid_from = $2 FROM values_table WHERE value_id = $1`, u.ID, u.Time) != "true" {
+		if stored := i % 500; stored == 0 && mustQuery(t, s.db, `SELECT valid_from = $2 FROM values_table WHERE value_id = $1`,
+			u.ID, u.Time) != "true" {
 			t.Errorf("value_id of updated[%d] is another row's", i)
 		}
 	}
@@ -2968,7 +2806,8 @@ func BenchmarkSmallRead(b *testing.B) {
 // ---- Fuzz targets
 
 func FuzzParseTime(f *testing.F) {
-	for _, seed := range []string{"2025-01-01T00:00:00Z", "2025-01-01", "2025-01-01 05:30 05:30", "1677-01-01T00:00:00.000001-23:59", "2262-12-31T23:59:59.999999999Z", "2025-02-29T00:00:00Z", "2025-01-01T24:00:00Z"} {
+	for _, seed := range []string{"2025-01-01T00:00:00Z", "2025-01-01", "2025-01-01 05:30 05:30",
+		"1677-01-01T00:00:00.000001-23:59", "2262-12-31T23:59:59.999999999Z", "2025-02-29T00:00:00Z", "2025-01-01T24:00:00Z"} {
 		f.Add(seed)
 	}
 	strict := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$`) // time.Parse takes more than RFC 3339
@@ -2997,37 +2836,6 @@ func iso6(t time.Time) string {
 		return t.Format("2006-01-02T15:04:05-07:00")
 	}
 	return t.Format("2006-01-02T15:04:05.000000-07:00")
-}
-
-func FuzzParseSpan(f *testing.F) {
-	for _, seed := range []string{"PT36H", "P1D", "P1W2DT3H4M5.5S", "90m", "1h30m", "P", "PT", "P1M", "-1h", "0s", "P99999W", "PT9999999999999999H", "1ns"} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		got, err := parseSpan(s)
-		if err == nil && got <= 0 {
-			t.Errorf("parseSpan(%q) = %d, want a positive duration", s, got)
-		}
-		if d, goErr := time.ParseDuration(s); goErr == nil && err == nil && int64(got) != d.Microseconds() {
-			t.Errorf("parseSpan(%q) = %d µs, want %v", s, got, d)
-		}
-	})
-}
-
-func FuzzParseNumber(f *testing.F) {
-	for _, seed := range []string{"1", "-0", "1e308", "1e309", "NaN", "", "Infinity", "0x1p-2", "1_0", "5e-324", "+1", "nan", "null"} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		got, err := parseNumber(s)
-		if err != nil {
-			return
-		}
-		want, wantErr := strconv.ParseFloat(s, 64)
-		if math.IsInf(float64(got), 0) || !math.IsNaN(float64(got)) && (wantErr != nil || float64(got) != want) {
-			t.Errorf("parseNumber(%q) = %v, want %v %v", s, got, want, wantErr)
-		}
-	})
 }
 
 func FuzzDecodeArray(f *testing.F) {
@@ -3067,6 +2875,44 @@ func FuzzKey(f *testing.F) {
 		typo[uint(at)%uint(len(typo))] ^= flip
 		if flip != 0 && wellFormedKey(string(typo)) {
 			t.Errorf("%q is well-formed, and so is %q", key, typo)
+		}
+	})
+}
+
+// decodeUpload decodes the body of an upload as POST /upload does, without a database.
+func decodeUpload(body []byte) (*upload, error) {
+	u, seen := &upload{workflowID: defaultWorkflow}, map[[2]string]int{}
+	rows := eachElement(func(field string, dec *json.Decoder) error {
+		row := uploadRow{valueRow: emptyRow}
+		if err := dec.Decode(&row); err != nil {
+			return err
+		}
+		return u.add(seen, field, &row)
+	})
+	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
+		"series_descriptions": &u.descriptions, "value_rows": rows}.decodeJSON(bytes.NewReader(body))
+	return u, err
+}
+
+func FuzzUploadJSON(f *testing.F) {
+	params := runWith(`"run_params":{"a":[{}]},`, at("2025-01-01", "null"))
+	for _, seed := range []string{emptyRun, oneValue, params, `{"value_rows":[{},]}`, `{} {`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		u, err := decodeUpload(body)
+		if err == nil {
+			var plain struct {
+				Rows []json.RawMessage `json:"value_rows"`
+			}
+			if err := json.Unmarshal(body, &plain); err != nil || len(plain.Rows) != u.rows {
+				t.Fatalf("%d rows of %q, encoding/json finds %d: %v", u.rows, body, len(plain.Rows), err)
+			}
+			err = checkRun(u)
+		}
+		var refused *apiError
+		if err != nil && (!errors.As(err, &refused) || refused.status != 422) {
+			t.Errorf("%q: %v, want a refusal with 422", body, err)
 		}
 	})
 }

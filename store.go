@@ -33,7 +33,6 @@ const (
 	maxBlockSpan   = micros(32 * 24 * time.Hour / time.Microsecond)
 
 	blocksPerStatement = 250 // so that the parameters of one INSERT stay within some megabytes
-
 	// poolSize connections keep a database of a dozen cores busy; several servers fit PostgreSQL's default of 100.
 	poolSize         = 24
 	connMaxLifetime  = 30 * time.Minute // retires a connection that went bad
@@ -41,13 +40,10 @@ const (
 	statementTimeout = 5 * time.Minute // PostgreSQL ends a statement of the API then, whatever became of its server
 )
 
-// ---- connection
-
 // store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx and binds its tenant.
 type store struct {
 	db         *sql.DB
 	schema     string
-	secure     bool     // the way to the database stays on this machine, or is encrypted and verified
 	statements sync.Map // of *sql.Stmt by query
 }
 
@@ -61,8 +57,7 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 		return nil, errors.New("PGSERVICE is set and would override the DSN: unset it")
 	}
 	cfg, err := pq.NewConfig(dsn)
-	local := strings.HasPrefix(cfg.Host, "/") || isLoopback(cfg.Host)
-	if err != nil || strings.ContainsAny(cfg.Database, "@/?#") || !local && strings.ContainsAny(cfg.Host, "@/?#") {
+	if err != nil || strings.ContainsAny(cfg.Database, "@/?#") || strings.ContainsAny(cfg.Host, "@?#") {
 		return nil, errBadDSN // a reserved character in the password has shifted what follows it
 	}
 	cfg.SSLMode = cmp.Or(cfg.SSLMode, pq.SSLModePrefer) // as libpq does; lib/pq would require TLS
@@ -70,13 +65,11 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "timedb")
 	cfg.BinaryParameters = true
 	cfg.TZ = "UTC"
-	cfg.Runtime = map[string]string{
-		"search_path":       pq.QuoteIdentifier(schema) + ", pg_temp", // last, or a temporary table could stand in for ours
-		"plan_cache_mode":   "force_generic_plan",                     // lists as parameters make PostgreSQL plan anew each time, for nothing
-		"statement_timeout": fmt.Sprint(timeout.Milliseconds()),
-		// A transaction whose client has vanished must not keep its locks.
-		"idle_in_transaction_session_timeout": "60000",
-	}
+	cfg = cfg.Clone()                                                     // with room for parameters of the session
+	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp" // last, or a temporary table could stand in for ours
+	cfg.Runtime["plan_cache_mode"] = "force_generic_plan"                 // or lists are planned for anew each time
+	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
+	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
 	connector, err := pq.NewConnectorConfig(cfg)
 	if err != nil {
 		return nil, errBadDSN
@@ -85,8 +78,7 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	db.SetMaxOpenConns(poolSize)
 	db.SetMaxIdleConns(poolSize)
 	db.SetConnMaxLifetime(connMaxLifetime)
-	secure := local || cfg.SSLMode == pq.SSLModeVerifyFull
-	return &store{db: db, schema: schema, secure: secure}, nil
+	return &store{db: db, schema: schema}, nil
 }
 
 // isLoopback tells whether host, a name or an address without port, is this machine.
@@ -155,7 +147,7 @@ func (s *store) exec(ctx context.Context, query string, args ...any) error {
 // nullable is the bound argument of an optional text: NULL when it is empty.
 func nullable(s string) sql.NullString { return sql.NullString{String: s, Valid: s != ""} }
 
-// asJSON is v as a bound argument that SQL unpacks, for lists of records.
+// asJSON is v, a list of records, as a bound argument that SQL unpacks.
 func asJSON(v any) string {
 	text, err := json.Marshal(v)
 	if err != nil {
@@ -187,8 +179,6 @@ func unavailable(err error) bool {
 		slices.Contains([]string{"42P01", "42501", "25006", "3D000", "55006", "0A000"}, state)
 }
 
-// ---- schema
-
 // schemaSection returns the named section of schema.sql, with the placeholders replaced by quoted identifiers.
 func schemaSection(name, schema, role string) string {
 	_, rest, found := strings.Cut(schemaSQL, "-- section: "+name+"\n")
@@ -206,12 +196,11 @@ func createSQL(schema, role string, withUsers, usersExist bool) string {
 	if schema != defaultSchema {
 		text = "CREATE SCHEMA IF NOT EXISTS " + pq.QuoteIdentifier(schema) + ";\n"
 	}
-	for _, section := range []struct {
-		name   string
-		wanted bool
-	}{{"begin", true}, {"tables", true}, {"users", withUsers}, {"app role", role != ""}, {"app role users", role != "" && (withUsers || usersExist)}} {
-		if section.wanted {
-			text += schemaSection(section.name, schema, role)
+	sections := map[string]bool{"begin": true, "tables": true, "users": withUsers, "app role": role != "",
+		"app role users": role != "" && (withUsers || usersExist)}
+	for _, name := range []string{"begin", "tables", "users", "app role", "app role users"} {
+		if sections[name] {
+			text += schemaSection(name, schema, role)
 		}
 	}
 	return text
@@ -233,14 +222,6 @@ func (s *store) usersTableExists(ctx context.Context) (bool, error) {
 	return slices.Contains(names, "users_table"), err
 }
 
-// canRewrite tells whether the connected role could change or delete stored data, which the API's role should not.
-func (s *store) canRewrite(ctx context.Context) (can bool, err error) {
-	err = s.db.QueryRowContext(ctx, `SELECT has_table_privilege('values_table', 'UPDATE, DELETE, TRUNCATE')`).Scan(&can)
-	return can, err
-}
-
-// ---- users
-
 // user is a row of users_table as an operator may see it: without digests.
 type user struct {
 	ID        string     `json:"user_id"`
@@ -254,16 +235,14 @@ type user struct {
 	CreatedAt time.Time  `json:"created_at"`
 }
 
-// LookupKey finds the user whose current or previous key has this digest, in whatever state: auth.go judges.
+// LookupKey finds the user whose key has this digest, in whatever state: auth.go judges.
 func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error) {
 	rows, err := s.QueryContext(ctx, `
-		SELECT user_id, tenant_id, email, access = 'ro', is_active, key_digest, previous_digest,
-		       coalesce(expires_at <= clock_timestamp(), false), coalesce(previous_expires_at <= clock_timestamp(), true),
+		SELECT user_id, tenant_id, email, access = 'ro', is_active, key_digest, coalesce(expires_at <= clock_timestamp(), false),
 		       coalesce(last_used_at < clock_timestamp() - interval '5 minutes', true)
-		FROM users_table WHERE key_digest = $1 OR previous_digest = $1`, digest)
+		FROM users_table WHERE key_digest = $1`, digest)
 	found, err := scanAll(rows, err, func(k *keyRecord) []any {
-		return []any{&k.userID, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest, &k.previous, &k.expired,
-			&k.previousExpired, &k.useIsStale}
+		return []any{&k.userID, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest, &k.expired, &k.useIsStale}
 	})
 	if err != nil || len(found) == 0 {
 		return keyRecord{}, cmp.Or(err, errUnknownKey)
@@ -280,8 +259,8 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 func (s *store) CreateUser(ctx context.Context, u *user, digest []byte) error {
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		return tx.QueryRowContext(ctx, `
-			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
-			RETURNING user_id`, u.Tenant, u.Email, u.KeyID, digest, u.Access, u.ExpiresAt).Scan(&u.ID)
+			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access) VALUES ($1, $2, $3, $4, $5)
+			RETURNING user_id`, u.Tenant, u.Email, u.KeyID, digest, u.Access).Scan(&u.ID)
 	})
 	if sqlState(err) == "23505" {
 		//lint:ignore ST1005 the contract quotes this sentence
@@ -306,16 +285,10 @@ func (s *store) SetActive(ctx context.Context, userID string, active bool) error
 	return s.exec(ctx, `UPDATE users_table SET is_active = $2 WHERE user_id = $1`, userID, active)
 }
 
-// ReplaceKey gives a user a new key. The old one ends now, or after grace by the database's clock.
-func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []byte, grace time.Duration) error {
-	return s.exec(ctx, `
-		UPDATE users_table SET key_id = $2, key_digest = $3,
-		       previous_digest = CASE WHEN $4::float8 > 0 THEN key_digest END,
-		       previous_expires_at = CASE WHEN $4::float8 > 0 THEN clock_timestamp() + $4::float8 * interval '1 second' END
-		WHERE user_id = $1`, userID, keyID, digest, grace.Seconds())
+// ReplaceKey gives a user a new key. The old one ends now.
+func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []byte) error {
+	return s.exec(ctx, `UPDATE users_table SET key_id = $2, key_digest = $3 WHERE user_id = $1`, userID, keyID, digest)
 }
-
-// ---- series
 
 type series struct{ ID, Key, Unit, Description string }
 
@@ -355,20 +328,13 @@ func findSeries(ctx context.Context, c Caller, q querier, refs []seriesRef, asOf
 	return found, err
 }
 
-// allSeries returns every series of the caller's tenant that existed at asOf.
-func (s *store) allSeries(ctx context.Context, c Caller, asOf micros) ([]series, error) {
-	rows, err := s.QueryContext(ctx, `
-		SELECT series_id, series_key, unit FROM series_table WHERE tenant_id = $1 AND inserted_at <= $2`, c.tenant, asOf)
-	return scanAll(rows, err, (*series).fields)
-}
-
 // ensureSeries returns the series that each ref names, after creating those named by a key that is new, and how many it
 // created. They are inserted in one order whoever inserts, so that two uploads of the same series cannot deadlock.
-func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit string, descriptions map[string]string) ([]series, int64, error) {
+func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit string, about map[string]string) ([]series, int64, error) {
 	var keys, texts []string
 	for _, ref := range refs {
 		if ref.id == "" {
-			keys, texts = append(keys, ref.key), append(texts, descriptions[ref.key])
+			keys, texts = append(keys, ref.key), append(texts, about[ref.key])
 		}
 	}
 	result, err := tx.ExecContext(ctx, `
@@ -401,8 +367,6 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, x series) (id string
 	})
 	return id, created, err
 }
-
-// ---- upload
 
 // point is one value at its time. A NULL value is NaN: no NaN is ever stored.
 type point struct {
@@ -449,7 +413,9 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		}
 		blocks, err := cutBlocks(points)
 		for batch := range slices.Chunk(blocks, blocksPerStatement) {
-			err = cmp.Or(err, insertBlocks(ctx, c, tx, run, batch))
+			if err == nil {
+				err = insertBlocks(ctx, c, tx, u, run, batch)
+			}
 		}
 		return err
 	})
@@ -458,16 +424,15 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 
 // insertRun stores the run's own row and returns what its values share, or nil if the same request stored it before.
 func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (*version, error) {
-	run := version{RunID: u.runID}
+	var run version
 	err := tx.QueryRowContext(ctx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time, known_time, run_params,
 		                        rows_inserted, request_digest, changed_by, inserted_at)
-		SELECT $1::uuid, $2::uuid, $3, $4::timestamptz, $5::timestamptz, coalesce($6::timestamptz, clock.now), $7::jsonb,
-		       $8::integer, $9::bytea, $10, clock.now
-		FROM clock_timestamp() AS clock (now)
-		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_order, known_time, inserted_at`,
-		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, nullable(string(u.params)), u.rows, u.digest[:],
-		nullable(c.email)).Scan(&run.Order, &run.Known, &run.Change)
+		SELECT $1::uuid, coalesce($2, gen_random_uuid()), $3, $4::timestamptz, $5::timestamptz, coalesce($6::timestamptz, now),
+		       $7::jsonb, $8::integer, $9::bytea, $10, now FROM clock_timestamp() AS now
+		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id, run_order, known_time, inserted_at`,
+		c.tenant, nullable(u.runID), u.workflowID, u.start, u.finish, u.known, nullable(string(u.params)), u.rows, u.digest[:],
+		nullable(c.email)).Scan(&u.runID, &run.Order, &run.Known, &run.Change)
 	if state := sqlState(err); strings.HasPrefix(state, "22") || state == "54001" {
 		// Every other argument was checked: only run_params can hold what jsonb refuses (\u0000, numbers out of range).
 		return nil, invalid("run_params holds something that PostgreSQL cannot store as jsonb")
@@ -494,9 +459,7 @@ type block struct {
 func cutBlocks(bySeries map[string][]point) ([]block, error) {
 	var blocks []block
 	for id, points := range bySeries {
-		if !slices.IsSortedFunc(points, comparePoints) {
-			slices.SortFunc(points, comparePoints)
-		}
+		slices.SortFunc(points, comparePoints) // quick on what is in order
 		begin := 0
 		for i, p := range points {
 			if i > 0 && comparePoints(points[i-1], p) == 0 {
@@ -514,7 +477,7 @@ func cutBlocks(bySeries map[string][]point) ([]block, error) {
 
 // insertBlocks stores blocks of a run in one statement: the values of all of them end to end in three arrays, and a list
 // of which stretch is whose.
-func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run *version, blocks []block) error {
+func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, u *upload, run *version, blocks []block) error {
 	type stretch struct {
 		SeriesID string `json:"series_id"`
 		First    int    `json:"first"` // positions in the arrays, from 1
@@ -539,17 +502,16 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run *version, block
 		                          valid_from, valid_to, valid_times, valid_time_ends, "values")
 		SELECT $1::uuid, b.series_id, $2::uuid, $3::bigint, 1, $4::timestamptz, $5::timestamptz, $6,
 		       a.times[b.first], a.times[b.last], a.times[b.first:b.last],
-		       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0 THEN a.ends[b.first:b.last] END,
-		       a."values"[b.first:b.last]
+		       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0 THEN a.ends[b.first:b.last] END, a."values"[b.first:b.last]
 		FROM (SELECT $7::timestamptz[], $8::timestamptz[], $9::float8[]) AS a (times, ends, "values"),
 		     json_to_recordset($10) AS b (series_id uuid, first integer, last integer)`,
-		c.tenant, run.RunID, run.Order, run.Known, run.Change, nullable(c.email), encodeArray(oidTimestamptz, times, nullTime),
+		c.tenant, u.runID, run.Order, run.Known, run.Change, nullable(c.email), encodeArray(oidTimestamptz, times, nullTime),
 		wireEnds, encodeArray(oidFloat8, values, nullFloat), asJSON(list))
 	return err
 }
 
 // ---- arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c): number of dimensions, whether
-// there are NULLs, the element type's oid, the length, the lower bound, then per element its byte length, -1 for
+// there may be NULLs, the element type's oid, the length, the lower bound, then per element its byte length, -1 for
 // NULL, and its bytes; all big-endian. Here every element is 8 bytes: a timestamptz or a float8, as its bits.
 
 const (
@@ -563,19 +525,16 @@ const (
 
 // encodeArray returns bits as an array of the element type oid; elements equal to null are sent as NULL.
 func encodeArray(oid uint32, bits []uint64, null uint64) []byte {
-	wire := make([]byte, arrayHeader, arrayHeader+12*len(bits))
-	var hasNull uint32
+	wire := make([]byte, 0, arrayHeader+12*len(bits))
+	for _, field := range []uint32{1, 1, oid, uint32(len(bits)), 1} {
+		wire = binary.BigEndian.AppendUint32(wire, field)
+	}
 	for _, b := range bits {
 		if b == null {
-			hasNull = 1
 			wire = binary.BigEndian.AppendUint32(wire, math.MaxUint32)
 			continue
 		}
-		wire = binary.BigEndian.AppendUint32(wire, 8)
-		wire = binary.BigEndian.AppendUint64(wire, b)
-	}
-	for i, v := range []uint32{1, hasNull, oid, uint32(len(bits)), 1} {
-		binary.BigEndian.PutUint32(wire[4*i:], v)
+		wire = binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(wire, 8), b)
 	}
 	return wire
 }
@@ -602,19 +561,14 @@ func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
 	return dst, nil
 }
 
-// ---- read
-
 // readQuery says which values to read. The zero times do not mean "any": use beginning and endOfTime.
 type readQuery struct {
 	series               []seriesRef // none means all of the tenant
 	start, end           micros      // start <= valid_time < end
 	startKnown, endKnown micros      // likewise known_time
 	asOf                 micros      // only versions written up to then
-	lead                 span        // only elements whose valid_time is at least this much after their known_time; anyLead: all
 	overlapping          bool        // every run, rather than the latest known
 	allVersions          bool        // every version, rather than the current
-	bucket               span        // the width of the buckets to aggregate over; 0: none
-	agg                  string      // mean, min, max, sum or count
 }
 
 // version is what all elements of one row of values_table share.
@@ -638,7 +592,7 @@ func (v *version) supersedes(w *version) bool {
 // element is one value of one version; a NULL value is NaN.
 type element struct {
 	point
-	from *version // nil for an aggregate
+	from *version
 }
 
 // merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
@@ -706,24 +660,19 @@ func (m *merger) flush(bound micros, emit func(*element) error) error {
 // unknown series is a 404; an error of emit ends the read and is returned.
 func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*series, *element) error) (err error) {
 	var list []series
-	if q.series == nil {
-		list, err = s.allSeries(ctx, c, q.asOf)
-	} else {
+	if q.series != nil {
 		list, err = findSeries(ctx, c, s, q.series, q.asOf)
+	} else {
+		rows, bad := s.QueryContext(ctx, `SELECT series_id, series_key, unit FROM series_table
+			WHERE tenant_id = $1 AND inserted_at <= $2`, c.tenant, q.asOf)
+		list, err = scanAll(rows, bad, (*series).fields)
 	}
 	if err != nil {
 		return err
 	}
 	slices.SortFunc(list, func(a, b series) int { return cmp.Compare(a.Key, b.Key) })
 	list = slices.Compact(list)
-	if q.bucket == 0 {
-		return s.readMerged(ctx, c, q, list, emit)
-	}
-	b := bucketer{width: micros(q.bucket), agg: q.agg, emit: emit}
-	if err := s.readMerged(ctx, c, q, list, b.add); err != nil {
-		return err
-	}
-	return b.close()
+	return s.readMerged(ctx, c, q, list, emit)
 }
 
 // The blocks of each series that overlap the window. One that holds a value at or after the window's start begins at
@@ -801,7 +750,7 @@ type blockDecoder struct {
 	out                 []element
 }
 
-// next decodes the row at hand: the series' number, and the values that lie in q's window and were known early enough.
+// next decodes the row at hand: the series' number, and the values that lie in q's window.
 func (d *blockDecoder) next(rows *sql.Rows, q readQuery) (number int, v *version, _ []element, err error) {
 	v = &version{}
 	err = rows.Scan(&number, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
@@ -819,7 +768,7 @@ func (d *blockDecoder) next(rows *sql.Rows, q readQuery) (number int, v *version
 	d.out = d.out[:0]
 	for i, bits := range d.times { // the table checks that the arrays have one length
 		t, end := micros(bits), noEnd
-		if t < q.start || t >= q.end || t-v.Known < micros(q.lead) {
+		if t < q.start || t >= q.end {
 			continue
 		}
 		if len(d.ends) > 0 {
@@ -830,61 +779,20 @@ func (d *blockDecoder) next(rows *sql.Rows, q readQuery) (number int, v *version
 	return number, v, d.out, nil
 }
 
-// bucketer aggregates elements, which arrive in order, over buckets of equal width that start at multiples of it since
-// 1970-01-01 UTC. NULLs do not count; a bucket without values is left out.
-type bucketer struct {
-	width  micros
-	agg    string
-	emit   func(*series, *element) error
-	series *series
-	start  micros
-	n, sum float64
-	lo, hi float64
-}
-
-func (b *bucketer) add(x *series, e *element) error {
-	if math.IsNaN(e.value) {
-		return nil
-	}
-	sinceEpoch := e.time + pgEpoch*1e6
-	start := e.time - ((sinceEpoch%b.width)+b.width)%b.width
-	if x != b.series || start != b.start {
-		if err := b.close(); err != nil {
-			return err
-		}
-		b.series, b.start, b.n, b.sum, b.lo, b.hi = x, start, 0, 0, math.Inf(1), math.Inf(-1)
-	}
-	b.n++
-	b.sum += e.value
-	b.lo, b.hi = min(b.lo, e.value), max(b.hi, e.value)
-	return nil
-}
-
-// close emits the bucket at hand, if there is one. A sum beyond the range of a float64 is a 422: JSON has no infinity.
-func (b *bucketer) close() error {
-	if b.n == 0 {
-		return nil
-	}
-	value := map[string]float64{"mean": b.sum / b.n, "min": b.lo, "max": b.hi, "sum": b.sum, "count": b.n}[b.agg]
-	if math.IsInf(value, 0) {
-		return invalid("agg: the %s of the bucket %s of series %q is beyond a 64-bit float", b.agg, b.start, b.series.Key)
-	}
-	b.n = 0
-	return b.emit(b.series, &element{point: point{b.start, noEnd, value}})
-}
-
-// ---- corrections
-
-// valueUpdate is one entry of PUT /values.
+// valueUpdate is one entry of PUT /values, in the form that correctValues reads.
 type valueUpdate struct {
-	seriesRef
-	RunID      *string // nil, like Known: the run is not named
-	Known      *micros
-	Time, End  micros
-	value      *float64 // nil: keep; NaN: NULL
-	annotation *string  // nil: keep; "": none
-	setTags    bool
-	tags       []string
+	seriesRef     `json:"-"`
+	SeriesID      string   `json:"series_id"` // set by UpdateValues
+	RunID         *string  `json:"run_id"`    // nil, like Known: the run is not named
+	Known         *micros  `json:"known_time"`
+	Time          micros   `json:"valid_time"`
+	End           micros   `json:"valid_time_end"`
+	SetValue      bool     `json:"set_value"` // or keep it, as with the two below
+	Value         *float64 `json:"value"`     // nil: NULL
+	SetAnnotation bool     `json:"set_annotation"`
+	Annotation    string   `json:"annotation"` // "": none
+	SetTags       bool     `json:"set_tags"`
+	Tags          []string `json:"tags"`
 }
 
 type updateResult struct {
@@ -904,9 +812,11 @@ const correctValues = `
 		SELECT u.*, e.version AS old_version, e.value AS old_value, e.annotation AS old_annotation, e.tags AS old_tags,
 		       coalesce(e.run_id, r.run_id) AS target_run, coalesce(e.run_order, r.run_order) AS run_order,
 		       coalesce(e.known_time, r.known_time) AS target_known
-		FROM json_to_recordset($3) AS u (number integer, series_id uuid, run_id uuid, known_time timestamptz,
-		       valid_time timestamptz, valid_time_end timestamptz, set_value boolean, value float8,
-		       set_annotation boolean, annotation text, set_tags boolean, tags text[])
+		FROM ROWS FROM (json_to_recordset($3) AS (series_id uuid, run_id uuid, known_time timestamptz, valid_time timestamptz,
+		       valid_time_end timestamptz, set_value boolean, value float8, set_annotation boolean, annotation text,
+		       set_tags boolean, tags text[])) WITH ORDINALITY
+		     AS u (series_id, run_id, known_time, valid_time, valid_time_end, set_value, value, set_annotation, annotation,
+		       set_tags, tags, number)
 		LEFT JOIN LATERAL (
 			SELECT v.*, v."values"[i] AS value
 			FROM values_table v, generate_series(
@@ -932,10 +842,10 @@ const correctValues = `
 	), stored AS (
 		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
 		                          annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values")
-		SELECT $1::uuid, series_id, target_run, run_order, coalesce(old_version, 0) + 1, target_known, clock.now, $2,
-		       new_annotation, new_tags, valid_time, valid_time, ARRAY[valid_time],
+		SELECT $1::uuid, series_id, target_run, run_order, coalesce(old_version, 0) + 1, target_known, now, $2, new_annotation,
+		       new_tags, valid_time, valid_time, ARRAY[valid_time],
 		       CASE WHEN valid_time_end IS NOT NULL THEN ARRAY[valid_time_end] END, ARRAY[new_value]
-		FROM next, clock_timestamp() AS clock (now)
+		FROM next, clock_timestamp() AS now
 		WHERE target_run IS NOT NULL AND (old_version IS NULL
 		      OR (new_value, new_annotation, new_tags) IS DISTINCT FROM (old_value, old_annotation, old_tags))
 		RETURNING series_id, run_id, valid_from, valid_time_ends[1] AS valid_time_end, version, value_id
@@ -955,21 +865,28 @@ func (s *store) UpdateValues(ctx context.Context, c Caller, updates []valueUpdat
 		if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtextextended($1, 0)) AS tenant_id`, c.tenant); err != nil {
 			return err
 		}
-		list, err := resolveUpdates(ctx, c, tx, updates)
+		refs := make([]seriesRef, len(updates))
+		for i, u := range updates {
+			refs[i] = u.seriesRef
+		}
+		found, err := findSeries(ctx, c, tx, refs, endOfTime)
 		if err != nil {
 			return err
+		}
+		for i, x := range found {
+			updates[i].SeriesID = x.ID
 		}
 		type row struct {
 			number     int
 			lacksValue bool
 			updateResult
 		}
-		rows, err := tx.QueryContext(ctx, correctValues, c.tenant, nullable(c.email), list)
+		rows, err := tx.QueryContext(ctx, correctValues, c.tenant, nullable(c.email), asJSON(updates))
 		results, err := scanAll(rows, err, func(r *row) []any {
 			return []any{&r.number, &r.RunID, &r.ValidTime, &r.SeriesID, &r.ValueID, &r.Version, &r.lacksValue}
 		})
 		for _, r := range results {
-			u := updates[r.number]
+			u := updates[r.number-1]
 			r.Tenant = c.tenant
 			switch {
 			case r.RunID == "" && u.RunID == nil && u.Known == nil:
@@ -987,51 +904,6 @@ func (s *store) UpdateValues(ctx context.Context, c Caller, updates []valueUpdat
 		return err
 	})
 	return updated, skipped, err
-}
-
-// resolveUpdates returns updates as the JSON that correctValues reads, with the ids of their series.
-func resolveUpdates(ctx context.Context, c Caller, tx *sql.Tx, updates []valueUpdate) (string, error) {
-	refs := make([]seriesRef, len(updates))
-	for i, u := range updates {
-		refs[i] = u.seriesRef
-	}
-	found, err := findSeries(ctx, c, tx, refs, endOfTime)
-	if err != nil {
-		return "", err
-	}
-	list := make([]map[string]any, len(updates))
-	for i, u := range updates {
-		value := u.value
-		if value != nil && math.IsNaN(*value) {
-			value = nil
-		}
-		list[i] = map[string]any{"number": i, "series_id": found[i].ID, "run_id": u.RunID, "known_time": u.Known,
-			"valid_time": u.Time, "valid_time_end": u.End, "set_value": u.value != nil, "value": value,
-			"set_annotation": u.annotation != nil, "annotation": u.annotation, "set_tags": u.setTags, "tags": u.tags}
-	}
-	return asJSON(list), nil
-}
-
-// ---- lists, as JSON that PostgreSQL writes
-
-type runQuery struct {
-	workflowID           string // "": any
-	startKnown, endKnown micros // start <= known_time < end
-	limit                int64
-}
-
-// Runs lists the tenant's runs, the newest known first, each as a JSON object.
-func (s *store) Runs(ctx context.Context, c Caller, q runQuery) ([]json.RawMessage, error) {
-	rows, err := s.QueryContext(ctx, `
-		SELECT to_json(r) FROM (
-			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time, iso_time(run_finish_time) AS run_finish_time,
-			       iso_time(known_time) AS known_time, run_params, changed_by, iso_time(inserted_at) AS inserted_at,
-			       rows_inserted AS rows
-			FROM runs_table
-			WHERE tenant_id = $1 AND ($2::text IS NULL OR workflow_id = $2) AND known_time >= $3 AND known_time < $4
-			ORDER BY runs_table.known_time DESC, run_order DESC LIMIT $5) AS r`,
-		c.tenant, nullable(q.workflowID), q.startKnown, q.endKnown, q.limit)
-	return scanAll(rows, err, func(text *json.RawMessage) []any { return []any{(*[]byte)(text)} })
 }
 
 // SeriesByID is the JSON object {series_id: series} of the caller's tenant, by series_key.
