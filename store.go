@@ -541,6 +541,9 @@ func encodeArray(oid uint32, bits []uint64, null uint64) []byte {
 
 // decodeArray appends the elements of a one-dimensional array to dst, null in place of NULL.
 func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
+	if len(wire) == arrayHeader-8 && binary.BigEndian.Uint32(wire) == 0 {
+		return dst, nil // no dimension: empty
+	}
 	if len(wire) < arrayHeader || binary.BigEndian.Uint32(wire) != 1 {
 		return nil, errors.New("array: expected one dimension")
 	}
@@ -675,15 +678,18 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*seri
 	return s.readMerged(ctx, c, q, list, emit)
 }
 
-// The blocks of each series that overlap the window. One that holds a value at or after the window's start begins at
-// most the greatest span before it, so both bounds on valid_from are a range of the primary key.
+// The blocks of each series that overlap the window, and of each what lies in it (lo to hi; width_bucket is a binary
+// search). A block that holds a value at or after the window's start begins at most the greatest span before it, so
+// both bounds on valid_from are a range of the primary key.
 const selectBlocks = `
 	SELECT x.number, b.run_id, b.run_order, b.version, b.changed_by, b.annotation, b.tags,
-	       array_send(ARRAY[b.known_time, b.change_time, b.valid_from]),
-	       array_send(b.valid_times), array_send(b.valid_time_ends), array_send(b."values")
+	       array_send(ARRAY[b.known_time, b.change_time, b.valid_from]), array_send(b.valid_times[b.lo:b.hi]),
+	       array_send(b.valid_time_ends[b.lo:b.hi]), array_send(b."values"[b.lo:b.hi])
 	FROM unnest($2::uuid[]) WITH ORDINALITY AS x (series_id, number)
 	CROSS JOIN LATERAL (
-		SELECT * FROM values_table v
+		SELECT *, width_bucket($3::timestamptz - interval '1 microsecond', v.valid_times) + 1 AS lo,
+		       width_bucket($4::timestamptz - interval '1 microsecond', v.valid_times) AS hi
+		FROM values_table v
 		WHERE v.tenant_id = $1 AND v.series_id = x.series_id AND v.valid_to >= $3
 		  AND v.valid_from >= $3::timestamptz - interval '32 days' AND v.valid_from < $4
 		  AND v.known_time >= $5 AND v.known_time < $6 AND v.change_time <= $7
@@ -718,7 +724,7 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []se
 	current, known, last := 1, beginning, beginning // what is being merged: a series, or in overlapping mode a known_time of it
 	emitCurrent := func(e *element) error { return emit(&list[current-1], e) }
 	for rows.Next() {
-		number, v, elements, err := d.next(rows, q)
+		number, v, elements, err := d.next(rows)
 		if err != nil {
 			return err
 		}
@@ -750,8 +756,8 @@ type blockDecoder struct {
 	out                 []element
 }
 
-// next decodes the row at hand: the series' number, and the values that lie in q's window.
-func (d *blockDecoder) next(rows *sql.Rows, q readQuery) (number int, v *version, _ []element, err error) {
+// next decodes the row at hand: the series' number, and the values.
+func (d *blockDecoder) next(rows *sql.Rows) (number int, v *version, _ []element, err error) {
 	v = &version{}
 	err = rows.Scan(&number, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
 		&d.wire[0], &d.wire[1], &d.wire[2], &d.wire[3])
@@ -767,14 +773,11 @@ func (d *blockDecoder) next(rows *sql.Rows, q readQuery) (number int, v *version
 	v.Known, v.Change, d.from = micros(d.stamps[0]), micros(d.stamps[1]), micros(d.stamps[2])
 	d.out = d.out[:0]
 	for i, bits := range d.times { // the table checks that the arrays have one length
-		t, end := micros(bits), noEnd
-		if t < q.start || t >= q.end {
-			continue
-		}
+		end := noEnd
 		if len(d.ends) > 0 {
 			end = micros(d.ends[i])
 		}
-		d.out = append(d.out, element{point{t, end, math.Float64frombits(d.values[i])}, v})
+		d.out = append(d.out, element{point{micros(bits), end, math.Float64frombits(d.values[i])}, v})
 	}
 	return number, v, d.out, nil
 }
