@@ -51,8 +51,7 @@ type Caller struct {
 	readOnly bool
 }
 
-// keyRecord is what the database knows of the user whose key has the digest that was looked up. Expiry is judged by the
-// database's clock, the only one that all servers share.
+// keyRecord is what the database knows, by its own clock, of the user whose key has the digest that was looked up.
 type keyRecord struct {
 	userID, tenant, email     string
 	digest                    []byte
@@ -60,11 +59,10 @@ type keyRecord struct {
 	useIsStale                bool // last_used_at is due
 }
 
-// errUnknownKey is LookupKey's answer when no user has the digest.
 var errUnknownKey = errors.New("no user has this key")
 
-// keyLookup finds a key's user by the key's SHA-256 digest, whatever state the user is in. Any error but errUnknownKey
-// means that it could not be found out.
+// keyLookup finds a key's user by the key's SHA-256 digest, whatever state the user is in. errUnknownKey: there
+// is none. Any other error: it could not be found out.
 type keyLookup interface {
 	LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
 }

@@ -96,6 +96,9 @@ func run(ctx context.Context, args []string, env func(string) string, stdin io.R
 		return 0
 	}
 	if err != nil {
+		if strings.ContainsAny(err.Error(), "@=/") {
+			err = errors.New("the command line is not understood") // and not repeated: it seems to hold a DSN
+		}
 		fmt.Fprintf(stderr, "ERROR: %v; see: timedb %s\n", err, strings.TrimSpace("help "+c.name))
 		return 2
 	}
@@ -329,10 +332,10 @@ func (c *cli) api(ctx context.Context, st *store) error {
 		return a
 	}
 	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{ReplaceAttr: utc}))
-	if err := c.checkStart(ctx, st, log); err != nil {
+	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
+	if err := c.checkStart(ctx, auth, log); err != nil {
 		return err
 	}
-	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
 	srv := &http.Server{
 		Handler: newServer(st, auth, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
 		ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: readTimeout + writeTimeout, IdleTimeout: idleTimeout,
@@ -357,11 +360,12 @@ func (c *cli) api(ctx context.Context, st *store) error {
 }
 
 // checkStart refuses to expose data to a network without users.
-func (c *cli) checkStart(ctx context.Context, st *store, log *slog.Logger) error {
-	exists, err := st.usersTableExists(ctx)
+func (c *cli) checkStart(ctx context.Context, auth *authenticator, log *slog.Logger) error {
+	exists, err := auth.usersTableExists(ctx)
 	if err != nil {
 		return fmt.Errorf("cannot find out whether users_table exists: %w", err)
 	}
+	auth.latched.Store(exists)
 	local := isLoopback(c.host)
 	if !exists && !local && !c.anonymous && !c.requireAuth {
 		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and write: "+

@@ -9,7 +9,11 @@
 
 -- Two at once would race for the same names; so the second waits, and then finds everything there.
 SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));
-SET LOCAL search_path = :schema, pg_temp;
+SET LOCAL search_path = :schema;
+DO $timedb$ BEGIN
+    CREATE SCHEMA :schema;
+EXCEPTION WHEN duplicate_schema OR insufficient_privilege THEN NULL;  -- it is there, or what follows says that it is not
+END $timedb$;
 
 -- section: tables
 
@@ -64,7 +68,7 @@ CREATE TABLE IF NOT EXISTS values_table (
     PRIMARY KEY (tenant_id, series_id, valid_from, value_id),
     FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table,
     FOREIGN KEY (tenant_id, series_id) REFERENCES series_table,
-    CHECK (valid_to >= valid_from AND valid_to <= valid_from + interval '32 days'),
+    CHECK (valid_to >= valid_from AND valid_to <= valid_from + interval '768 hours'),
     CHECK (valid_from = valid_times[1] AND valid_to = valid_times[cardinality(valid_times)]),
     CHECK (cardinality("values") BETWEEN 1 AND 1000 AND cardinality(valid_times) = cardinality("values")
            AND cardinality(valid_time_ends) = cardinality("values"))

@@ -28,8 +28,7 @@ import (
 )
 
 const (
-	// readTimeout lets a slow line send a full body; writeTimeout begins anew with each piece of a stream, so a long
-	// stream may last but a stalled reader may not.
+	// readTimeout lets a slow line send a full body. writeTimeout begins anew with each piece of a stream.
 	readHeaderTimeout = 10 * time.Second
 	readTimeout       = 2 * time.Minute
 	writeTimeout      = 30 * time.Second
@@ -62,7 +61,7 @@ type apiError struct {
 func (e *apiError) Error() string { return e.message }
 
 func refusal(status int, format string, args ...any) error {
-	return &apiError{status, fmt.Sprintf(format, args...), ""}
+	return &apiError{status, fmt.Sprintf("%.1000s", fmt.Sprintf(format, args...)), ""} // whatever a client put into it
 }
 func invalid(format string, args ...any) error  { return refusal(422, format, args...) }
 func notFound(format string, args ...any) error { return refusal(404, format, args...) }
@@ -395,8 +394,7 @@ func setField(field string, into any, text string) (err error) {
 	return inputError(field, err)
 }
 
-// checkText returns an error unless s can be stored and shown: not blank, UTF-8, of at most limit bytes; in prose line
-// ends are allowed, other control characters never.
+// checkText refuses what is blank, too long, not UTF-8, or holds control characters (but for line ends in prose).
 func checkText(field, s string, limit int) error {
 	bad := func(r rune) bool {
 		return r == utf8.RuneError || unicode.IsControl(r) && (limit != maxProse || !strings.ContainsRune("\t\r\n", r))
@@ -466,8 +464,7 @@ func (s *server) getSeries(_ http.ResponseWriter, r *http.Request, c Caller) (an
 	return useDatabase(r, err, func(ctx context.Context) (any, error) { return s.store.SeriesByID(ctx, c) })
 }
 
-// valueRow is what one of value_rows and one of updates have in common. The fields begin with what no request can hold,
-// to tell "not given".
+// valueRow is what one of value_rows and one of updates have in common. emptyRow holds what no request can: "not given".
 type valueRow struct {
 	ValidTime    micros `json:"valid_time"`
 	ValidTimeEnd micros `json:"valid_time_end"`
@@ -556,8 +553,12 @@ func checkRun(u *upload) error {
 	case u.params != nil && (u.params[0] != '{' || len(u.params) > maxParams || !utf8.Valid(u.params)):
 		return invalid("run_params: expected a JSON object of at most %d bytes in UTF-8", maxParams)
 	}
+	named := map[string]bool{}
+	for _, ref := range u.series {
+		named[ref.key] = true
+	}
 	for key, text := range u.descriptions {
-		if !slices.ContainsFunc(u.series, func(ref seriesRef) bool { return ref.key == key }) {
+		if !named[key] {
 			return invalid("series_descriptions: no row has the value_key %q", key)
 		}
 		if err := checkText("series_descriptions."+key, text, maxProse); err != nil {
@@ -758,8 +759,7 @@ func (o *rowWriter) finish() error {
 	return o.flush()
 }
 
-// micros counts microseconds since 2000-01-01 UTC: PostgreSQL's own form of a timestamptz, exact and of 8 bytes. The
-// smallest and the greatest value are PostgreSQL's -infinity and infinity.
+// micros counts microseconds since 2000-01-01 UTC, as a timestamptz of PostgreSQL does; its extremes are the infinities.
 type micros int64
 
 const (

@@ -193,9 +193,6 @@ func schemaSection(name, schema, role string) string {
 // createSQL is what `create tables` runs, in one transaction: the sections that were asked for.
 func createSQL(schema, role string, withUsers, usersExist bool) string {
 	text := ""
-	if schema != defaultSchema {
-		text = "CREATE SCHEMA IF NOT EXISTS " + pq.QuoteIdentifier(schema) + ";\n"
-	}
 	sections := map[string]bool{"begin": true, "tables": true, "users": withUsers, "app role": role != "",
 		"app role users": role != "" && (withUsers || usersExist)}
 	for _, name := range []string{"begin", "tables", "users", "app role", "app role users"} {
@@ -395,11 +392,12 @@ type upload struct {
 func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]string, error) {
 	ids := map[string]string{}
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
-		run, err := insertRun(ctx, c, tx, u)
+		// The series first: as of the run's change_time they must exist.
+		found, _, err := ensureSeries(ctx, c, tx, u.series, defaultUnit, u.descriptions)
 		if err != nil {
 			return err
 		}
-		found, _, err := ensureSeries(ctx, c, tx, u.series, defaultUnit, u.descriptions)
+		run, err := insertRun(ctx, c, tx, u)
 		if err != nil {
 			return err
 		}
@@ -475,8 +473,7 @@ func cutBlocks(bySeries map[string][]point) ([]block, error) {
 	return blocks, nil
 }
 
-// insertBlocks stores blocks of a run in one statement: the values of all of them end to end in three arrays, and a list
-// of which stretch is whose.
+// insertBlocks stores blocks in one statement: all values end to end in three arrays, and a list of which stretch is whose.
 func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, u *upload, run *version, blocks []block) error {
 	type stretch struct {
 		SeriesID string `json:"series_id"`
@@ -659,7 +656,7 @@ func (m *merger) flush(bound micros, emit func(*element) error) error {
 }
 
 // Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time,
-// valid_time), then version. The element is valid only during the call. Memory does not grow with the result. An
+// valid_time), then version. The element is valid only during the call. Memory holds what overlaps, not the result. An
 // unknown series is a 404; an error of emit ends the read and is returned.
 func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*series, *element) error) (err error) {
 	var list []series
@@ -691,7 +688,7 @@ const selectBlocks = `
 		       width_bucket($4::timestamptz - interval '1 microsecond', v.valid_times) AS hi
 		FROM values_table v
 		WHERE v.tenant_id = $1 AND v.series_id = x.series_id AND v.valid_to >= $3
-		  AND v.valid_from >= $3::timestamptz - interval '32 days' AND v.valid_from < $4
+		  AND v.valid_from >= $3::timestamptz - interval '768 hours' AND v.valid_from < $4
 		  AND v.known_time >= $5 AND v.known_time < $6 AND v.change_time <= $7
 		ORDER BY `
 
@@ -826,7 +823,7 @@ const correctValues = `
 			       CASE WHEN v.valid_time_ends IS NULL THEN width_bucket(u.valid_time, v.valid_times) ELSE 1 END,
 			       width_bucket(u.valid_time, v.valid_times)) AS i
 			WHERE v.tenant_id = $1 AND v.series_id = u.series_id AND v.valid_to >= u.valid_time
-			  AND v.valid_from >= u.valid_time - interval '32 days' AND v.valid_from <= u.valid_time
+			  AND v.valid_from >= u.valid_time - interval '768 hours' AND v.valid_from <= u.valid_time
 			  AND v.run_id = coalesce(u.run_id, v.run_id) AND v.known_time = coalesce(u.known_time, v.known_time)
 			  AND v.valid_times[i] = u.valid_time AND v.valid_time_ends[i] IS NOT DISTINCT FROM u.valid_time_end
 			ORDER BY v.known_time DESC, v.run_order DESC, v.version DESC LIMIT 1) AS e ON true
