@@ -445,6 +445,18 @@ func TestPasswordOfADSNIsNeverPrinted(t *testing.T) {
 	}
 }
 
+func TestMisplacedDSNIsNotRepeated(t *testing.T) {
+	t.Parallel()
+	const dsn = "postgresql://u:hunter2@127.0.0.1:1/db"
+	for _, args := range [][]string{{"-d", dsn, "api"}, {"create", "tables", dsn}, {"create", "tables", "-d" + dsn}, {dsn},
+		{"api", "--port", "postgresql://127.0.0.1:1/db?password=hunter2"}} {
+		code, stdout, stderr := runIn(nil, "", args...)
+		if code != 2 || stderr == "" || strings.Contains(stdout+stderr, "hunter2") {
+			t.Errorf("%q: exit %d, printed %q", args, code, stdout+stderr)
+		}
+	}
+}
+
 func TestNotebookDSNShapesAreUnderstood(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)
@@ -525,6 +537,25 @@ func TestCreateTablesMayBeRepeatedAndRunConcurrently(t *testing.T) {
 		t.Errorf("delete tables left %q", left)
 	}
 	mustRun(t, 0, dsn, "", "delete", "tables", "-y")
+}
+
+func TestNewSchemaMayBeCreatedConcurrently(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	together(4, func(int) {
+		if code, _, stderr := runIn(map[string]string{"TIMEDB_DSN": dsn}, "", "create", "tables", "-y", "-s", "new one"); code != 0 {
+			t.Errorf("exit %d: %s", code, stderr)
+		}
+	})
+	db := mustOpen(t, dsn)
+	if relations(t, db, "new one") == "" {
+		t.Error("nothing was created")
+	}
+	mustExec(t, db, `DROP SCHEMA public`)
+	mustRun(t, 0, dsn, "", "create", "tables", "-y") // which makes the schema anew, and nothing temporary
+	if relations(t, db, "public") == "" {
+		t.Error("nothing was created in public")
+	}
 }
 
 func TestDryRunPrintsSQLThatWorks(t *testing.T) {
@@ -1065,6 +1096,15 @@ func TestUnknownStateOfUsersTableIsNotOpen(t *testing.T) {
 	mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS true`)
 }
 
+func TestServerThatStartedWithUsersNeverOpens(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	mustExec(t, s.db, `ALTER TABLE users_table RENAME TO x`) // before the first request
+	s.must(t, 401, "GET", "/values", "", "")
+	key, _ := newKey()
+	s.must(t, 503, "GET", "/values", key, "")
+}
+
 func TestFirstUsersTableTakesEffectOnARunningServer(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)
@@ -1542,6 +1582,40 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 	}
 }
 
+func TestBodyOfUnknownLengthIsBounded(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	// No Content-Length: http.NewRequest does not know what this reader holds.
+	body := io.MultiReader(strings.NewReader(`{"workflow_id":"`), strings.NewReader(strings.Repeat("x", 70<<20)), strings.NewReader(`"}`))
+	r, err := http.NewRequest("POST", s.url+"/upload", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("X-API-Key", key)
+	r.Header.Set("Content-Type", "application/json")
+	resp, err := s.client.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != 413 {
+		t.Errorf("70 MiB without a Content-Length: %s, want 413", resp.Status)
+	}
+}
+
+func TestRefusalDoesNotRepeatALongInput(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	if text := s.must(t, 422, "POST", "/series", key, `{"`+strings.Repeat("x", 1<<20)+`":1}`); len(text) > 4<<10 {
+		t.Errorf("the refusal is %d bytes long", len(text))
+	}
+	if text := s.log.String(); len(text) > 64<<10 {
+		t.Errorf("the log is %d bytes long", len(text))
+	}
+}
+
 func TestTimestampsAreReadInEveryDocumentedForm(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
@@ -1857,6 +1931,25 @@ func TestOverlappingRunsOfOneKnownTimeAreOrderedByValidTime(t *testing.T) {
 	const want = "00/load 00=1, 00/load 01=3, 00/load 02=2, 00/load 03=4"
 	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping", key, "")); got != want {
 		t.Errorf("GET /values?mode=overlapping\nshows %s\nwant  %s (series_key, known_time, valid_time)", got, want)
+	}
+}
+
+func TestFirstUploadIsThereAsOfItsOwnChangeTime(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	for i := range 20 {
+		name := fmt.Sprint("series", i)
+		s.must(t, 200, "POST", "/upload", key, `{"run_start_time":"2025-01-01","value_rows":[{"valid_time":"2025-01-01","value_key":"`+name+`","value":1}]}`)
+		detail := mustDecode[struct {
+			Data []struct {
+				Change string `json:"change_time"`
+			}
+		}](t, s.must(t, 200, "GET", "/values?detail=true&series_key="+name, key, ""))
+		asOf := url.QueryEscape(detail.Data[0].Change)
+		if got := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values?series_key="+name+"&as_of="+asOf, key, "")); got.Count != 1 {
+			t.Fatalf("as of its own change_time %s the upload has %d values", asOf, got.Count)
+		}
 	}
 }
 
