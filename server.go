@@ -47,8 +47,7 @@ const (
 
 	flushBytes = 64 << 10 // of a stream at a time
 
-	defaultUnit     = "dimensionless"
-	defaultWorkflow = "api-workflow"
+	defaultUnit = "dimensionless"
 )
 
 // apiError is a status and the sentence for {"detail": …}. Any other error becomes a 500 that explains nothing.
@@ -518,7 +517,7 @@ func (u *upload) add(seen map[[2]string]int, field string, row *uploadRow) error
 }
 
 func (s *server) postUpload(w http.ResponseWriter, r *http.Request, c Caller) (any, error) {
-	u, tenant, digest := &upload{workflowID: defaultWorkflow}, "", sha256.New()
+	u, tenant, digest := &upload{workflowID: "api-workflow"}, "", sha256.New()
 	seen := map[[2]string]int{} // where in u.series a series_id and value_key stand
 	rows := eachElement(func(field string, dec *json.Decoder) error {
 		row := uploadRow{valueRow: emptyRow}

@@ -2974,7 +2974,7 @@ func FuzzKey(f *testing.F) {
 
 // decodeUpload decodes the body of an upload as POST /upload does, without a database.
 func decodeUpload(body []byte) (*upload, error) {
-	u, seen := &upload{workflowID: defaultWorkflow}, map[[2]string]int{}
+	u, seen := &upload{workflowID: "api-workflow"}, map[[2]string]int{}
 	rows := eachElement(func(field string, dec *json.Decoder) error {
 		row := uploadRow{valueRow: emptyRow}
 		if err := dec.Decode(&row); err != nil {

@@ -327,7 +327,8 @@ func findSeries(ctx context.Context, c Caller, q querier, refs []seriesRef, asOf
 
 // ensureSeries returns the series that each ref names, after creating those named by a key that is new, and how many it
 // created. They are inserted in one order whoever inserts, so that two uploads of the same series cannot deadlock.
-func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit string, about map[string]string) ([]series, int64, error) {
+func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit string, about map[string]string) (
+	found []series, created int64, err error) {
 	var keys, texts []string
 	for _, ref := range refs {
 		if ref.id == "" {
@@ -343,8 +344,8 @@ func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, u
 	if err != nil {
 		return nil, 0, err
 	}
-	created, _ := result.RowsAffected() // lib/pq always knows
-	found, err := findSeries(ctx, c, tx, refs, endOfTime)
+	created, _ = result.RowsAffected() // lib/pq always knows
+	found, err = findSeries(ctx, c, tx, refs, endOfTime)
 	return found, created, err
 }
 
