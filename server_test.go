@@ -803,6 +803,21 @@ func TestAPIRefusesToStartUnsafely(t *testing.T) {
 	}
 }
 
+func TestMissingTablesAre503UntilTheyAreCreated(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	s := mustAPI(t, dsn)
+	for _, c := range [][3]string{{"GET", "/values", ""}, {"GET", "/list_timeseries", ""}, {"POST", "/upload", oneValue},
+		{"PUT", "/values", `{"updates":[{"series_key":"load","valid_time":"2025-01-01","value":1}]}`}, {"POST", "/series", `{"name":"x"}`}} {
+		if text := s.must(t, 503, c[0], c[1], "", c[2]); strings.Contains(text, "table") {
+			t.Errorf("%s %s tells of the database: %s", c[0], c[1], text)
+		}
+	}
+	mustCreateTables(t, dsn)
+	s.must(t, 200, "POST", "/upload", "", oneValue)
+	s.must(t, 200, "GET", "/values", "", "")
+}
+
 // ---- Authentication
 
 const (
