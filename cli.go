@@ -95,10 +95,10 @@ func run(ctx context.Context, args []string, env func(string) string, stdin io.R
 		c.help()
 		return 0
 	}
-	if err != nil {
-		if strings.ContainsAny(err.Error(), "@=/") {
-			err = errors.New("the command line is not understood") // and not repeated: it seems to hold a DSN
-		}
+	if err != nil && strings.ContainsAny(err.Error(), "@=/") {
+		err = errors.New("the command line is not understood") // and not repeated: it seems to hold a DSN
+	}
+	if err = cmp.Or(err, c.check()); err != nil {
 		fmt.Fprintf(stderr, "ERROR: %v; see: timedb %s\n", err, strings.TrimSpace("help "+c.name))
 		return 2
 	}
@@ -109,7 +109,7 @@ func run(ctx context.Context, args []string, env func(string) string, stdin io.R
 	return 0
 }
 
-// parse finds the command and reads its flags. Its errors are those of usage, and flag.ErrHelp.
+// parse finds the command and reads its flags. Its errors are flag.ErrHelp, and sentences that repeat what was typed.
 func (c *cli) parse(args []string) error {
 	line := strings.Join(args, " ")
 	for _, cmd := range commands {
@@ -129,18 +129,19 @@ func (c *cli) parse(args []string) error {
 	if err := set.Parse(args); err != nil {
 		return err
 	}
-	return c.check(set.Args())
+	if set.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", set.Arg(0))
+	}
+	return nil
 }
 
-// check refuses what cannot be meant, before anything is done. rest is what follows the flags.
-func (c *cli) check(rest []string) (err error) {
+// check refuses what cannot be meant, before anything is done.
+func (c *cli) check() error {
 	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
 	c.email = strings.TrimSpace(c.email)
 	user, domain, _ := strings.Cut(c.email, "@")
-	err = checkUUID("--tenant-id", &c.tenant)
+	err := checkUUID("--tenant-id", &c.tenant)
 	switch {
-	case len(rest) > 0:
-		return fmt.Errorf("unexpected argument %q", rest[0])
 	case c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"):
 		return errors.New("--tenant-id is required")
 	case c.email == "" && strings.Contains(c.flagNames, "email!"):

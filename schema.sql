@@ -1,5 +1,5 @@
 -- The whole database side of timedb. `timedb create tables` runs the sections that it needs in one transaction, with
--- search_path set to the schema that was asked for; `timedb create tables --dry-run` prints just what would run.
+-- search_path set to the schema that was asked for; `--dry-run` prints what would run on an empty database.
 -- Every statement is safe to repeat. :schema and :app_role stand for quoted identifiers from the command line.
 --
 -- Nothing here is ever updated or deleted but users_table: a correction is a further row. tenant_id leads every key,

@@ -457,6 +457,24 @@ func TestMisplacedDSNIsNotRepeated(t *testing.T) {
 	}
 }
 
+func TestWrongUsageIsNamed(t *testing.T) {
+	t.Parallel()
+	const dsn, tenant = "postgresql://u:hunter2@127.0.0.1:1/db", "aaaaaaaa-0000-4000-8000-00000000000a"
+	for want, args := range map[string][]string{
+		"--email: expected":     {"users", "create", "-d", dsn, "-t", tenant, "-e", "nonsense"},
+		"--email is required":   {"users", "create", "-d", dsn, "-t", tenant},
+		"--tenant-id: expected": {"users", "create", "-d", dsn, "-t", "x", "-e", "a@example.com"},
+		"-nope":                 {"users", "list", "--nope"},
+		`"nope"`:                {"users", "list", "nope"},
+		"unknown command":       {"nope"},
+		"DATABASE_URL":          {"users", "list"},
+	} {
+		if code, _, stderr := runIn(nil, "", args...); code != 2 || !strings.Contains(stderr, want) {
+			t.Errorf("%q: exit %d, printed %q, want 2 and %q", args, code, stderr, want)
+		}
+	}
+}
+
 func TestNotebookDSNShapesAreUnderstood(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)

@@ -574,14 +574,12 @@ type readQuery struct {
 
 // version is what all elements of one row of values_table share.
 type version struct {
-	RunID      string
-	Order      int64
-	Number     int
-	Known      micros
-	Change     micros
-	ChangedBy  *string
-	Annotation *string
-	Tags       pq.StringArray
+	RunID                 string
+	Order                 int64
+	Number                int
+	Known, Change         micros
+	ChangedBy, Annotation *string
+	Tags                  pq.StringArray
 }
 
 // supersedes is the rule of the house: of two elements with the same series, valid_time and valid_time_end the later
@@ -747,11 +745,10 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []se
 
 // blockDecoder turns rows of selectBlocks into elements. Its buffers serve one row after the other.
 type blockDecoder struct {
-	from                micros          // the row's first valid_time
-	wire                [4]sql.RawBytes // known_time, change_time and valid_from; valid_times; ends; values
-	stamps, times, ends []uint64
-	values              []uint64
-	out                 []element
+	from                        micros          // the row's first valid_time
+	wire                        [4]sql.RawBytes // known_time, change_time and valid_from; valid_times; ends; values
+	stamps, times, ends, values []uint64
+	out                         []element
 }
 
 // next decodes the row at hand: the series' number, and the values.
