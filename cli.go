@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -20,7 +21,10 @@ import (
 	"time"
 )
 
-const defaultSchema = "public"
+// usage is the manual: an overview, and for each command a section.
+//
+//go:embed docs/usage.txt
+var usage string
 
 // cli is one invocation: what it is to do, where it reads and writes, and the values of its flags.
 type cli struct {
@@ -37,51 +41,46 @@ type cli struct {
 // command is one line of the command table. flagNames marks with "!" what must be given. Whatever has flags gets a store,
 // and the database ends a statement of it after timeout; 0 is never.
 type command struct {
-	name, about, flagNames string
-	timeout                time.Duration
-	run                    func(c *cli, ctx context.Context, st *store) error
+	name, flagNames string
+	timeout         time.Duration
+	run             func(c *cli, ctx context.Context, st *store) error
 }
 
 var commands = []command{
-	{"create tables", "Create what is missing of timedb's tables.", "dsn schema with-users app-role dry-run yes", 0, (*cli).createTables},
-	{"delete tables", "Delete timedb's tables and all that is in them.", "dsn schema yes", 0, (*cli).deleteTables},
-	{"users create", "Create a user and print the API key.", "dsn schema tenant-id! email! quiet", 0, (*cli).usersCreate},
-	{"users list", "List users.", "dsn schema tenant-id include-inactive json", 0, (*cli).usersList},
-	{"users deactivate", "Refuse a user's key from now on.", "dsn schema email! tenant-id yes", 0, (*cli).changeUser},
-	{"users activate", "Admit a deactivated user's key again.", "dsn schema email! tenant-id", 0, (*cli).changeUser},
-	{"users regenerate-key", "Replace a user's key.", "dsn schema email! tenant-id quiet yes", 0, (*cli).changeUser},
-	{"api", "Serve HTTP.", "dsn schema host port require-auth allow-anonymous", statementTimeout, (*cli).api},
-	{"version", "Print the version.", "", 0, func(c *cli, _ context.Context, _ *store) error {
+	{"create tables", "dsn schema with-users app-role dry-run yes", 0, (*cli).createTables},
+	{"delete tables", "dsn schema yes", 0, (*cli).deleteTables},
+	{"users create", "dsn schema tenant-id! email! quiet", 0, (*cli).usersCreate},
+	{"users list", "dsn schema tenant-id include-inactive json", 0, (*cli).usersList},
+	{"users deactivate", "dsn schema email! tenant-id yes", 0, (*cli).changeUser},
+	{"users activate", "dsn schema email! tenant-id", 0, (*cli).changeUser},
+	{"users regenerate-key", "dsn schema email! tenant-id quiet yes", 0, (*cli).changeUser},
+	{"api", "dsn schema host port require-auth allow-anonymous", statementTimeout, (*cli).api},
+	{"version", "", 0, func(c *cli, _ context.Context, _ *store) error {
 		return c.report(nil, "timedb %s\n", versionOf())
 	}},
 }
 
-// flags returns those of the command. Parsing them sets c's fields, which until then have the defaults given here.
+// flags returns those of the command. Parsing them sets c's fields, which until then keep what they hold.
 func (c *cli) flags() *flag.FlagSet {
-	all := flag.NewFlagSet("", flag.ContinueOnError)
-	all.StringVar(&c.dsn, "dsn", "", "`URL` of the database (default $TIMEDB_DSN, then $DATABASE_URL); a password given here "+
-		"shows in ps: use the variables or PGPASSFILE")
-	all.StringVar(&c.schema, "schema", defaultSchema, "PostgreSQL schema `NAME` that holds everything")
-	all.BoolVar(&c.withUsers, "with-users", false, "create users_table too: from then on every request needs a key")
-	all.StringVar(&c.appRole, "app-role", "", "grant this existing `ROLE` what `timedb api` needs and no more")
-	all.BoolVar(&c.dryRun, "dry-run", false, "print the SQL and run nothing")
-	all.BoolVar(&c.yes, "yes", false, "do not ask")
-	all.StringVar(&c.tenant, "tenant-id", "", "`UUID` of the tenant")
-	all.StringVar(&c.email, "email", "", "the user's `EMAIL`")
-	all.BoolVar(&c.quiet, "quiet", false, "print the key alone")
-	all.BoolVar(&c.inactive, "include-inactive", false, "accepted for scripts; deactivated users are always listed")
-	all.BoolVar(&c.asJSON, "json", false, "print JSON")
-	all.StringVar(&c.host, "host", "127.0.0.1", "`ADDRESS` to listen on")
-	all.IntVar(&c.port, "port", 8000, "`PORT` to listen on")
-	all.BoolVar(&c.requireAuth, "require-auth", false, "refuse everyone while there is no users_table")
-	all.BoolVar(&c.anonymous, "allow-anonymous", false, "serve a network without users_table: everyone may read and write everything")
+	fields := map[string]any{"dsn": &c.dsn, "schema": &c.schema, "tenant-id": &c.tenant, "email": &c.email, "yes": &c.yes, "quiet": &c.quiet,
+		"with-users": &c.withUsers, "app-role": &c.appRole, "dry-run": &c.dryRun, "include-inactive": &c.inactive, "json": &c.asJSON,
+		"host": &c.host, "port": &c.port, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
 	set := flag.NewFlagSet("", flag.ContinueOnError)
 	set.SetOutput(io.Discard)
 	for _, name := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
-		f := all.Lookup(name)
-		set.Var(f.Value, name, f.Usage)
+		spellings := []string{name}
 		if slices.Contains([]string{"dsn", "schema", "tenant-id", "email", "yes", "quiet"}, name) {
-			set.Var(f.Value, name[:1], f.Usage)
+			spellings = append(spellings, name[:1])
+		}
+		for _, spelling := range spellings {
+			switch field := fields[name].(type) {
+			case *string:
+				set.StringVar(field, spelling, *field, "")
+			case *bool:
+				set.BoolVar(field, spelling, *field, "")
+			case *int:
+				set.IntVar(field, spelling, *field, "")
+			}
 		}
 	}
 	return set
@@ -89,7 +88,7 @@ func (c *cli) flags() *flag.FlagSet {
 
 // run carries out one command line and returns the exit code: 0 done, 1 failed, 2 wrong usage.
 func run(ctx context.Context, args []string, env func(string) string, stdin io.Reader, stdout, stderr io.Writer) int {
-	c := &cli{env: env, stdin: stdin, stdout: stdout, stderr: stderr}
+	c := &cli{env: env, stdin: stdin, stdout: stdout, stderr: stderr, schema: "public", host: "127.0.0.1", port: 8000}
 	err := c.parse(args)
 	if errors.Is(err, flag.ErrHelp) {
 		c.help()
@@ -140,13 +139,19 @@ func (c *cli) check() error {
 	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
 	c.email = strings.TrimSpace(c.email)
 	user, domain, _ := strings.Cut(c.email, "@")
-	err := checkUUID("--tenant-id", &c.tenant)
+	var tenant uuid
+	var email label
+	var err error
+	if c.tenant != "" {
+		err = inputError("--tenant-id", tenant.UnmarshalText([]byte(c.tenant)))
+	}
+	c.tenant = string(tenant)
 	switch {
 	case c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"):
 		return errors.New("--tenant-id is required")
 	case c.email == "" && strings.Contains(c.flagNames, "email!"):
 		return errors.New("--email is required")
-	case c.name == "users create" && (user == "" || domain == "" || checkText("--email", c.email, maxText) != nil):
+	case c.name == "users create" && (user == "" || domain == "" || email.UnmarshalText([]byte(c.email)) != nil):
 		return errors.New("--email: expected an address such as alice@example.com")
 	case err == nil && c.dsn == "" && c.flagNames != "" && !c.dryRun:
 		return errors.New("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
@@ -173,20 +178,11 @@ func (c *cli) execute(ctx context.Context) error {
 	return err
 }
 
-// help prints what the command takes, or the commands if none was named.
+// help prints the manual's section on the command, or its overview if none was named.
 func (c *cli) help() {
-	if c.name != "" {
-		fmt.Fprintf(c.stdout, "%s\n\nusage: timedb %s [flags]\n", c.about, c.name)
-		set := c.flags()
-		set.SetOutput(c.stdout)
-		set.PrintDefaults()
-		return
-	}
-	fmt.Fprint(c.stdout, "timedb stores versioned time series in PostgreSQL and serves them over HTTP.\n\n")
-	for _, cmd := range commands {
-		fmt.Fprintf(c.stdout, "  timedb %-22s%s\n", cmd.name, cmd.about)
-	}
-	fmt.Fprint(c.stdout, "\nMore on each: timedb help COMMAND\n")
+	_, section, _ := strings.Cut("== \n"+usage, "== "+c.name+"\n")
+	section, _, _ = strings.Cut(section, "\n== ")
+	fmt.Fprintln(c.stdout, strings.TrimSpace(section))
 }
 
 // report prints what was done, unless err says that it was not.
@@ -212,8 +208,16 @@ func (c *cli) confirm(question string, args ...any) error {
 }
 
 func (c *cli) createTables(ctx context.Context, st *store) error {
+	sections := []string{"begin", "tables"}
+	if c.withUsers {
+		sections = append(sections, "users")
+	}
+	if c.appRole != "" {
+		sections = append(sections, "app role")
+	}
+	text := schemaSections(c.schema, c.appRole, sections...)
 	if c.dryRun {
-		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", createSQL(c.schema, c.appRole, c.withUsers, false))
+		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", text)
 	}
 	before, err := st.relations(ctx)
 	if err != nil {
@@ -222,7 +226,7 @@ func (c *cli) createTables(ctx context.Context, st *store) error {
 	if err := c.confirm("Create timedb's tables in schema %q?", c.schema); err != nil {
 		return err
 	}
-	if err := st.exec(ctx, createSQL(c.schema, c.appRole, c.withUsers, slices.Contains(before, "users_table"))); err != nil {
+	if err := st.exec(ctx, text); err != nil {
 		return err
 	}
 	after, err := st.relations(ctx)
@@ -248,7 +252,7 @@ func (c *cli) deleteTables(ctx context.Context, st *store) error {
 	if err := c.confirm("Delete %s in schema %q, with ALL data?", names, c.schema); err != nil {
 		return err
 	}
-	return c.report(st.exec(ctx, schemaSection("delete", c.schema, "")), "deleted  %s\n", names)
+	return c.report(st.exec(ctx, schemaSections(c.schema, "", "delete")), "deleted  %s\n", names)
 }
 
 func (c *cli) usersCreate(ctx context.Context, st *store) error {

@@ -84,6 +84,84 @@ JOIN series_table s ON s.tenant_id = v.tenant_id AND s.series_id = v.series_id
 CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
 ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
+-- A timestamp as the API writes it: in UTC, with six digits of fraction or none.
+CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text LANGUAGE sql STABLE AS $timedb$
+    SELECT replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
+$timedb$;
+
+-- PUT /values: finds for each update the element that it corrects, by the same order as current_values, or the run that
+-- gains one; of updates of one value keeps the last; stores those that change something as a next version. Members of an
+-- update are those of the request, with series_id in place of series_key. All or nothing: SQLSTATE TD404 and TD422 say
+-- why not. width_bucket is a binary search in a sorted array; only where one valid_time can have several ends, each
+-- element up to there is looked at.
+CREATE OR REPLACE FUNCTION correct_values(tenant uuid, author text, updates jsonb) RETURNS json LANGUAGE plpgsql AS $timedb$
+DECLARE
+    refusal text;
+    answer  json;
+BEGIN
+    -- Corrections within a tenant wait for each other, so that each sees the one before. This lock needs no UPDATE
+    -- privilege. Two tenants with the same hash would merely wait.
+    PERFORM pg_advisory_xact_lock(hashtextextended(tenant::text, 0));
+    WITH target AS (
+        SELECT i.number, i.item, u.*, e.version AS old_version, e.value AS old_value, e.annotation AS old_annotation,
+               e.tags AS old_tags, coalesce(e.run_id, r.run_id) AS target_run, coalesce(e.run_order, r.run_order) AS run_order,
+               coalesce(e.known_time, r.known_time) AS target_known
+        FROM jsonb_array_elements(updates) WITH ORDINALITY AS i (item, number)
+        CROSS JOIN LATERAL jsonb_to_record(i.item) AS u (series_id uuid, run_id uuid, known_time timestamptz,
+            valid_time timestamptz, valid_time_end timestamptz, value float8, annotation text, tags text[])
+        LEFT JOIN LATERAL (
+            SELECT v.*, v."values"[k] AS value
+            FROM values_table v, generate_series(
+                 CASE WHEN v.valid_time_ends IS NULL THEN width_bucket(u.valid_time, v.valid_times) ELSE 1 END,
+                 width_bucket(u.valid_time, v.valid_times)) AS k
+            WHERE v.tenant_id = tenant AND v.series_id = u.series_id AND v.valid_to >= u.valid_time
+              AND v.valid_from >= u.valid_time - interval '768 hours' AND v.valid_from <= u.valid_time
+              AND v.run_id = coalesce(u.run_id, v.run_id) AND v.known_time = coalesce(u.known_time, v.known_time)
+              AND v.valid_times[k] = u.valid_time AND v.valid_time_ends[k] IS NOT DISTINCT FROM u.valid_time_end
+            ORDER BY v.known_time DESC, v.run_order DESC, v.version DESC LIMIT 1) AS e ON true
+        LEFT JOIN LATERAL (
+            SELECT * FROM runs_table t
+            WHERE t.tenant_id = tenant AND num_nonnulls(u.run_id, u.known_time) > 0 AND e.run_id IS NULL
+              AND t.run_id = coalesce(u.run_id, t.run_id) AND t.known_time = coalesce(u.known_time, t.known_time)
+            ORDER BY t.run_order DESC LIMIT 1) AS r ON true
+    ), next AS (
+        SELECT DISTINCT ON (series_id, target_run, valid_time, valid_time_end) *, old_version IS NULL AND NOT bool_and(item ? 'value')
+               OVER (PARTITION BY series_id, target_run, valid_time, valid_time_end) AS lacks_value,
+               CASE WHEN item ? 'value' THEN value ELSE old_value END AS new_value,
+               CASE WHEN item ? 'annotation' THEN nullif(annotation, '') ELSE old_annotation END AS new_annotation,
+               CASE WHEN item ? 'tags' THEN nullif(tags, '{}') ELSE old_tags END AS new_tags
+        FROM target ORDER BY series_id, target_run, valid_time, valid_time_end, number DESC
+    ), stored AS (
+        INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
+                                  annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values")
+        SELECT tenant, series_id, target_run, run_order, coalesce(old_version, 0) + 1, target_known, now, author,
+               new_annotation, new_tags, valid_time, valid_time, ARRAY[valid_time],
+               CASE WHEN valid_time_end IS NOT NULL THEN ARRAY[valid_time_end] END, ARRAY[new_value]
+        FROM next, clock_timestamp() AS now
+        WHERE target_run IS NOT NULL AND (old_version IS NULL
+              OR (new_value, new_annotation, new_tags) IS DISTINCT FROM (old_value, old_annotation, old_tags))
+        RETURNING series_id, run_id, valid_from, valid_time_ends[1] AS valid_time_end, version, value_id
+    ), told AS (
+        SELECT n.number, s.value_id, CASE
+               WHEN n.target_run IS NULL AND num_nonnulls(n.run_id, n.known_time) > 0 THEN '404no run has this run_id or known_time'
+               WHEN n.target_run IS NULL THEN '404the series has no value at this valid_time and valid_time_end'
+               WHEN n.lacks_value THEN '422value is required, because the run has none at this valid_time' END AS problem,
+               json_strip_nulls(json_build_object('run_id', n.target_run, 'tenant_id', tenant, 'valid_time', iso_time(n.valid_time),
+                   'series_id', n.series_id, 'value_id', s.value_id, 'version', coalesce(s.version, n.old_version))) AS item
+        FROM next n LEFT JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.target_run
+             AND s.valid_from = n.valid_time AND s.valid_time_end IS NOT DISTINCT FROM n.valid_time_end
+    )
+    SELECT (array_agg(left(problem, 3) || format('updates[%s]: %s', number - 1, substr(problem, 4)) ORDER BY number)
+                FILTER (WHERE problem IS NOT NULL))[1],
+           json_build_object('updated', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NOT NULL), '[]'),
+               'skipped_no_ops', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NULL), '[]'))
+    INTO refusal, answer FROM told;
+    IF refusal IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'TD' || left(refusal, 3), MESSAGE = substr(refusal, 4);
+    END IF;
+    RETURN answer;
+END $timedb$;
+
 -- section: users
 
 -- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
@@ -106,13 +184,14 @@ CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lowe
 GRANT USAGE ON SCHEMA :schema TO :app_role;
 GRANT SELECT, INSERT ON runs_table, series_table, values_table TO :app_role;
 GRANT SELECT ON current_values TO :app_role;
-
--- section: app role users
-
-GRANT SELECT (user_id, tenant_id, email, key_digest, access, is_active, expires_at, last_used_at), UPDATE (last_used_at)
-    ON users_table TO :app_role;
+DO $timedb$ BEGIN
+    GRANT SELECT (user_id, tenant_id, email, key_digest, access, is_active, expires_at, last_used_at), UPDATE (last_used_at)
+        ON users_table TO :app_role;
+EXCEPTION WHEN undefined_table THEN NULL;  -- without users nothing is looked up
+END $timedb$;
 
 -- section: delete
 
 DROP VIEW IF EXISTS current_values;
+DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz);
 DROP TABLE IF EXISTS values_table, series_table, runs_table, users_table;

@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"database/sql/driver"
+	"encoding"
+	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -41,11 +44,12 @@ const (
 
 	maxBody    = 64 << 20 // some 600,000 rows, of 24 bytes each once decoded
 	maxUpdates = 10_000   // per PUT /values: they hold their tenant's lock together
-	maxText    = 500      // bytes of a key, unit, workflow_id or tag; PostgreSQL indexes keys up to some 2,700
-	maxProse   = 10_000   // bytes of a description or annotation
 	maxParams  = 16 << 10
 
+	maxRuns = 10_000 // per GET /runs: they are collected in memory
+
 	flushBytes = 64 << 10 // of a stream at a time
+	onePacket  = 1400     // bytes
 
 	defaultUnit = "dimensionless"
 )
@@ -74,12 +78,16 @@ const (
 	needsWrite access = "needs an API key that may write"
 )
 
-// route is one line of the route table. What handle returns is sent as JSON, unless it is nil: then it was sent already.
+// route is one line of the route table. handle reads the request, and returns what answers it within limit (0: none).
 type route struct {
 	pattern string
 	access  access
-	handle  func(w http.ResponseWriter, r *http.Request, c Caller) (any, error)
+	limit   time.Duration
+	handle  func(w *response, r *http.Request, c Caller) (work, error)
 }
+
+// work answers a request: what it returns is sent as JSON, unless it is nil: then it was sent already.
+type work func(ctx context.Context) (any, error)
 
 // server serves HTTP. It keeps no state that another server of the same database would have to know.
 type server struct {
@@ -92,57 +100,62 @@ type server struct {
 
 func (s *server) table() []route {
 	return []route{
-		{"GET /{$}", open, s.getRoot},
-		{"GET /healthz", open, s.getHealth},
-		{"POST /upload", needsWrite, s.postUpload},
-		{"GET /values", needsRead, s.getValues},
-		{"PUT /values", needsWrite, s.putValues},
-		{"POST /series", needsWrite, s.postSeries},
-		{"GET /list_timeseries", needsRead, s.getSeries},
+		{"GET /{$}", open, 0, s.getRoot},
+		{"GET /healthz", open, lookupTimeout, s.getHealth},
+		{"POST /upload", needsWrite, requestTimeout, s.postUpload},
+		{"GET /values", needsRead, 0, s.getValues}, // a stream may last, as long as it moves
+		{"PUT /values", needsWrite, requestTimeout, s.putValues},
+		{"POST /series", needsWrite, requestTimeout, s.postSeries},
+		{"GET /list_timeseries", needsRead, requestTimeout, s.getSeries},
+		{"GET /runs", needsRead, requestTimeout, s.getRuns},
 	}
 }
 
 func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
 	s := &server{st, auth, log, http.NewServeMux(), map[string]route{}}
-	allowed := map[string][]string{}
 	for _, rt := range s.table() {
-		method, path, _ := strings.Cut(rt.pattern, " ")
-		allowed[path] = append(allowed[path], strings.Replace(method, "GET", "GET, HEAD", 1))
 		s.routes[rt.pattern] = rt
-		s.routes[path] = route{path, needsRead, func(w http.ResponseWriter, _ *http.Request, _ Caller) (any, error) {
-			methods := strings.Join(allowed[path], ", ")
-			w.Header().Set("Allow", methods)
-			return nil, refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
-		}}
-	}
-	for pattern := range s.routes {
-		s.mux.Handle(pattern, http.NotFoundHandler())
+		s.mux.Handle(rt.pattern, http.NotFoundHandler())
 	}
 	return s
 }
 
-// recorder remembers what was answered.
-type recorder struct {
+// response remembers what was answered, and compresses it if the client accepts that and it does not fit one packet.
+type response struct {
 	http.ResponseWriter
-	status int // 0: nothing was sent yet
+	accepts string // the request's Accept-Encoding
+	status  int    // 0: nothing was sent yet
+	zip     *gzip.Writer
 }
 
-func (w *recorder) WriteHeader(status int) {
+var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
+
+// begin sends the header of an answer whose first bytes are first.
+func (w *response) begin(status int, contentType string, first []byte) {
+	header := w.Header()
+	header.Set("Content-Type", contentType)
+	header.Set("Vary", "Accept, Accept-Encoding")
+	if len(first) > onePacket && gzipAccepted.MatchString(w.accepts) {
+		header.Set("Content-Encoding", "gzip")
+		w.zip, _ = gzip.NewWriterLevel(w.ResponseWriter, gzip.BestSpeed) // it fails on an unknown level only
+	}
 	w.status = status
-	w.ResponseWriter.WriteHeader(status)
+	w.WriteHeader(status)
 }
 
-func (w *recorder) Write(b []byte) (int, error) {
-	w.status = cmp.Or(w.status, http.StatusOK)
+func (w *response) Write(b []byte) (int, error) {
+	if w.zip != nil {
+		return w.zip.Write(b)
+	}
 	return w.ResponseWriter.Write(b)
 }
 
-func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter } // for http.ResponseController
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter } // for http.ResponseController
 
 // ServeHTTP answers and logs one request. A response that fails after it began breaks the connection: it is not complete.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
-	w := &recorder{ResponseWriter: rw}
+	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding")}
 	c, err := s.serve(w, r)
 	e := explain(r, err)
 	broken := err != nil && w.status != 0
@@ -162,7 +175,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 }
 
 // serve is the only way to a handler: it authenticates, then looks whether the path exists, then checks access.
-func (s *server) serve(w *recorder, r *http.Request) (c Caller, err error) {
+func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -170,7 +183,7 @@ func (s *server) serve(w *recorder, r *http.Request) (c Caller, err error) {
 	}()
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	_, pattern := s.mux.Handler(r)
+	otherwise, pattern := s.mux.Handler(r)
 	rt, known := s.routes[pattern]
 	if rt.access != open {
 		if c, err = s.auth.authenticate(r); err != nil {
@@ -178,28 +191,47 @@ func (s *server) serve(w *recorder, r *http.Request) (c Caller, err error) {
 		}
 	}
 	if !known {
+		otherwise.ServeHTTP(headerOnly{w}, r)
+		if methods := w.Header().Get("Allow"); methods != "" {
+			return c, refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
+		}
 		return c, notFound("There is nothing at this path.")
 	}
 	if rt.access == needsWrite && c.readOnly {
 		return c, refusal(http.StatusForbidden, "This API key is read-only.")
 	}
-	result, err := rt.handle(w, r, c)
+	do, err := rt.handle(w, r, c)
+	if err != nil {
+		return c, err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), cmp.Or(rt.limit, math.MaxInt64))
+	defer cancel()
+	result, err := do(ctx)
 	if err == nil && result != nil {
 		err = sendJSON(w, http.StatusOK, result)
+	}
+	if err == nil && w.zip != nil {
+		err = w.zip.Close()
 	}
 	return c, err
 }
 
+// headerOnly keeps of ServeMux's own answer its header: it knows which methods a path takes.
+type headerOnly struct{ http.ResponseWriter }
+
+func (headerOnly) WriteHeader(int)             {}
+func (headerOnly) Write(b []byte) (int, error) { return len(b), nil }
+
 // explain turns any error into what the client may know of it, keeping the cause for the log.
 func explain(r *http.Request, err error) *apiError {
-	var e *apiError
-	var tooLarge *http.MaxBytesError
+	e, said := errors.AsType[*apiError](err)
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
 	case err == nil:
 		return &apiError{}
-	case errors.As(err, &e):
+	case said:
 		return e
-	case errors.As(err, &tooLarge):
+	case tooLarge:
 		return &apiError{http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is larger than %d bytes.", maxBody), ""}
 	case r.Context().Err() != nil:
 		return &apiError{http.StatusServiceUnavailable, "The request was abandoned.", "client gone: " + err.Error()}
@@ -211,7 +243,7 @@ func explain(r *http.Request, err error) *apiError {
 	return &apiError{http.StatusInternalServerError, "Internal server error.", err.Error()}
 }
 
-func sendError(w http.ResponseWriter, e *apiError) {
+func sendError(w *response, e *apiError) {
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "ApiKey")
 	}
@@ -221,44 +253,41 @@ func sendError(w http.ResponseWriter, e *apiError) {
 	_ = sendJSON(w, e.status, map[string]string{"detail": e.message}) // it fails only when the client is gone
 }
 
-func sendJSON(w http.ResponseWriter, status int, v any) error {
+func sendJSON(w *response, status int, v any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)+1))
-	w.WriteHeader(status)
+	w.begin(status, "application/json", body)
 	_, err = w.Write(append(body, '\n'))
 	return err
 }
 
-// useDatabase runs fn for requestTimeout at most. A request that was found wanting (err) is refused here.
-func useDatabase(r *http.Request, err error, fn func(ctx context.Context) (any, error)) (any, error) {
-	if err != nil {
-		return nil, err
+// openBody returns the body, decompressed and bounded, if it is one of types, and its media type.
+func openBody(w http.ResponseWriter, r *http.Request, types ...string) (body io.ReadCloser, kind string, err error) {
+	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
+		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
-	return fn(ctx)
+	body = http.MaxBytesReader(w, r.Body, maxBody)
+	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
+	case "", "identity":
+	case "gzip":
+		unzipped, err := gzip.NewReader(body)
+		return http.MaxBytesReader(w, unzipped, maxBody), kind, inputError("body", err)
+	default:
+		err = refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
+	}
+	return body, kind, err
 }
 
-// readJSON reads the body, bounded, and the query string of a request that takes nothing but JSON.
-func (s *server) readJSON(w http.ResponseWriter, r *http.Request, c Caller, digest io.Writer, f fields) error {
-	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || kind != "application/json" || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
-		return refusal(http.StatusUnsupportedMediaType, "Content-Type: expected application/json in UTF-8.")
-	}
-	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
-		return refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected none.")
-	}
-	if r.ContentLength > maxBody {
-		return &http.MaxBytesError{Limit: maxBody}
-	}
-	if err := f.decodeJSON(fullReader{io.TeeReader(http.MaxBytesReader(w, r.Body, maxBody), digest)}); err != nil {
+// readJSON reads a request that takes nothing but JSON.
+func readJSON(w http.ResponseWriter, r *http.Request, c Caller, f fields) error {
+	body, _, err := openBody(w, r, "application/json")
+	if err != nil {
 		return err
 	}
-	return fields{}.decodeQuery(r, c)
+	return cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
 }
 
 // fullReader fills p, because json.Decoder scans white space anew from its beginning after every small packet.
@@ -272,16 +301,30 @@ func (f fullReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// fields says where the members of a request object, or its query parameters, go: name to pointer.
-// What is not given keeps its value. An eachElement in place of the pointer takes an array.
+// fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer.
+// What is not given keeps its value. In place of the pointer an eachElement takes an array, and an eachValue a parameter
+// that may be repeated: it makes the next place.
 type fields map[string]any
 
-// eachElement decodes one element of an array, so that one at a time is held; field is where it stands in the request.
-type eachElement func(field string, dec *json.Decoder) error
+type eachValue func() any
+
+// eachElement decodes one element of an array, so that one at a time is held. Its errors name members of the element.
+type eachElement func(dec *json.Decoder) error
+
+// eachRow decodes into a copy of empty, which take gets.
+func eachRow[T any](empty T, take func(*T) error) eachElement {
+	return func(dec *json.Decoder) error {
+		row := empty
+		if err := dec.Decode(&row); err != nil {
+			return err
+		}
+		return take(&row)
+	}
+}
 
 // decodeJSON reads one JSON object and no more. Unlike encoding/json it refuses a member given twice or in another case.
 func (f fields) decodeJSON(body io.Reader) error {
-	dec := json.NewDecoder(body)
+	dec := json.NewDecoder(fullReader{body})
 	dec.DisallowUnknownFields()
 	err := walk(dec, '{', func(int) error {
 		token, err := dec.Token()
@@ -296,8 +339,10 @@ func (f fields) decodeJSON(body io.Reader) error {
 			return invalid("%s: unknown field, or given twice", name)
 		case eachElement:
 			return inputError(name, walk(dec, '[', func(i int) error {
-				field := name + "[" + strconv.Itoa(i) + "]"
-				return inputError(field, into(field, dec))
+				if err := into(dec); err != nil {
+					return elementError(name, i, err)
+				}
+				return nil
 			}))
 		}
 		return inputError(name, dec.Decode(into))
@@ -328,23 +373,37 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 
 // inWords turns Go's name of a field or type into the contract's.
 var inWords = strings.NewReplacer("valueRow.", "", "*", "", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
-	"main.number", "finite number or null", "main.uploadRow", "object", "main.updateRow", "object")
+	"main.span", "duration such as PT36H, P1D or 90m", "main.number", "finite number or null", "main.uuid", "UUID",
+	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
+	"main.uploadRow", "object", "main.valueUpdate", "object", "bool", "true or false", "int64", "whole number of at least 1")
 
 // inputError says what is wrong with the input at field. What says so already, or is not the input's fault, passes.
 func inputError(field string, err error) error {
-	var typeErr *json.UnmarshalTypeError
-	var e *apiError
-	var tooLarge *http.MaxBytesError
-	switch {
-	case err == nil, errors.As(err, &e), errors.As(err, &tooLarge), errors.Is(err, os.ErrDeadlineExceeded):
+	_, said := errors.AsType[*apiError](err)
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
+	if err == nil || said || tooLarge || errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
-	case errors.As(err, &typeErr):
-		field = strings.TrimSuffix(field+"."+inWords.Replace(typeErr.Field), ".")
-		return invalid("%s: expected %s, not %.40s", field, inWords.Replace(typeErr.Type.String()), typeErr.Value)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	}
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		field = strings.TrimSuffix(field+"."+inWords.Replace(e.Field), ".")
+		return invalid("%s: expected %s, not %.40s", field, inWords.Replace(e.Type.String()), e.Value)
+	}
+	if e, ok := errors.AsType[*csv.ParseError](err); ok {
+		return invalid("line %d: %s", e.Line, e.Err)
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return invalid("%s: the input ends too early", field)
 	}
 	return invalid("%s: %s", field, strings.TrimPrefix(err.Error(), "json: "))
+}
+
+// elementError says the same of the i-th element of a list.
+func elementError(list string, i int, err error) error {
+	place := fmt.Sprintf("%s[%d]", list, i)
+	if e, ok := errors.AsType[*apiError](err); ok {
+		return refusal(e.status, "%s.%s", place, e.message)
+	}
+	return inputError(place, err)
 }
 
 // decodeQuery reads the query parameters. One that is unknown is refused: a misspelt filter must never widen an answer.
@@ -353,162 +412,159 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 	if err != nil {
 		return invalid("the query string cannot be parsed")
 	}
-	var tenant string
+	var tenant uuid
 	f["tenant_id"] = &tenant
 	for name, values := range query {
 		into := f[name]
-		list, isList := into.(*[]string)
-		switch {
-		case into == nil:
-			return invalid("%s: unknown parameter", name)
-		case isList:
-			*list = values
-			continue
-		case len(values) > 1:
-			return invalid("%s: given twice", name)
+		list, isList := into.(eachValue)
+		if into == nil || len(values) > 1 && !isList {
+			return invalid("%s: unknown parameter, or given twice", name)
 		}
-		if err := setField(name, into, values[0]); err != nil {
-			return err
+		for _, value := range values {
+			if isList {
+				into = list()
+			}
+			if err := setField(into, value); err != nil {
+				return inputError(name, err)
+			}
 		}
 	}
-	return checkTenant(c, "tenant_id", tenant)
+	return checkTenant(c, tenant)
 }
 
-// setField parses the text of a query parameter into what the pointer points to.
-func setField(field string, into any, text string) (err error) {
+// setField parses the text of a query parameter or of a cell into what the pointer points to.
+func setField(into any, text string) (err error) {
 	switch into := into.(type) {
+	case encoding.TextUnmarshaler:
+		return into.UnmarshalText([]byte(text))
 	case *string:
 		*into = text
-	case *micros:
-		*into, err = parseTime(text)
 	case *bool:
 		if *into, err = strconv.ParseBool(text); err != nil {
-			err = errors.New("expected true or false")
+			return expected[bool]([]byte(text))
 		}
 	case *int64:
 		if *into, err = strconv.ParseInt(text, 10, 64); err != nil || *into < 1 {
-			err = errors.New("expected a whole number of at least 1")
+			return expected[int64]([]byte(text))
 		}
-	}
-	return inputError(field, err)
-}
-
-// checkText refuses what is blank, too long, not UTF-8, or holds control characters (but for line ends in prose).
-func checkText(field, s string, limit int) error {
-	bad := func(r rune) bool {
-		return r == utf8.RuneError || unicode.IsControl(r) && (limit != maxProse || !strings.ContainsRune("\t\r\n", r))
-	}
-	switch {
-	case strings.TrimSpace(s) == "":
-		return invalid("%s: expected text that is not blank", field)
-	case len(s) > limit || strings.ContainsFunc(s, bad):
-		return invalid("%s: expected at most %d bytes of UTF-8 without control characters", field, limit)
+	default:
+		return json.Unmarshal([]byte(text), into)
 	}
 	return nil
 }
 
-var uuidPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
-
-// checkUUID puts *s into lower case and returns an error unless it is a UUID in the usual form, or empty.
-func checkUUID(field string, s *string) error {
-	if *s = strings.ToLower(*s); *s != "" && !uuidPattern.MatchString(*s) {
-		return invalid("%s: expected a UUID", field)
+// checkRange refuses a range of valid or known times that nothing can lie in.
+func checkRange(times string, start, end micros) error {
+	if end == 0 || end > start {
+		return nil
 	}
-	return nil
+	return invalid("end_%[1]s: expected a time after start_%[1]s", times)
 }
 
 // checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts for.
-func checkTenant(c Caller, field, id string) error {
-	if err := checkUUID(field, &id); err != nil || id == "" || id == c.tenant {
-		return err
+func checkTenant(c Caller, id uuid) error {
+	if id == "" || string(id) == c.tenant {
+		return nil
 	}
-	return refusal(http.StatusForbidden, "%s is not the tenant of this API key.", field)
+	return refusal(http.StatusForbidden, "tenant_id is not the tenant of this API key.")
 }
 
-func (s *server) getRoot(http.ResponseWriter, *http.Request, Caller) (any, error) {
+func (s *server) getRoot(*response, *http.Request, Caller) (work, error) {
 	endpoints := map[string]access{}
 	for _, rt := range s.table() {
 		endpoints[strings.TrimSuffix(rt.pattern, "{$}")] = rt.access
 	}
-	return map[string]any{"name": "TimeDB API", "version": versionOf(), "endpoints": endpoints,
-		"description": "Versioned time series: what was known of each moment, and when.",
-		"authentication": map[string]string{"method": "API key", "header": "X-API-Key",
-			"note": "Once users exist, every route that holds data needs a key."},
-		"admin_note": "Tables and users are managed with the timedb command line."}, nil
+	return func(context.Context) (any, error) {
+		return map[string]any{"name": "TimeDB API", "version": versionOf(), "endpoints": endpoints,
+			"description": "Versioned time series: what was known of each moment, and when.",
+			"authentication": map[string]string{"method": "API key", "header": "X-API-Key",
+				"note": "Once users exist, every route that holds data needs a key."},
+			"admin_note": "Tables and users are managed with the timedb command line."}, nil
+	}, nil
 }
 
-func (s *server) getHealth(_ http.ResponseWriter, r *http.Request, _ Caller) (any, error) {
-	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
-	defer cancel()
-	if _, err := s.store.relations(ctx); err != nil {
-		return nil, &apiError{http.StatusServiceUnavailable, "The database is not available.", err.Error()}
+func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
+	return func(ctx context.Context) (any, error) {
+		_, err := s.store.relations(ctx)
+		return map[string]string{"status": "ok"}, err
+	}, nil
+}
+
+func (s *server) postSeries(w *response, r *http.Request, c Caller) (work, error) {
+	name, unit, description := label(""), label(defaultUnit), prose("")
+	err := readJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
+	if err == nil && name == "" {
+		err = invalid("name is required")
 	}
-	return map[string]string{"status": "ok"}, nil
-}
-
-func (s *server) postSeries(w http.ResponseWriter, r *http.Request, c Caller) (any, error) {
-	x := series{Unit: defaultUnit}
-	err := s.readJSON(w, r, c, io.Discard, fields{"name": &x.Key, "description": &x.Description, "unit": &x.Unit})
-	err = cmp.Or(err, checkText("name", x.Key, maxText), checkText("unit", x.Unit, maxText),
-		checkText("description", cmp.Or(x.Description, "none"), maxProse))
-	return useDatabase(r, err, func(ctx context.Context) (any, error) {
-		id, created, err := s.store.CreateSeries(ctx, c, x)
+	return func(ctx context.Context) (any, error) {
+		id, created, err := s.store.CreateSeries(ctx, c, name, unit, description)
 		message := map[bool]string{true: "Series created successfully", false: "Series already exists"}[created]
 		return map[string]string{"series_id": id, "message": message}, err
-	})
+	}, err
 }
 
-func (s *server) getSeries(_ http.ResponseWriter, r *http.Request, c Caller) (any, error) {
-	err := fields{}.decodeQuery(r, c)
-	return useDatabase(r, err, func(ctx context.Context) (any, error) { return s.store.SeriesByID(ctx, c) })
+func (s *server) getSeries(_ *response, r *http.Request, c Caller) (work, error) {
+	return func(ctx context.Context) (any, error) { return s.store.SeriesByID(ctx, c) }, fields{}.decodeQuery(r, c)
 }
 
-// valueRow is what one of value_rows and one of updates have in common. emptyRow holds what no request can: "not given".
+func (s *server) getRuns(_ *response, r *http.Request, c Caller) (work, error) {
+	workflow, start, end, limit := label(""), micros(0), micros(0), int64(1000)
+	err := fields{"workflow_id": &workflow, "start_known": &start, "end_known": &end, "limit": &limit}.decodeQuery(r, c)
+	if err = cmp.Or(err, checkRange("known", start, end)); err == nil && limit > maxRuns {
+		err = invalid("limit: expected at most %d", maxRuns)
+	}
+	return func(ctx context.Context) (any, error) { return s.store.Runs(ctx, c, workflow, start, end, limit) }, err
+}
+
+// valueRow is what one of value_rows and one of updates have in common.
 type valueRow struct {
 	ValidTime    micros `json:"valid_time"`
 	ValidTimeEnd micros `json:"valid_time_end"`
-	SeriesID     string `json:"series_id"`
-	Value        number `json:"value"`
+	SeriesID     uuid   `json:"series_id,omitempty"`
+	Value        number `json:"value,omitzero"`
 }
 
-var emptyRow = valueRow{ValidTime: noEnd, ValidTimeEnd: noEnd, Value: notGiven}
+var emptyRow = valueRow{Value: notGiven}
 
-// check says what is wrong with the row apart from its value; key is the other way to name its series.
-func (row *valueRow) check(field, keyField, key string) error {
-	err := checkUUID(field+".series_id", &row.SeriesID)
+// check says what is missing of the row, or contradicts; key, in the member keyField, is the other way to name its series.
+func (row *valueRow) check(keyField string, key label) error {
 	switch {
-	case row.ValidTime == noEnd:
-		return invalid("%s.valid_time is required", field)
-	case row.ValidTimeEnd != noEnd && row.ValidTimeEnd <= row.ValidTime:
-		return invalid("%s.valid_time_end: expected a time after valid_time", field)
-	case err == nil && (row.SeriesID == "" || key != ""):
-		return checkText(field+"."+keyField, key, maxText)
+	case row.ValidTime == 0:
+		return invalid("valid_time is required")
+	case row.ValidTimeEnd != 0 && row.ValidTimeEnd <= row.ValidTime:
+		return invalid("valid_time_end: expected a time after valid_time")
+	case row.SeriesID == "" && key == "":
+		return invalid("%s or series_id is required", keyField)
 	}
-	return err
+	return nil
 }
 
 // uploadRow is one of value_rows.
 type uploadRow struct {
 	valueRow
-	ValueKey string `json:"value_key"`
+	ValueKey label `json:"value_key"`
 }
 
-// add checks a row and takes it; field is where it stands in the request.
-func (u *upload) add(seen map[[2]string]int, field string, row *uploadRow) error {
+// uploadParser collects rows by the series that they name.
+type uploadParser struct {
+	upload
+	seen map[seriesRef]int // where in upload.series a series stands
+}
+
+// add checks a row and takes it.
+func (u *uploadParser) add(row *uploadRow) error {
 	if row.Value == notGiven {
-		return invalid("%s.value is required (a number or null)", field)
+		return invalid("value is required (a number or null)")
 	}
-	name := [2]string{row.SeriesID, row.ValueKey}
-	i, known := seen[name]
-	if !known || row.ValidTime == noEnd || row.ValidTimeEnd != noEnd { // the other checks hold for all rows of a series
-		if err := row.check(field, "value_key", row.ValueKey); err != nil {
-			return err
-		}
+	if err := row.check("value_key", row.ValueKey); err != nil {
+		return err
 	}
+	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
+	i, known := u.seen[ref]
 	if !known {
 		i = len(u.series)
-		seen[name] = i
-		u.series = append(u.series, seriesRef{row.SeriesID, row.ValueKey, field})
+		u.seen[ref] = i
+		u.series = append(u.series, ref)
 		u.points = append(u.points, nil)
 	}
 	u.points[i] = append(u.points[i], point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
@@ -516,27 +572,72 @@ func (u *upload) add(seen map[[2]string]int, field string, row *uploadRow) error
 	return nil
 }
 
-func (s *server) postUpload(w http.ResponseWriter, r *http.Request, c Caller) (any, error) {
-	u, tenant, digest := &upload{workflowID: "api-workflow"}, "", sha256.New()
-	seen := map[[2]string]int{} // where in u.series a series_id and value_key stand
-	rows := eachElement(func(field string, dec *json.Decoder) error {
-		row := uploadRow{valueRow: emptyRow}
-		if err := dec.Decode(&row); err != nil {
-			return err
+// readCSV takes rows under a header line, in which the columns may have any order.
+func (u *uploadParser) readCSV(body io.Reader) error {
+	in := csv.NewReader(body)
+	in.ReuseRecord = true
+	record, err := in.Read()
+	if err != nil {
+		return inputError("header", err)
+	}
+	var row uploadRow
+	columns := fields{"valid_time": &row.ValidTime, "value_key": &row.ValueKey, "value": &row.Value,
+		"valid_time_end": &row.ValidTimeEnd, "series_id": &row.SeriesID}
+	header, into := slices.Clone(record), make([]any, len(record))
+	for i, name := range header {
+		if into[i] = columns[name]; into[i] == nil {
+			return invalid("header: %.40q is no column, or given twice", name)
 		}
-		return u.add(seen, field, &row)
-	})
-	err := s.readJSON(w, r, c, digest, fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start,
-		"run_finish_time": &u.finish, "known_time": &u.known, "run_params": &u.params, "tenant_id": &tenant,
-		"series_descriptions": &u.descriptions, "value_rows": rows})
+		delete(columns, name)
+	}
+	if columns["valid_time"] != nil || columns["value"] != nil {
+		return invalid("header: valid_time and value are required")
+	}
+	for {
+		record, err := in.Read()
+		if err == io.EOF {
+			return nil
+		}
+		row = uploadRow{valueRow: emptyRow}
+		for i, text := range record {
+			if err == nil && (text != "" || header[i] == "value") { // an empty value is NULL, another empty cell not given
+				err = inputError(header[i], setField(into[i], text))
+			}
+		}
+		if err == nil {
+			err = u.add(&row)
+		}
+		if err != nil {
+			return elementError("row", u.rows, err)
+		}
+	}
+}
+
+func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
+	u := &uploadParser{upload{workflowID: "api-workflow", series: []seriesRef{}}, map[seriesRef]int{}}
+	digest, tenant := sha256.New(), uuid("")
+	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
+		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
+	body, kind, err := openBody(w, r, "application/json", "text/csv")
+	if err != nil {
+		return nil, err
+	}
+	fmt.Fprintln(digest, kind, r.URL.RawQuery)
+	in := io.TeeReader(body, digest)
+	if kind == "text/csv" {
+		err = cmp.Or(f.decodeQuery(r, c), u.readCSV(in))
+	} else {
+		f["tenant_id"], f["value_rows"] = &tenant, eachRow(uploadRow{valueRow: emptyRow}, u.add)
+		err = cmp.Or(f.decodeJSON(in), fields{}.decodeQuery(r, c))
+	}
 	if err == nil {
-		err = cmp.Or(checkTenant(c, "tenant_id", tenant), checkRun(u))
+		err = cmp.Or(checkTenant(c, tenant), checkRun(&u.upload))
 	}
 	digest.Sum(u.digest[:0])
-	return useDatabase(r, err, func(ctx context.Context) (any, error) {
-		ids, err := s.store.Upload(ctx, c, u)
+	return func(ctx context.Context) (any, error) {
+		ids, err := s.store.Upload(ctx, c, &u.upload)
 		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
-	})
+	}, err
 }
 
 // checkRun checks what is not a row.
@@ -545,26 +646,23 @@ func checkRun(u *upload) error {
 		u.params = nil
 	}
 	switch {
-	case u.start == nil:
+	case u.start == 0:
 		return invalid("run_start_time is required")
-	case u.finish != nil && *u.finish < *u.start:
+	case u.finish != 0 && u.finish < u.start:
 		return invalid("run_finish_time: expected a time not before run_start_time")
 	case u.params != nil && (u.params[0] != '{' || len(u.params) > maxParams || !utf8.Valid(u.params)):
 		return invalid("run_params: expected a JSON object of at most %d bytes in UTF-8", maxParams)
 	}
-	named := map[string]bool{}
+	named := map[label]bool{}
 	for _, ref := range u.series {
-		named[ref.key] = true
+		named[ref.Key] = true
 	}
-	for key, text := range u.descriptions {
+	for key := range u.descriptions {
 		if !named[key] {
 			return invalid("series_descriptions: no row has the value_key %q", key)
 		}
-		if err := checkText("series_descriptions."+key, text, maxProse); err != nil {
-			return err
-		}
 	}
-	return cmp.Or(checkText("workflow_id", u.workflowID, maxText), checkUUID("run_id", &u.runID))
+	return nil
 }
 
 // optional is a member of which null differs from "not given": null is the zero value, given.
@@ -573,148 +671,153 @@ type optional[T any] struct {
 	value T
 }
 
+func (o optional[T]) IsZero() bool                 { return !o.given }
+func (o optional[T]) MarshalJSON() ([]byte, error) { return json.Marshal(o.value) }
+
 func (o *optional[T]) UnmarshalJSON(b []byte) error {
 	o.given = true
 	return json.Unmarshal(b, &o.value)
 }
 
-// updateRow is one of updates.
-type updateRow struct {
-	valueRow
-	SeriesKey  string             `json:"series_key"`
-	RunID      string             `json:"run_id"`
-	KnownTime  *micros            `json:"known_time"`
-	TenantID   string             `json:"tenant_id"`
-	Annotation optional[string]   `json:"annotation"`
-	Tags       optional[[]string] `json:"tags"`
+// check says what is missing of an update, or contradicts, and brings its tags into the form in which they are stored.
+func (u *valueUpdate) check(c Caller) error {
+	for i, tag := range u.Tags.value {
+		u.Tags.value[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
+	}
+	slices.Sort(u.Tags.value)
+	u.Tags.value = slices.Compact(u.Tags.value)
+	if u.Value == notGiven && !u.Annotation.given && !u.Tags.given {
+		return invalid("value, annotation or tags is required")
+	}
+	return cmp.Or(u.valueRow.check("series_key", u.SeriesKey), checkTenant(c, u.TenantID))
 }
 
-// decodeUpdate decodes and checks one update; field is where it stands in the request.
-func decodeUpdate(c Caller, field string, dec *json.Decoder) (u valueUpdate, err error) {
-	row := updateRow{valueRow: emptyRow}
-	if err := dec.Decode(&row); err != nil {
-		return u, err
-	}
-	err = cmp.Or(row.check(field, "series_key", row.SeriesKey), checkTenant(c, field+".tenant_id", row.TenantID),
-		checkUUID(field+".run_id", &row.RunID))
-	u = valueUpdate{seriesRef: seriesRef{row.SeriesID, row.SeriesKey, field}, Known: row.KnownTime, Time: row.ValidTime,
-		End: row.ValidTimeEnd, SetValue: row.Value != notGiven, SetAnnotation: row.Annotation.given, SetTags: row.Tags.given}
-	if row.RunID != "" {
-		u.RunID = &row.RunID
-	}
-	if value := float64(row.Value); !math.IsNaN(value) && u.SetValue {
-		u.Value = &value
-	}
-	if u.Annotation = strings.TrimSpace(row.Annotation.value); u.Annotation != "" {
-		err = cmp.Or(err, checkText(field+".annotation", u.Annotation, maxProse))
-	}
-	for _, tag := range row.Tags.value {
-		err = cmp.Or(err, checkText(field+".tags", tag, maxText))
-		u.Tags = append(u.Tags, strings.ToLower(strings.TrimSpace(tag)))
-	}
-	slices.Sort(u.Tags)
-	u.Tags = slices.Compact(u.Tags)
-	if !u.SetValue && !u.SetAnnotation && !u.SetTags {
-		err = cmp.Or(err, invalid("%s: value, annotation or tags is required", field))
-	}
-	return u, err
-}
-
-func (s *server) putValues(w http.ResponseWriter, r *http.Request, c Caller) (any, error) {
+func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
 	updates := []valueUpdate{}
-	err := s.readJSON(w, r, c, io.Discard, fields{"updates": eachElement(func(field string, dec *json.Decoder) error {
-		u, err := decodeUpdate(c, field, dec)
-		if updates = append(updates, u); len(updates) > maxUpdates {
-			err = invalid("updates: expected at most %d", maxUpdates)
+	err := readJSON(w, r, c, fields{"updates": eachRow(valueUpdate{valueRow: emptyRow}, func(u *valueUpdate) error {
+		if len(updates) == maxUpdates {
+			return invalid("expected at most %d updates", maxUpdates)
 		}
+		err := u.check(c)
+		updates = append(updates, *u)
 		return err
 	})})
-	return useDatabase(r, err, func(ctx context.Context) (any, error) {
-		updated, skipped, err := s.store.UpdateValues(ctx, c, updates)
-		return map[string]any{"updated": updated, "skipped_no_ops": skipped}, err
-	})
+	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, updates) }, err
 }
 
-func (s *server) getValues(w http.ResponseWriter, r *http.Request, c Caller) (any, error) {
-	q := readQuery{start: beginning, end: endOfTime, startKnown: beginning, endKnown: endOfTime, asOf: endOfTime}
-	out := &rowWriter{w: w, buf: []byte(`{"data":[`)}
-	mode := "flat"
-	var ids, keys []string
+func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error) {
+	q := readQuery{lead: anyLead}
+	out := &rowWriter{w: w}
+	mode, format := "flat", "json"
+	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
+		format = "csv"
+	}
 	err := fields{"start_valid": &q.start, "end_valid": &q.end, "start_known": &q.startKnown, "end_known": &q.endKnown,
-		"mode": &mode, "all_versions": &q.allVersions, "series_id": &ids, "series_key": &keys, "as_of": &q.asOf,
-		"detail": &out.detail, "limit": &out.limit}.decodeQuery(r, c)
-	for _, id := range ids {
-		id = cmp.Or(id, "none") // an empty parameter must not select everything
-		err = cmp.Or(err, checkUUID("series_id", &id))
-		q.series = append(q.series, seriesRef{id: id, field: "series_id"})
-	}
-	for _, key := range keys {
-		err = cmp.Or(err, checkText("series_key", key, maxText))
-		q.series = append(q.series, seriesRef{key: key, field: "series_key"})
-	}
-	switch {
-	case err != nil:
-		return nil, err
-	case mode != "flat" && mode != "overlapping":
-		return nil, invalid("mode: expected flat or overlapping")
-	case q.end <= q.start:
-		return nil, invalid("end_valid: expected a time after start_valid")
-	case q.endKnown <= q.startKnown:
-		return nil, invalid("end_known: expected a time after start_known")
-	}
-	q.overlapping, out.overlapping, out.detail = mode == "overlapping", mode == "overlapping", out.detail || q.allVersions
-	if err := s.store.Read(r.Context(), c, q, out.row); err != nil && err != errEnough {
-		return nil, err
-	}
-	return nil, out.finish()
+		"mode": &mode, "all_versions": &q.allVersions,
+		"series_id": eachValue(func() any { return &q.next().ID }), "series_key": eachValue(func() any { return &q.next().Key }),
+		"as_of": &q.asOf, "lead": &q.lead,
+		"bucket": &q.bucket, "agg": &q.agg, "detail": &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
+	out.csv, out.overlapping, out.detail = format == "csv", mode == "overlapping", out.detail || q.allVersions
+	q.overlapping = out.overlapping
+	return func(ctx context.Context) (any, error) {
+		out.start()
+		if err := s.store.Read(ctx, c, q, out.row); err != nil && err != errEnough {
+			return nil, err
+		}
+		return nil, out.finish()
+	}, cmp.Or(err, checkRead(q, mode, format, out.detail))
 }
 
-// rowWriter streams values as JSON. What fails before flushBytes are full was not sent yet, and gets a proper status.
+// checkRead refuses parameters that cannot be meant, or not together.
+func checkRead(q readQuery, mode, format string, detail bool) error {
+	switch {
+	case mode != "flat" && mode != "overlapping":
+		return invalid("mode: expected flat or overlapping")
+	case format != "json" && format != "csv":
+		return invalid("format: expected json or csv")
+	case (q.bucket == 0) != (q.agg == ""):
+		return invalid("bucket and agg: expected both or none, and a bucket longer than nothing")
+	case q.bucket != 0 && (q.overlapping || detail):
+		return invalid("bucket: aggregates only what mode=flat shows, without detail or all_versions")
+	case q.bucket != 0 && !slices.Contains([]string{"mean", "min", "max", "sum", "count"}, q.agg):
+		return invalid("agg: expected mean, min, max, sum or count")
+	}
+	return cmp.Or(checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
+}
+
+// rowWriter streams values as JSON or CSV. What fails before flushBytes are full was not sent yet, and gets a proper status.
 type rowWriter struct {
-	w                   http.ResponseWriter
-	limit               int64 // 0: none
-	overlapping, detail bool
-	buf                 []byte
-	count               int64
-	series              *series // of the last row, and what stands around its values
-	before, after       []byte
+	w                        *response
+	limit                    int64 // 0: none
+	csv, overlapping, detail bool
+	quote, null              string // around a time or id; for NULL
+	buf                      []byte
+	count                    int64
+	series                   *series // of the last row, and what stands around its values
+	before, after            []byte
 }
 
 // errEnough ends a read whose limit is reached.
 var errEnough = errors.New("limit reached")
 
+// start writes what stands before the rows.
+func (o *rowWriter) start() {
+	if !o.csv {
+		o.quote, o.null, o.buf = `"`, "null", []byte(`{"data":[`)
+		return
+	}
+	names := "valid_time,series_id,value,series_key,series_unit,valid_time_end"
+	if o.detail {
+		names = strings.Replace(names, "valid_time_end", "run_id,known_time,valid_time_end", 1) +
+			",change_time,changed_by,annotation,tags,version"
+	}
+	if o.overlapping {
+		names = "known_time," + strings.Replace(names, ",known_time", "", 1)
+	}
+	o.buf = []byte(names)
+}
+
 // row writes one row; the limit-th returns errEnough.
 func (o *rowWriter) row(x *series, e *element) error {
 	if x != o.series {
 		o.series = x
-		o.before = append(append([]byte(`,"series_id":"`), x.ID...), `","value":`...)
-		o.after = appendText(appendText(nil, "series_key", x.Key), "series_unit", x.Unit)
+		o.before = o.name(append(o.name(nil, "series_id"), o.quote+x.ID+o.quote...), "value")
+		o.after = o.text(o.text(nil, "series_key", x.Key), "series_unit", x.Unit)
 	}
 	b := o.buf
-	if o.count > 0 {
+	if o.count > 0 && !o.csv {
 		b = append(b, ',')
 	}
-	b = append(b, '{')
+	first := len(b)
 	if o.overlapping {
-		b = append(appendTime(b, "known_time", e.from.Known), ',')
+		b = o.time(b, "known_time", e.from.Known)
 	}
-	b = appendTime(b, "valid_time", e.time)
-	b = append(appendNumber(append(b, o.before...), e.value), o.after...)
+	b = append(o.time(b, "valid_time", e.time), o.before...)
+	if !o.csv || !math.IsNaN(e.value) {
+		b = appendNumber(b, e.value)
+	}
+	b = append(b, o.after...)
 	if o.detail {
-		b = appendText(b, "run_id", e.from.RunID)
-		if !o.overlapping {
-			b = appendTime(append(b, ','), "known_time", e.from.Known)
-		}
+		b = o.text(b, "run_id", e.from.RunID)
 	}
-	if o.detail || e.end != noEnd {
-		b = appendTime(append(b, ','), "valid_time_end", e.end)
+	if o.detail && !o.overlapping {
+		b = o.time(b, "known_time", e.from.Known)
+	}
+	if o.detail || o.csv || e.end != 0 { // rows of a CSV cannot differ
+		b = o.time(b, "valid_time_end", e.end)
 	}
 	if o.detail {
-		b = appendTime(append(b, ','), "change_time", e.from.Change)
-		b = appendText(appendText(b, "changed_by", e.from.ChangedBy), "annotation", e.from.Annotation)
-		b = appendText(appendText(b, "tags", e.from.Tags), "version", e.from.Number)
+		b = o.text(o.time(b, "change_time", e.from.Change), "changed_by", e.from.ChangedBy)
+		b = o.text(o.text(b, "annotation", e.from.Annotation), "tags", e.from.Tags)
+		b = strconv.AppendInt(o.name(b, "version"), int64(e.from.Number), 10)
 	}
-	o.buf = append(b, '}')
+	if o.csv { // what begins the row takes the place of its first comma
+		b[first] = '\n'
+	} else {
+		b[first] = '{'
+		b = append(b, '}')
+	}
+	o.buf = b
 	if o.count++; len(o.buf) >= flushBytes {
 		if err := o.flush(); err != nil {
 			return err
@@ -726,24 +829,42 @@ func (o *rowWriter) row(x *series, e *element) error {
 	return nil
 }
 
-// appendTime writes a field; noEnd is null.
-func appendTime(b []byte, name string, t micros) []byte {
-	b = append(append(append(b, '"'), name...), `":`...)
-	if t == noEnd {
-		return append(b, "null"...)
+// name begins a cell, whose name is its place in a CSV.
+func (o *rowWriter) name(b []byte, name string) []byte {
+	if b = append(b, ','); o.csv {
+		return b
 	}
-	return append(t.append(append(b, '"')), '"')
+	return append(append(append(b, '"'), name...), `":`...)
 }
 
-// appendText writes a further field of any other kind.
-func appendText(b []byte, name string, v any) []byte {
-	text, _ := json.Marshal(v) // strings and integers always marshal
-	return append(append(append(append(b, `,"`...), name...), `":`...), text...)
+// time writes a cell; no time is NULL.
+func (o *rowWriter) time(b []byte, name string, t micros) []byte {
+	if b = o.name(b, name); t == 0 {
+		return append(b, o.null...)
+	}
+	return append(t.append(append(b, o.quote...)), o.quote...)
+}
+
+// text writes a cell that holds a string, or a list of strings, which in a CSV stays JSON.
+func (o *rowWriter) text(b []byte, name string, v any) []byte {
+	text, _ := json.Marshal(v) // strings always marshal
+	b = o.name(b, name)
+	switch {
+	case string(text) == "null":
+		return append(b, o.null...)
+	case !o.csv:
+		return append(b, text...)
+	}
+	cell := string(text)
+	_ = json.Unmarshal(text, &cell) // a list stays as it is
+	return append(b, `"`+strings.ReplaceAll(cell, `"`, `""`)+`"`...)
 }
 
 // flush sends what is buffered, and gives the reader a new writeTimeout for it.
 func (o *rowWriter) flush() error {
-	o.w.Header().Set("Content-Type", "application/json")
+	if o.w.status == 0 {
+		o.w.begin(http.StatusOK, map[bool]string{true: "text/csv; charset=utf-8", false: "application/json"}[o.csv], o.buf)
+	}
 	if err := http.NewResponseController(o.w).SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 		return err
 	}
@@ -754,24 +875,33 @@ func (o *rowWriter) flush() error {
 
 // finish ends a complete response.
 func (o *rowWriter) finish() error {
-	o.buf = fmt.Appendf(o.buf, "],\"count\":%d}\n", o.count)
+	if o.csv {
+		o.buf = append(o.buf, '\n')
+	} else {
+		o.buf = fmt.Appendf(o.buf, "],\"count\":%d}\n", o.count)
+	}
 	return o.flush()
 }
 
-// micros counts microseconds since 2000-01-01 UTC, as a timestamptz of PostgreSQL does; its extremes are the infinities.
+// ---- Types of values in requests. They know what they accept, wherever it stands: JSON, query, CSV or command line.
+
+// expected is the error for a text that is no T, in the form that lets encoding/json add the field's name.
+func expected[T any](text []byte) error {
+	return &json.UnmarshalTypeError{Value: string(text), Type: reflect.TypeFor[T]()}
+}
+
+// micros counts microseconds since the first day of year 1 in UTC, where a time.Time begins too. Zero is no time: "not
+// given", NULL.
 type micros int64
 
 const (
-	beginning = micros(math.MinInt64)
-	endOfTime = micros(math.MaxInt64)
-
-	// noEnd stands for the valid_time_end of a value at a moment. It sorts before every end, and is NULL outside.
-	noEnd = beginning
-
-	pgEpoch = 946_684_800 // 2000-01-01 UTC in Unix seconds
+	unixEpoch = micros(62_135_596_800e6)
+	pgEpoch   = micros(63_082_281_600e6) // of a timestamptz on the wire: 2000-01-01
+	firstTime = micros(52_889_500_800e6) // the years that there are: 1677
+	lastTime  = micros(71_381_779_200e6) // to 2262
 )
 
-func (m micros) utc() time.Time { return time.UnixMicro(int64(m) + pgEpoch*1e6).UTC() }
+func (m micros) utc() time.Time { return time.UnixMicro(int64(m - unixEpoch)).UTC() }
 
 // append writes m as the API does: in UTC, with six digits of fraction or none.
 func (m micros) append(b []byte) []byte {
@@ -787,62 +917,100 @@ func (m micros) append(b []byte) []byte {
 func (m micros) String() string { return string(m.append(nil)) }
 
 func (m micros) MarshalJSON() ([]byte, error) {
-	if m == noEnd {
+	if m == 0 {
 		return []byte("null"), nil
 	}
 	return append(m.append([]byte{'"'}), '"'), nil
 }
 
-// UnmarshalText reports a bad text in the form that lets encoding/json add the field's name.
-func (m *micros) UnmarshalText(text []byte) (err error) {
-	if *m, err = parseTime(string(text)); err != nil {
-		return &json.UnmarshalTypeError{Value: strconv.Quote(string(text)), Type: reflect.TypeFor[micros]()}
-	}
-	return nil
-}
-
-// Value and Scan are m as a bound argument and as a result.
+// Value is m as a bound argument.
 func (m micros) Value() (driver.Value, error) {
-	switch m {
-	case beginning:
-		return "-infinity", nil
-	case endOfTime:
-		return "infinity", nil
+	if m == 0 {
+		return nil, nil
 	}
 	return m.utc(), nil
 }
 
-func (m *micros) Scan(src any) error {
-	t, ok := src.(time.Time)
-	if !ok {
-		return fmt.Errorf("micros: cannot scan %T", src)
-	}
-	*m = micros(t.UnixMicro() - pgEpoch*1e6)
-	return nil
-}
-
-var errBadTime = errors.New("expected an ISO 8601 timestamp of the years 1677 to 2262")
-
 var timeLayouts = []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02", "2006-01-02T15:04Z07:00", "2006-01-02T15:04",
 	"2006-01-02T15:04:05Z0700", "2006-01-02T15:04:05Z07", "2006-01-02T15:04Z0700", "2006-01-02T15:04Z07"}
 
-// parseTime reads an ISO 8601 timestamp: a date, or date and time with T or a space between; no offset means UTC. A plus
-// that a query string turned into a space is understood. Digits beyond microseconds are cut off.
-func parseTime(s string) (micros, error) {
+// UnmarshalText reads an ISO 8601 timestamp: a date, or date and time with T or a space between; no offset means UTC. A
+// plus that a query string turned into a space is understood. Digits beyond microseconds are cut off.
+func (m *micros) UnmarshalText(text []byte) error {
+	s := string(text)
 	if len(s) > 10 && s[10] == ' ' {
 		s = s[:10] + "T" + s[11:]
 	}
 	s = strings.Replace(s, " ", "+", 1)
-	if len(s) > 13 && s[13] != ':' {
-		return 0, errBadTime // time.Parse takes an hour of one digit
-	}
 	for _, layout := range timeLayouts {
 		t, err := time.Parse(layout, s)
-		if err == nil && t.UTC().Year() >= 1677 && t.UTC().Year() <= 2262 {
-			return micros(t.Unix()-pgEpoch)*1e6 + micros(t.Nanosecond()/1000), nil
+		*m = unixEpoch + micros(t.UnixMicro())
+		if err == nil && *m >= firstTime && *m < lastTime && (len(s) <= 13 || s[13] == ':') { // time.Parse takes an hour of one digit
+			return nil
 		}
 	}
-	return 0, errBadTime
+	return expected[micros](text)
+}
+
+// span is a duration of less than 274 years, as ISO 8601 (P1DT12H; no months or years, whose length differs) or as Go
+// writes it (36h). What is finer than a microsecond is cut off.
+type span time.Duration
+
+var isoSpan = regexp.MustCompile(`^P(?:(\d{1,5})W)?(?:(\d{1,6})D)?(?:T([0-9.HMS]+))?$`)
+
+func (d *span) UnmarshalText(text []byte) error {
+	s, days := string(text), 0
+	if m := isoSpan.FindStringSubmatch(s); m != nil && len(s) > 1 {
+		weeks, _ := strconv.Atoi(m[1]) // digits or nothing
+		days, _ = strconv.Atoi(m[2])
+		days += 7 * weeks
+		s = cmp.Or(strings.ToLower(m[3]), "0s")
+	}
+	clock, err := time.ParseDuration(s)
+	clock += time.Duration(days) * 24 * time.Hour
+	if *d = span(clock.Truncate(time.Microsecond)); err != nil || *d < 0 || days > 100_000 {
+		return expected[span](text)
+	}
+	return nil
+}
+
+func (d span) micros() micros { return micros(d / span(time.Microsecond)) }
+
+// uuid is in lower case.
+type uuid string
+
+var uuidPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
+
+func (u *uuid) UnmarshalText(text []byte) error {
+	if *u = uuid(strings.ToLower(string(text))); !uuidPattern.MatchString(string(*u)) {
+		return expected[uuid](text)
+	}
+	return nil
+}
+
+// label is a key, unit, workflow_id, e-mail address or tag; PostgreSQL indexes keys up to some 2,700 bytes.
+type label string
+
+func (l *label) UnmarshalText(text []byte) error {
+	*l = label(text)
+	if len(text) > 500 || len(bytes.TrimSpace(text)) == 0 || bytes.ContainsFunc(text, unprintable) {
+		return expected[label](text)
+	}
+	return nil
+}
+
+// unprintable is true of control characters and of what stands for bytes that are not UTF-8.
+func unprintable(r rune) bool { return r == utf8.RuneError || unicode.IsControl(r) }
+
+// prose is a description or annotation, without white space around it.
+type prose string
+
+func (p *prose) UnmarshalText(text []byte) error {
+	*p = prose(bytes.TrimSpace(text))
+	if len(text) > 10_000 || bytes.ContainsFunc(text, func(r rune) bool { return unprintable(r) && !strings.ContainsRune("\t\r\n", r) }) {
+		return expected[prose](text)
+	}
+	return nil
 }
 
 // number is a value: any float64 but infinity, or NULL, which is NaN.
@@ -850,14 +1018,23 @@ type number float64
 
 var notGiven = number(math.Inf(1))
 
+func (n number) IsZero() bool                 { return n == notGiven }
+func (n number) MarshalJSON() ([]byte, error) { return appendNumber(nil, float64(n)), nil }
+
 func (n *number) UnmarshalJSON(b []byte) error {
+	return n.UnmarshalText(bytes.TrimPrefix(b, []byte("null")))
+}
+
+// UnmarshalText takes nothing and NaN for NULL.
+func (n *number) UnmarshalText(text []byte) error {
 	f, err := math.NaN(), error(nil)
-	if string(b) != "null" {
-		f, err = strconv.ParseFloat(string(b), 64)
+	if s := string(text); s != "" && s != "NaN" {
+		f, err = strconv.ParseFloat(s, 64)
+		if err != nil || math.IsInf(f, 0) || math.IsNaN(f) || strings.ContainsAny(s, "xX") { // no hexadecimal
+			return expected[number](text)
+		}
 	}
-	if *n = number(f); err != nil {
-		return &json.UnmarshalTypeError{Value: string(b), Type: reflect.TypeFor[number]()}
-	}
+	*n = number(f)
 	return nil
 }
 

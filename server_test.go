@@ -20,11 +20,13 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"database/sql"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/csv"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -379,6 +381,27 @@ func relations(t testing.TB, db *sql.DB, schema string) string {
 func users(t testing.TB, db *sql.DB) string {
 	t.Helper()
 	return mustQuery(t, db, `SELECT md5(string_agg(u::text, ',' ORDER BY user_id)) FROM users_table u`)
+}
+
+func gzipped(text string) string {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	io.WriteString(w, text)
+	w.Close()
+	return b.String()
+}
+
+func mustUnzip(t testing.TB, text string) string {
+	t.Helper()
+	r, err := gzip.NewReader(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(plain)
 }
 
 // together calls fn n times at once and waits for all.
@@ -853,7 +876,7 @@ const (
 func TestEveryRouteNeedsAKey(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
-	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/", "/healthz", "/nope", "/values/",
+	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/runs", "/", "/healthz", "/nope", "/values/",
 		"/values/x", "//values", "/./values", "/upload?x=%zz", "/users", "/debug/pprof/", "/.git/config"} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"} {
 			isOpen := (path == "/" || path == "/healthz") && (method == "GET" || method == "HEAD")
@@ -1033,6 +1056,7 @@ func TestReadOnlyKeyMayOnlyRead(t *testing.T) {
 	mustExec(t, s.db, `UPDATE users_table SET access = 'ro'`)
 	before := s.stored(t)
 	for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
+		s.must(t, 403, "POST", "/upload?run_start_time=2025-01-01", key, "valid_time,value_key,value\n", "Content-Type: text/csv")
 		s.must(t, 403, "POST", "/upload", key, body)
 		s.must(t, 403, "PUT", "/values", key, body)
 		s.must(t, 403, "POST", "/series", key, body)
@@ -1364,6 +1388,7 @@ func TestTenantInTheRequestChangesNothing(t *testing.T) { // S13
 		{"POST", "/upload", strings.Replace(oneValue, `{`, `{"tenant_id":"`+tenantA+`",`, 1), 403, []string{"tenant_id"}},
 		{"POST", "/upload?tenant_id=" + tenantA, oneValue, 403, []string{"tenant_id"}},
 		{"PUT", "/values", `{"updates":[{"tenant_id":"` + tenantA + `","valid_time":"2025-01-01","series_key":"load","value":5}]}`, 403, []string{"tenant_id"}},
+		{"GET", "/runs?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
 		{"GET", "/values?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
 		{"GET", "/list_timeseries?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
 		{"GET", "/values?tenant_id=nonsense", "", 422, []string{"tenant_id"}},
@@ -1415,7 +1440,8 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 			t.Fatalf("%s %s %s stored something", c.method, c.path, c.body)
 		}
 	}
-	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true", "/list_timeseries"} {
+	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true", "/list_timeseries",
+		"/runs", "/values?format=csv"} {
 		if text := s.must(t, 200, "GET", path, b, ""); strings.Contains(text, "load") || strings.Contains(text, runA) ||
 			strings.Contains(text, seriesA) {
 			t.Errorf("GET %s shows another tenant's: %s", path, text)
@@ -1462,6 +1488,13 @@ func TestUploadAnswersAndStoresTheRun(t *testing.T) {
 	if got.Message != "Run created successfully" || got.Rows != 3 || len(got.SeriesIDs) != 2 || len(got.RunID) != 36 {
 		t.Errorf("POST /upload answers %+v", got)
 	}
+	runs := s.must(t, 200, "GET", "/runs", key, "")
+	for _, want := range []string{`"run_id":"` + got.RunID + `"`, `"workflow_id":"day-ahead"`, `"run_start_time":"2025-01-01T06:00:00+00:00"`,
+		`"run_finish_time":"2025-01-01T06:05:00.250000+00:00"`, `"known_time":"2025-01-01T06:00:00+00:00"`, `"changed_by":"a@example.com"`, `"rows":3`, `"inserted_at":"20`} {
+		if !strings.Contains(runs, want) {
+			t.Errorf("GET /runs: %s, want %s in it", runs, want)
+		}
+	}
 	want := got.RunID + ` day-ahead 2025-01-01 06:00:00 2025-01-01 06:05:00.25 2025-01-01 06:00:00 ` +
 		`{"n": [1, 2.5], "model": "v2"} 3 a@example.com`
 	if run := mustQuery(t, s.db, `SELECT concat_ws(' ', run_id, workflow_id, run_start_time AT TIME ZONE 'UTC',
@@ -1489,6 +1522,19 @@ func TestUploadAnswersAndStoresTheRun(t *testing.T) {
 	if mustQuery(t, s.db, `SELECT workflow_id FROM runs_table WHERE known_time BETWEEN $1 AND clock_timestamp()`,
 		before) != "api-workflow" {
 		t.Error("without known_time and workflow_id the run is not as documented")
+	}
+	for query, want := range map[string]string{"?workflow_id=day-ahead": got.RunID, "?limit=1": next.RunID, "?end_known=2025-01-01T06:00:00Z": "",
+		"?start_known=2025-01-01T06:00:00Z&end_known=2025-01-01T06:00:01Z": got.RunID, "?workflow_id=other": ""} {
+		text := s.must(t, 200, "GET", "/runs"+query, key, "")
+		if n := strings.Count(text, `"run_id"`); want == "" && n != 0 || want != "" && (n != 1 || !strings.Contains(text, want)) {
+			t.Errorf("GET /runs%s: %s, want run %q", query, text, want)
+		}
+	}
+	if text := s.must(t, 200, "GET", "/runs", key, ""); strings.Index(text, next.RunID) > strings.Index(text, got.RunID) {
+		t.Error("GET /runs does not show the newest known first")
+	}
+	for _, query := range []string{"?limit=0", "?limit=x", "?nope=1", "?start_known=x", "?start_known=2025-01-02&end_known=2025-01-01"} {
+		s.must(t, 422, "GET", "/runs"+query, key, "")
 	}
 }
 
@@ -1563,8 +1609,8 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 		{row(`"valid_time":"2025-01-02","valid_time_end":"2025-01-01T23:00-01:00","value_key":"load","value":1`), 422, "valid_time_end"},
 		{row(`"valid_time":"2025-01-01","valid_time_end":"later","value_key":"load","value":1`), 422, "valid_time_end"},
 		{row(`"valid_time":"2025-01-01","series_id":"nope","value":1`), 422, "series_id"},
-		{row(`"valid_time":"2025-01-01","series_id":"` + nobody + `","value":1`), 404, "value_rows[1]"},
-		{row(`"valid_time":"2025-01-01","series_id":"` + seriesB + `","value":1`), 404, "value_rows[1]"},
+		{row(`"valid_time":"2025-01-01","series_id":"` + nobody + `","value":1`), 404, "series_id"},
+		{row(`"valid_time":"2025-01-01","series_id":"` + seriesB + `","value":1`), 404, "series_id"},
 		{row(`"valid_time":"2025-01-01","series_id":"` + seriesA + `","value_key":"wind","value":1`), 422, "wind"},
 		{runWith("", good, good), 422, "2025-02-01T00:00:00"}, {runWith("", good, at("2025-02-01T01:00:00+01:00", "2")), 422, "twice"},
 		{runWith("", good, `{"valid_time":"2025-02-01","series_id":"`+seriesA+`","value":1}`), 422, "twice"},
@@ -1600,13 +1646,41 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 	}
 	refused(422, "nope", "/upload?nope=1", runWith("", good))
 	refused(422, "workflow_id", "/upload?workflow_id=x", runWith("", good))
+	for _, c := range []struct{ query, body, want string }{
+		{"", "valid_time,value_key,value\n", "run_start_time"}, {"run_start_time=x", "valid_time,value_key,value\n", "run_start_time"},
+		{"run_start_time=2025-01-01&value_rows=x", "valid_time,value_key,value\n", "value_rows"}, {"run_start_time=2025-01-01&nope=1", "", "nope"},
+		{"run_start_time=2025-01-01&run_start_time=2025-01-02", "valid_time,value_key,value\n", "run_start_time"},
+		{"run_start_time=2025-01-01&run_params=x", "valid_time,value_key,value\n", "run_params"}, {"run_start_time=2025-01-01", "", "header"},
+		{"run_start_time=2025-01-01", "valid_time,value_key\n2025-01-01,load\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value,extra\n", "extra"},
+		{"run_start_time=2025-01-01", "valid_time,value,value_key,value\n", "value"}, {"run_start_time=2025-01-01", "Valid_Time,value_key,value\n", "Valid_Time"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load\n", "3"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load,one\n", "value"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,Infinity\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1e999\n", "value"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n,load,1\n", "valid_time"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\nsoon,load,1\n", "valid_time"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,,1\n", "value_key"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\xff,1\n", "value_key"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\"load,1\n", ""}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01 00:00,load,2\n", "twice"},
+	} {
+		refused(422, c.want, "/upload?"+c.query, c.body, "Content-Type: text/csv")
+	}
 	body := runWith("", good)
-	for _, header := range []string{"Content-Type: text/plain", "Content-Type: text/csv",
+	for _, header := range []string{"Content-Type: text/plain",
 		"Content-Type: application/x-www-form-urlencoded",
-		"Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br", "Content-Encoding: gzip"} {
+		"Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br"} {
 		name, _, _ := strings.Cut(header, ":")
 		refused(415, name, "/upload", body, header)
 	}
+	zipped := gzipped(body)
+	refused(422, "body", "/upload", body, "Content-Encoding: gzip")
+	refused(422, "", "/upload", zipped[:len(zipped)-12], "Content-Encoding: gzip")
+	refused(422, "", "/upload", zipped[:len(zipped)-6]+"\x00\x00\x00\x00\x00\x00", "Content-Encoding: gzip") // the checksum is wrong
+	var bomb bytes.Buffer
+	w, _ := gzip.NewWriterLevel(&bomb, gzip.BestSpeed)
+	w.Write([]byte(`{"workflow_id":"`))
+	for range 200 {
+		w.Write(bytes.Repeat([]byte("x"), 1<<20))
+	}
+	w.Close()
+	refused(413, "larger", "/upload", bomb.String(), "Content-Encoding: gzip")
 	refused(413, "larger", "/upload", `{"workflow_id":"`+strings.Repeat("x", 80<<20))
 	refused(422, "body", "/upload", "{"+strings.Repeat(" ", 4<<20)) // white space between tokens
 	refused(422, "body", "/upload", "{")                            // and the server still serves
@@ -1701,6 +1775,17 @@ func TestRepeatedUploadAnswersTheSameAndStoresNothing(t *testing.T) {
 	if s.stored(t) != before {
 		t.Error("a repeated upload stored something")
 	}
+	csv := func(id, value string) (path, body string) {
+		return "/upload?run_start_time=2025-01-01&run_id=" + id, "valid_time,value_key,value\n2025-01-01,load," + value + "\n"
+	}
+	path, text := csv(tenantB, "5")
+	first = s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv")
+	if again := s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv"); again != first {
+		t.Errorf("the same CSV again answers %s, first %s", again, first)
+	}
+	_, text = csv(tenantB, "6")
+	s.must(t, 409, "POST", path, key, text, "Content-Type: text/csv")
+	s.must(t, 409, "POST", path+"&workflow_id=x", key, text, "Content-Type: text/csv")
 }
 
 func TestConcurrentUploadsMakeOneRunAndOneSeries(t *testing.T) {
@@ -1770,6 +1855,41 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	}
 	if text := s.must(t, 200, "GET", "/values", key, ""); strings.Count(text, `"series_unit":"MW"`) != 3 {
 		t.Errorf("GET /values: %s", text)
+	}
+}
+
+// valuesOf reads what is stored under a name, with the name and the id taken out.
+func (s *testServer) valuesOf(t *testing.T, key, name string) string {
+	id := mustQuery(t, s.db, `SELECT series_id FROM series_table WHERE series_key = $1`, name)
+	text := s.must(t, 200, "GET", "/values?mode=overlapping&series_key="+name, key, "")
+	text = regexp.MustCompile(`"known_time":"[^"]*"`).ReplaceAllString(text, "")
+	return strings.NewReplacer(id, "", `"`+name+`"`, "").Replace(text)
+}
+
+func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	body := runWith("", at("2025-01-01T00:00:00Z", "1.5"), at("2025-01-01T01:00:00+00:00", "null"), at("2025-01-01 02:00", "1e-7"), at("2025-01-01T00:00:00Z", "-3", `,"valid_time_end":"2025-01-02"`))
+	csv := "value_key,value,valid_time_end,valid_time\r\nload,1.5,,2025-01-01T00:00:00Z\r\nload,NaN,,2025-01-01T01:00:00+00:00\r\n\"load\",1e-7,,2025-01-01 02:00\nload,-3,2025-01-02,2025-01-01T00:00:00Z"
+	const path = "/upload?run_start_time=2025-01-01T00:00:00+00:00&run_params=%7B%22a%22:1%7D&workflow_id=csv"
+	named := func(text, name string) string { return strings.ReplaceAll(text, "load", name) }
+	s.must(t, 200, "POST", "/upload", key, body)
+	s.must(t, 200, "POST", "/upload", key, gzipped(named(body, "zipped")), "Content-Encoding: gzip")
+	s.must(t, 200, "POST", path, key, named(csv, "csv"), "Content-Type: text/csv; charset=UTF-8")
+	s.must(t, 200, "POST", path, key, named(strings.Replace(csv, "NaN", "", 1), "empty"), "Content-Type: text/csv")
+	s.must(t, 200, "POST", path, key, gzipped(named(csv, "both")), "Content-Type: text/csv", "Content-Encoding: gzip")
+	want := s.valuesOf(t, key, "load")
+	if strings.Count(want, `"value":`) != 4 || !strings.Contains(want, `"value":null`) {
+		t.Errorf("JSON stores %s", want)
+	}
+	for _, name := range []string{"zipped", "csv", "empty", "both"} {
+		if got := s.valuesOf(t, key, name); got != want {
+			t.Errorf("%s stores %s\nJSON stores %s", name, got, want)
+		}
+	}
+	if got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`); got != "3" {
+		t.Errorf("%s of 3 CSV uploads have their run_params", got)
 	}
 }
 
@@ -1927,6 +2047,19 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 		"start_known=2024-12-31T12:00:00Z&series_key=load":                                "load 01=2.5, load 02=3.75, load 03=9",
 		"start_known=2025-01-01":                                                          "",
 		"series_key=load&all_versions=true&start_valid=2025-01-01T02:00:00Z":              "00/load 02=null v1, 12/load 02=3.5 v1, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1",
+		"series_key=load&lead=PT24H":                                                      "load 00=1, load 01=2, load 02=null",
+		"series_key=load&lead=13h":                                                        "load 00=1, load 01=2.5, load 02=3.75, load 03=9",
+		"series_key=load&lead=PT13H0.000001S":                                             "load 00=1, load 01=2, load 02=3.75, load 03=9",
+		"lead=P1DT1H&series_key=load":                                                     "load 01=2, load 02=null",
+		"lead=P1W":                                                                        "",
+		"bucket=PT2H&agg=mean&series_key=load":                                            "load 00=1.75, load 02=6.375",
+		"bucket=2h&agg=min&series_key=load":                                               "load 00=1, load 02=3.75",
+		"bucket=P1D&agg=max":                                                              "load 00=9, price 00=20, wind 00=0.5",
+		"bucket=P1D&agg=sum":                                                              "load 00=16.25, price 00=30, wind 00=0.5",
+		"bucket=P1D&agg=count&end_known=2024-12-31T12:00:00Z":                             "load 00=2, wind 00=1",
+		"bucket=PT1H&agg=mean&series_key=load&end_known=2024-12-31T12:00:00Z":             "load 00=1, load 01=2",
+		"bucket=90m&agg=max&series_key=load&start_valid=2025-01-01T01:00:00Z":             "load 00=2.5, load 01=3.75, load 03=9",
+		"bucket=PT1H&agg=count&series_key=load&limit=2":                                   "load 00=1, load 01=1",
 		"limit=3":                    "load 00=1, load 01=2.5, load 02=3.75",
 		"limit=1000&series_key=wind": "wind 00=0.5",
 		"as_of=2020-01-01":           "",
@@ -1947,6 +2080,11 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 		"start_known=2025-01-02&end_known=2025-01-01": "known", "all_versions=perhaps": "all_versions", "detail=2": "detail",
 		"limit=0": "limit", "limit=-1": "limit", "limit=x": "limit", "limit=1e3": "limit",
 		"series_key=": "series_key", "series_id=": "series_id", "start_valid=%zz": "query",
+		"lead=x": "lead", "lead=P1M": "lead", "lead=": "lead", "lead=-1h": "lead", "lead=P": "lead", "lead=PT": "lead",
+		"bucket=PT1H": "agg", "agg=mean": "bucket", "bucket=PT1H&agg=median": "agg", "bucket=0s&agg=mean": "bucket",
+		"bucket=-1h&agg=mean": "bucket", "bucket=1ns&agg=mean": "bucket", "bucket=P300000D&agg=mean": "bucket",
+		"bucket=PT1H&agg=mean&mode=overlapping": "bucket", "bucket=PT1H&agg=mean&all_versions=true": "bucket",
+		"bucket=PT1H&agg=mean&detail=true": "bucket", "format=xml": "format",
 	} {
 		if text := s.must(t, 422, "GET", "/values?"+query, key, ""); !strings.Contains(text, field) {
 			t.Errorf("GET /values?%s: %s, want %s in it", query, text, field)
@@ -2013,8 +2151,8 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 		return mustQuery(t, s.db, `SELECT replace(to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
 			FROM values_table v JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
 	}
-	read := func(query string) string {
-		return s.must(t, 200, "GET", "/values?"+query, key, "")
+	read := func(query string, header ...string) string {
+		return s.must(t, 200, "GET", "/values?"+query, key, "", header...)
 	}
 	load, price := `"series_id":"`+series["load"]+`"`, `"series_id":"`+series["price"]+`"`
 	const second = "series_key = 'load' AND version = 2"
@@ -2038,6 +2176,50 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 		!strings.Contains(text, `"2025-06-01T00:00:00.000250+00:00"`) ||
 		!strings.Contains(text, `"value":1e-07`) || !strings.Contains(text, `"value":-1e+300`) {
 		t.Errorf("an odd key, a fraction of a second, extreme values: %s", text)
+	}
+	const columns = "valid_time,series_id,value,series_key,series_unit,valid_time_end\n"
+	id := series["load"]
+	csv := columns + "2025-01-01T02:00:00+00:00," + id + `,3.75,"load","dimensionless",` + "\n" +
+		"2025-01-01T03:00:00+00:00," + id + `,9.0,"load","dimensionless",` + "\n"
+	const window = "series_key=load&start_valid=2025-01-01T02:00:00Z"
+	if got := read(window + "&format=csv"); got != csv {
+		t.Errorf("format=csv: %q, want %q", got, csv)
+	}
+	if got := read(window, "Accept: text/csv"); got != csv {
+		t.Errorf("Accept: text/csv: %q, want %q", got, csv)
+	}
+	if got, want := read(window+"&end_known=2024-12-31T12:00:00Z&mode=overlapping&format=csv", "Accept: application/json"), "known_time,"+
+		columns+"2024-12-31T00:00:00+00:00,2025-01-01T02:00:00+00:00,"+id+`,,"load","dimensionless",`+"\n"; got != want {
+		t.Errorf("a NULL in overlapping CSV: %q, want %q", got, want)
+	}
+	odd.Data = nil
+	text := read("start_valid=2025-06-01T00:00:00.0001Z&format=csv")
+	if !strings.Contains(text, `,1e-07,"a ""quoted"", <ü>\","dimensionless",`) {
+		t.Errorf("an odd key in CSV: %q", text)
+	}
+	for _, mode := range []string{"", "&mode=overlapping"} {
+		text := read("series_key=load&format=csv&detail=true&start_valid=2025-01-01T02:00:00Z" + mode)
+		if !strings.Contains(text, `,"a@example.com","checked","[""a"",""b""]",2`+"\n") {
+			t.Errorf("detail in CSV: %q", text)
+		}
+		// The columns are those of JSON, by the same names and in the same order.
+		var names []string
+		dec := json.NewDecoder(strings.NewReader(read("series_key=load&detail=true&limit=1" + mode)))
+		for range 3 {
+			dec.Token()
+		}
+		for dec.Token(); dec.More(); {
+			name, _ := dec.Token()
+			names = append(names, name.(string))
+			var value any
+			dec.Decode(&value)
+		}
+		if header, _, _ := strings.Cut(text, "\n"); header != strings.Join(names, ",") {
+			t.Errorf("the columns of CSV are %s, the members of JSON %q", header, names)
+		}
+	}
+	if got := read("start_valid=2030-01-01&format=csv"); got != columns {
+		t.Errorf("nothing to show in CSV: %q", got)
 	}
 	if got := read("start_valid=2030-01-01"); got != `{"data":[],"count":0}`+"\n" {
 		t.Errorf("nothing to show: %q", got)
@@ -2072,9 +2254,25 @@ func TestLongResponsesAreCompleteOrVisiblyBroken(t *testing.T) {
 		got.Data[64_799].Valid.Format("01-02T15:04") != "02-14T23:59" {
 		t.Errorf("%d rows, count %d, %d bytes", len(got.Data), got.Count, len(text))
 	}
-	for _, query := range []string{"", "?mode=overlapping&detail=true"} {
+	for header, compressed := range map[string]bool{"gzip": true, "deflate, GZIP;q=0.5": true, "br": false, "gzip;q=0": false,
+		"identity": false, "xgzip": false} {
+		resp, got, err := s.do("GET", window, key, "", "Accept-Encoding: "+header)
+		if err != nil {
+			t.Fatal(err)
+		}
+		zipped := resp.Header.Get("Content-Encoding") == "gzip"
+		if zipped != compressed || !strings.Contains(resp.Header.Get("Vary"), "Accept-Encoding") {
+			t.Errorf("Accept-Encoding %q: %v", header, resp.Header)
+		} else if zipped && (len(got) > len(text)/5 || mustUnzip(t, got) != text) {
+			t.Errorf("the compressed response, of %d bytes, differs from the plain one", len(got))
+		}
+	}
+	for _, query := range []string{"", "?mode=overlapping&detail=true", "?format=csv", "?format=json"} {
 		r, _ := http.NewRequest("GET", s.url+"/values"+query, nil)
 		r.Header.Set("X-API-Key", key)
+		if query == "?format=json" {
+			r.Header.Set("Accept-Encoding", "gzip") // http.Client asks for it too, and then unpacks it
+		}
 		resp, err := s.client.Do(r)
 		if err != nil || resp.StatusCode != 200 {
 			t.Fatalf("%v %v", resp, err)
@@ -2492,6 +2690,9 @@ func (h *history) question() url.Values {
 			q.Del("start_known")
 		}
 	}
+	if chance(20) {
+		q.Set("lead", pick(h.rng, "1h", "PT6H", "P1D", "PT20H30M", "0s"))
+	}
 	for range h.rng.Intn(3) {
 		name := pick(h.rng, "a", "b", "c")
 		if x, known := h.series[name]; known && chance(50) {
@@ -2499,6 +2700,11 @@ func (h *history) question() url.Values {
 		} else {
 			q.Add("series_key", name)
 		}
+	}
+	if chance(20) {
+		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m", "P1W"))
+		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count"))
+		return q
 	}
 	for name, value := range map[string]string{"mode": pick(h.rng, "flat", "overlapping"),
 		"detail": pick(h.rng, "true", "false"), "all_versions": pick(h.rng, "true", "false", "false")} {
@@ -2532,12 +2738,16 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 		}
 		return otherwise
 	}
+	lead, asked := map[string]int64{"1h": hour, "PT6H": 6 * hour, "P1D": 24 * hour, "PT20H30M": 41 * hour / 2, "0s": 0}[q.Get("lead")]
+	if !asked {
+		lead = math.MinInt64
+	}
 	overlapping, all := q.Get("mode") == "overlapping", q.Get("all_versions") == "true"
 	best := map[string]modelVersion{}
 	for i, v := range h.versions[:versions] {
 		known := h.runs[v.run].known
 		if !wanted[v.series] || v.time < bound("start_valid", math.MinInt64) || v.time >= bound("end_valid", math.MaxInt64) ||
-			known < bound("start_known", math.MinInt64) || known >= bound("end_known", math.MaxInt64) {
+			known < bound("start_known", math.MinInt64) || known >= bound("end_known", math.MaxInt64) || v.time-known < lead {
 			continue
 		}
 		rival := fmt.Sprint(v.series, v.time, v.end)
@@ -2549,6 +2759,9 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 		if w, is := best[rival]; !is || h.later(v, w) {
 			best[rival] = v
 		}
+	}
+	if q.Has("bucket") {
+		return h.buckets(q, best), true
 	}
 	var lines []string
 	for _, v := range best {
@@ -2569,6 +2782,34 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 		lines = append(lines, row.line())
 	}
 	return lines, true
+}
+
+// buckets aggregates what a flat read shows. The values are multiples of a half, so sums do not depend on their order.
+func (h *history) buckets(q url.Values, shown map[string]modelVersion) []string {
+	width := map[string]int64{"2h": 2 * hour, "PT3H": 3 * hour, "P1D": 24 * hour, "7m": 7 * hour / 60, "P1W": 168 * hour}[q.Get("bucket")]
+	type place struct {
+		series string
+		start  int64
+	}
+	values := map[place][]float64{}
+	for _, v := range shown {
+		if v.value != nil {
+			p := place{v.series, v.time - v.time%width}
+			values[p] = append(values[p], *v.value)
+		}
+	}
+	var lines []string
+	for p, list := range values {
+		sum := 0.0
+		for _, f := range list {
+			sum += f
+		}
+		value := map[string]float64{"mean": sum / float64(len(list)), "min": slices.Min(list), "max": slices.Max(list), "sum": sum,
+			"count": float64(len(list))}[q.Get("agg")]
+		row := answerRow{Key: p.series, Series: h.series[p.series].id, Valid: time.UnixMicro(p.start), Value: &value}
+		lines = append(lines, row.line())
+	}
+	return lines
 }
 
 // line is all of a row but when it was changed, so that equal rows have equal lines.
@@ -2719,7 +2960,7 @@ func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
 		status int
 		want   string
 	}{
-		{`{"valid_time":"2025-01-05","series_key":"load","value":1}`, 404, "updates[1]"}, {one + `"series_key":"nope","value":1}`, 404, "updates[1]"}, {one + `"series_id":"` + nobody + `","value":1}`, 404, "updates[1]"},
+		{`{"valid_time":"2025-01-05","series_key":"load","value":1}`, 404, "updates[1]"}, {one + `"series_key":"nope","value":1}`, 404, "series_key"}, {one + `"series_id":"` + nobody + `","value":1}`, 404, "series_id"},
 		{one + `"series_key":"load","valid_time_end":"2025-01-01T02:00:00Z","value":1}`, 404, "updates[1]"}, {`{"valid_time":"2025-01-01T00:00:00Z","series_key":"price","value":1}`, 404, "updates[1]"},
 		{one + `"series_key":"load","run_id":"` + nobody + `","value":1}`, 404, "updates[1]"}, {one + `"series_key":"load","known_time":"2024-01-01","value":1}`, 404, "updates[1]"},
 		{one + `"series_key":"load","run_id":"` + runs[0] + `","known_time":"2024-12-31T12:00:00Z","value":1}`, 404, "updates[1]"},
@@ -2897,9 +3138,33 @@ func BenchmarkReadFlat1M(b *testing.B) {
 	key := s.mustUser(b, tenantA, "a@example.com")
 	const n = 1_000_000
 	mustManyValues(b, s, key, n)
+	benchmarkRead(b, s, key, n)
+}
+
+// BenchmarkReadRevisions reads the latest of hourly forecasts, each of a week ahead in quarters of an hour.
+func BenchmarkReadRevisions(b *testing.B) {
+	s := mustServer(b)
+	key := s.mustUser(b, tenantA, "a@example.com")
+	const series, runs, values = 20, 168, 672
+	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	for run := range runs {
+		known := begin.Add(time.Duration(run) * time.Hour)
+		text := fmt.Appendf(nil, `{"run_start_time":%[1]q,"known_time":%[1]q,"value_rows":[`, known.Format(time.RFC3339))
+		for i := range series * values {
+			text = fmt.Appendf(text, `{"value_key":"load%d","valid_time":%q,"value":%d.5},`, i/values,
+				known.Add(time.Duration(i%values)*15*time.Minute).Format(time.RFC3339), run)
+		}
+		s.must(b, 200, "POST", "/upload", key, string(text[:len(text)-1])+"]}")
+	}
+	benchmarkRead(b, s, key, series*runs*values)
+}
+
+// benchmarkRead reads all that there is, which considers n stored values.
+func benchmarkRead(b *testing.B, s *testServer, key string, n int) {
 	for b.Loop() {
 		r, _ := http.NewRequest("GET", s.url+"/values", nil)
 		r.Header.Set("X-API-Key", key)
+		r.Header.Set("Accept-Encoding", "identity")
 		resp, err := s.client.Do(r)
 		if err != nil || resp.StatusCode != 200 {
 			b.Fatal(resp, err)
@@ -2938,7 +3203,8 @@ func FuzzParseTime(f *testing.F) {
 	}
 	strict := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$`) // time.Parse takes more than RFC 3339
 	f.Fuzz(func(t *testing.T, s string) {
-		got, err := parseTime(s)
+		var got, again micros
+		err := got.UnmarshalText([]byte(s))
 		want, wantErr := time.Parse(time.RFC3339Nano, s)
 		if year := want.UTC().Year(); strict.MatchString(s) && (err == nil) != (wantErr == nil && year >= 1677 && year <= 2262) {
 			t.Fatalf("parseTime(%q): %v, time.Parse: %v", s, err, wantErr)
@@ -2950,7 +3216,7 @@ func FuzzParseTime(f *testing.F) {
 		if strict.MatchString(s) && text != iso6(want) {
 			t.Errorf("parseTime(%q) is %s, want %s", s, text, iso6(want))
 		}
-		if again, err := parseTime(text); err != nil || again != got {
+		if err := again.UnmarshalText([]byte(text)); err != nil || again != got {
 			t.Errorf("parseTime(%q) is written as %s, which reads as %v, %v", s, text, again, err)
 		}
 	})
@@ -2962,6 +3228,57 @@ func iso6(t time.Time) string {
 		return t.Format("2006-01-02T15:04:05-07:00")
 	}
 	return t.Format("2006-01-02T15:04:05.000000-07:00")
+}
+
+func FuzzSpan(f *testing.F) {
+	for _, seed := range []string{"PT36H", "P1D", "P1W2DT3H4M5.5S", "90m", "1h30m", "P", "PT", "P1M", "-1h", "0s", "P99999W",
+		"PT9999999999999999H", "1ns", "PT2562047H47M16.854775807SP100000D"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		var got span
+		err := got.UnmarshalText([]byte(s))
+		if err == nil && (got < 0 || got.micros() < 0) {
+			t.Errorf("%q is read as %d", s, got)
+		}
+		if d, goErr := time.ParseDuration(s); goErr == nil && err == nil && int64(got.micros()) != d.Microseconds() {
+			t.Errorf("%q is read as %d µs, want %v", s, got.micros(), d)
+		}
+	})
+}
+
+func FuzzNumber(f *testing.F) {
+	for _, seed := range []string{"1", "-0", "1e308", "1e309", "NaN", "", "Infinity", "0x1p-2", "1_0", "5e-324", "+1", "nan", "null"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		var got number
+		if got.UnmarshalText([]byte(s)) != nil {
+			return
+		}
+		want, wantErr := strconv.ParseFloat(s, 64)
+		if math.IsInf(float64(got), 0) || !math.IsNaN(float64(got)) && (wantErr != nil || float64(got) != want) {
+			t.Errorf("%q is read as %v, want %v %v", s, got, want, wantErr)
+		}
+	})
+}
+
+func FuzzUploadCSV(f *testing.F) {
+	for _, seed := range []string{"valid_time,value_key,value\n2025-01-01,load,1\n2025-01-02,load,\n", "value,series_id,valid_time\n",
+		"valid_time,value_key,value,valid_time_end\r\n\"2025-01-01 00:00\",\"a\"\"b\",NaN,2025-01-02\r\n", "valid_time,value\n1\n", "\"", ""} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		u := &uploadParser{seen: map[seriesRef]int{}}
+		err := u.readCSV(bytes.NewReader(body))
+		if err == nil {
+			if all, err := csv.NewReader(bytes.NewReader(body)).ReadAll(); err != nil || len(all) != u.rows+1 {
+				t.Fatalf("%d rows of %q, encoding/csv finds %d lines: %v", u.rows, body, len(all), err)
+			}
+		} else if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 422 {
+			t.Errorf("%q: %v, want a refusal with 422", body, err)
+		}
+	})
 }
 
 func FuzzDecodeArray(f *testing.F) {
@@ -3007,17 +3324,10 @@ func FuzzKey(f *testing.F) {
 
 // decodeUpload decodes the body of an upload as POST /upload does, without a database.
 func decodeUpload(body []byte) (*upload, error) {
-	u, seen := &upload{workflowID: "api-workflow"}, map[[2]string]int{}
-	rows := eachElement(func(field string, dec *json.Decoder) error {
-		row := uploadRow{valueRow: emptyRow}
-		if err := dec.Decode(&row); err != nil {
-			return err
-		}
-		return u.add(seen, field, &row)
-	})
+	u := &uploadParser{upload{workflowID: "api-workflow"}, map[seriesRef]int{}}
 	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
-		"series_descriptions": &u.descriptions, "value_rows": rows}.decodeJSON(bytes.NewReader(body))
-	return u, err
+		"series_descriptions": &u.descriptions, "value_rows": eachRow(uploadRow{valueRow: emptyRow}, u.add)}.decodeJSON(bytes.NewReader(body))
+	return &u.upload, err
 }
 
 func FuzzUploadJSON(f *testing.F) {

@@ -16,6 +16,7 @@ import (
 	"os"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -145,7 +146,9 @@ func (s *store) exec(ctx context.Context, query string, args ...any) error {
 }
 
 // nullable is the bound argument of an optional text: NULL when it is empty.
-func nullable(s string) sql.NullString { return sql.NullString{String: s, Valid: s != ""} }
+func nullable[T ~string](s T) sql.NullString {
+	return sql.NullString{String: string(s), Valid: s != ""}
+}
 
 // asJSON is v, a list of records, as a bound argument that SQL unpacks.
 func asJSON(v any) string {
@@ -173,34 +176,21 @@ func unavailable(err error) bool {
 		return errors.As(err, &netErr) || slices.ContainsFunc([]error{context.DeadlineExceeded, driver.ErrBadConn, io.EOF,
 			io.ErrUnexpectedEOF, sql.ErrConnDone, sql.ErrTxDone}, func(e error) bool { return errors.Is(err, e) })
 	}
-	// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no
-	// table, no privilege, read-only standby, no database, object in use, plan outdated by a change of the schema.
+	// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no table, no
+	// privilege, read-only standby, no database, none that takes connections, object in use, plan outdated by a change of the schema.
 	return slices.Contains([]string{"08", "28", "40", "53", "57", "58"}, state[:2]) ||
-		slices.Contains([]string{"42P01", "42501", "25006", "3D000", "55006", "0A000"}, state)
+		slices.Contains([]string{"42P01", "42501", "25006", "3D000", "55000", "55006", "0A000"}, state)
 }
 
-// schemaSection returns the named section of schema.sql, with the placeholders replaced by quoted identifiers.
-func schemaSection(name, schema, role string) string {
-	_, rest, found := strings.Cut(schemaSQL, "-- section: "+name+"\n")
-	if !found {
-		panic("schema.sql has no section " + name)
-	}
-	text, _, _ := strings.Cut(rest, "-- section: ")
-	quoted := strings.NewReplacer(":schema", pq.QuoteIdentifier(schema), ":app_role", pq.QuoteIdentifier(role))
-	return "\n" + quoted.Replace(strings.TrimSpace(text)) + "\n"
-}
-
-// createSQL is what `create tables` runs, in one transaction: the sections that were asked for.
-func createSQL(schema, role string, withUsers, usersExist bool) string {
+// schemaSections returns the sections of schema.sql that are named, with the placeholders replaced by quoted identifiers.
+func schemaSections(schema, role string, names ...string) string {
 	text := ""
-	sections := map[string]bool{"begin": true, "tables": true, "users": withUsers, "app role": role != "",
-		"app role users": role != "" && (withUsers || usersExist)}
-	for _, name := range []string{"begin", "tables", "users", "app role", "app role users"} {
-		if sections[name] {
-			text += schemaSection(name, schema, role)
+	for _, section := range strings.Split(schemaSQL, "-- section: ")[1:] {
+		if name, body, _ := strings.Cut(section, "\n"); slices.Contains(names, name) {
+			text += "\n" + strings.TrimSpace(body) + "\n"
 		}
 	}
-	return text
+	return strings.NewReplacer(":schema", pq.QuoteIdentifier(schema), ":app_role", pq.QuoteIdentifier(role)).Replace(text)
 }
 
 // relations lists which tables and views of timedb exist in the store's schema. It reads the catalog, which does not
@@ -287,39 +277,36 @@ func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []b
 	return s.exec(ctx, `UPDATE users_table SET key_id = $2, key_digest = $3 WHERE user_id = $1`, userID, keyID, digest)
 }
 
-type series struct{ ID, Key, Unit, Description string }
+type series struct{ ID, Key, Unit string }
 
 func (x *series) fields() []any { return []any{&x.ID, &x.Key, &x.Unit} }
 
 // seriesRef names a series by id, by key, or by both.
 type seriesRef struct {
-	id, key string
-	field   string // where it stands in the request, for messages
+	ID  uuid  `json:"id"`
+	Key label `json:"key"`
 }
 
-// findSeries returns the series that each ref names, of those that existed at asOf in the caller's tenant. One that does
+// findSeries returns the series that each ref names, of those that existed at asOf (0: now) in the caller's tenant. One that does
 // not exist is a 404, an id with another key than the one given a 422.
 func findSeries(ctx context.Context, c Caller, q querier, refs []seriesRef, asOf micros) ([]series, error) {
-	ids, keys := make([]string, len(refs)), make([]string, len(refs))
-	for i, ref := range refs {
-		ids[i], keys[i] = ref.id, ref.key
-	}
 	rows, err := q.QueryContext(ctx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
-		FROM unnest($2::text[], $3::text[]) WITH ORDINALITY AS ref (id, key, number)
+		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text)) WITH ORDINALITY AS ref (id, key, number)
 		LEFT JOIN LATERAL (
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid AND inserted_at <= $4
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid AND inserted_at <= $3
 			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = '' AND inserted_at <= $4
-		) AS s ON true ORDER BY ref.number`, c.tenant, pq.StringArray(ids), pq.StringArray(keys), asOf)
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = '' AND inserted_at <= $3
+		) AS s ON true ORDER BY ref.number`, c.tenant, asJSON(refs), cmp.Or(asOf, lastTime))
 	found, err := scanAll(rows, err, (*series).fields)
 	for i, x := range found {
 		ref := refs[i]
 		if x.ID == "" {
-			return nil, notFound("%s: there is no series %q", ref.field, cmp.Or(ref.id, ref.key))
+			field := map[bool]string{true: "series_id", false: "series_key"}[ref.ID != ""]
+			return nil, notFound("%s: there is no series %q", field, cmp.Or(string(ref.ID), string(ref.Key)))
 		}
-		if ref.key != "" && ref.key != x.Key {
-			return nil, invalid("%s: series_id %s is not the series %q", ref.field, ref.id, ref.key)
+		if ref.Key != "" && string(ref.Key) != x.Key {
+			return nil, invalid("series_id: %s is not the series %q", ref.ID, ref.Key)
 		}
 	}
 	return found, err
@@ -327,38 +314,30 @@ func findSeries(ctx context.Context, c Caller, q querier, refs []seriesRef, asOf
 
 // ensureSeries returns the series that each ref names, after creating those named by a key that is new, and how many it
 // created. They are inserted in one order whoever inserts, so that two uploads of the same series cannot deadlock.
-func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit string, about map[string]string) (
+func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit label, about map[label]prose) (
 	found []series, created int64, err error) {
-	var keys, texts []string
-	for _, ref := range refs {
-		if ref.id == "" {
-			keys, texts = append(keys, ref.key), append(texts, about[ref.key])
-		}
-	}
 	result, err := tx.ExecContext(ctx, `
 		INSERT INTO series_table (tenant_id, series_key, unit, description)
-		SELECT $1::uuid, n.key, $2, nullif(n.description, '') FROM unnest($3::text[], $4::text[]) AS n (key, description)
-		WHERE NOT EXISTS (SELECT FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key)
-		ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING`,
-		c.tenant, unit, pq.StringArray(keys), pq.StringArray(texts))
+		SELECT $1::uuid, n.key, $2, nullif($4::json ->> n.key, '') FROM json_to_recordset($3) AS n (id text, key text)
+		WHERE n.id = '' AND NOT EXISTS (SELECT FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key)
+		ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING`, c.tenant, unit, asJSON(refs), asJSON(about))
 	if err != nil {
 		return nil, 0, err
 	}
 	created, _ = result.RowsAffected() // lib/pq always knows
-	found, err = findSeries(ctx, c, tx, refs, endOfTime)
+	found, err = findSeries(ctx, c, tx, refs, 0)
 	return found, created, err
 }
 
 // CreateSeries makes a series or finds the one of that key. created tells which; another unit is a 409.
-func (s *store) CreateSeries(ctx context.Context, c Caller, x series) (id string, created bool, err error) {
+func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, description prose) (id string, created bool, err error) {
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		refs := []seriesRef{{key: x.Key, field: "name"}}
-		found, n, err := ensureSeries(ctx, c, tx, refs, x.Unit, map[string]string{x.Key: x.Description})
+		found, n, err := ensureSeries(ctx, c, tx, []seriesRef{{Key: key}}, unit, map[label]prose{key: description})
 		if err != nil {
 			return err
 		}
-		if found[0].Unit != x.Unit {
-			return conflict("unit: the series %q exists with the unit %q", x.Key, found[0].Unit)
+		if found[0].Unit != string(unit) {
+			return conflict("unit: the series %q exists with the unit %q", key, found[0].Unit)
 		}
 		id, created = found[0].ID, n == 1
 		return nil
@@ -378,10 +357,11 @@ func comparePoints(a, b point) int {
 
 // upload is one run with its values.
 type upload struct {
-	runID, workflowID    string
-	start, finish, known *micros
+	runID                uuid
+	workflowID           label
+	start, finish, known micros          // the latter two may be 0
 	params               json.RawMessage // an object, or nil
-	descriptions         map[string]string
+	descriptions         map[label]prose
 	series               []seriesRef // as the rows named them
 	points               [][]point   // of each of series
 	rows                 int
@@ -398,7 +378,7 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		if err != nil {
 			return err
 		}
-		run, err := insertRun(ctx, c, tx, u)
+		isNew, err := insertRun(ctx, c, tx, u)
 		if err != nil {
 			return err
 		}
@@ -407,13 +387,13 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 			ids[x.Key] = x.ID
 			points[x.ID] = append(points[x.ID], u.points[i]...)
 		}
-		if run == nil {
+		if !isNew {
 			return nil
 		}
 		blocks, err := cutBlocks(points)
 		for batch := range slices.Chunk(blocks, blocksPerStatement) {
 			if err == nil {
-				err = insertBlocks(ctx, c, tx, u, run, batch)
+				err = insertBlocks(ctx, c, tx, u.runID, batch)
 			}
 		}
 		return err
@@ -421,23 +401,23 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 	return ids, err
 }
 
-// insertRun stores the run's own row and returns what its values share, or nil if the same request stored it before.
-func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (*version, error) {
-	var run version
-	err := tx.QueryRowContext(ctx, `
+// insertRun stores the run's own row and sets u.runID if the client did not. isNew is false if the same request stored it
+// before.
+func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool, err error) {
+	err = tx.QueryRowContext(ctx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time, known_time, run_params,
 		                        rows_inserted, request_digest, changed_by, inserted_at)
 		SELECT $1::uuid, coalesce($2, gen_random_uuid()), $3, $4::timestamptz, $5::timestamptz, coalesce($6::timestamptz, now),
 		       $7::jsonb, $8::integer, $9::bytea, $10, now FROM clock_timestamp() AS now
-		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id, run_order, known_time, inserted_at`,
+		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
 		c.tenant, nullable(u.runID), u.workflowID, u.start, u.finish, u.known, nullable(string(u.params)), u.rows, u.digest[:],
-		nullable(c.email)).Scan(&u.runID, &run.Order, &run.Known, &run.Change)
+		nullable(c.email)).Scan(&u.runID)
 	if state := sqlState(err); strings.HasPrefix(state, "22") || state == "54001" {
 		// Every other argument was checked: only run_params can hold what jsonb refuses (\u0000, numbers out of range).
-		return nil, invalid("run_params holds something that PostgreSQL cannot store as jsonb")
+		return false, invalid("run_params holds something that PostgreSQL cannot store as jsonb")
 	}
 	if !errors.Is(err, sql.ErrNoRows) {
-		return &run, err
+		return true, err
 	}
 	var same bool
 	err = tx.QueryRowContext(ctx, `SELECT request_digest = $3 FROM runs_table WHERE tenant_id = $1 AND run_id = $2`,
@@ -445,7 +425,7 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (*version, 
 	if err == nil && !same {
 		err = conflict("run_id %s was already used for a different request", u.runID)
 	}
-	return nil, err
+	return false, err
 }
 
 // block is what one row of values_table holds: points of one series in order.
@@ -475,7 +455,7 @@ func cutBlocks(bySeries map[string][]point) ([]block, error) {
 }
 
 // insertBlocks stores blocks in one statement: all values end to end in three arrays, and a list of which stretch is whose.
-func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, u *upload, run *version, blocks []block) error {
+func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, runID uuid, blocks []block) error {
 	type stretch struct {
 		SeriesID string `json:"series_id"`
 		First    int    `json:"first"` // positions in the arrays, from 1
@@ -486,8 +466,8 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, u *upload, run *ver
 	for _, b := range blocks {
 		list = append(list, stretch{b.seriesID, len(times) + 1, len(times) + len(b.points)})
 		for _, p := range b.points {
-			times = append(times, uint64(p.time))
-			ends = append(ends, uint64(p.end))
+			times = append(times, uint64(p.time-pgEpoch))
+			ends = append(ends, uint64(p.end-pgEpoch))
 			values = append(values, math.Float64bits(p.value))
 		}
 	}
@@ -498,13 +478,13 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, u *upload, run *ver
 	_, err := tx.ExecContext(ctx, `
 		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
 		                          valid_from, valid_to, valid_times, valid_time_ends, "values")
-		SELECT $1::uuid, b.series_id, $2::uuid, $3::bigint, 1, $4::timestamptz, $5::timestamptz, $6,
+		SELECT r.tenant_id, b.series_id, r.run_id, r.run_order, 1, r.known_time, r.inserted_at, r.changed_by,
 		       a.times[b.first], a.times[b.last], a.times[b.first:b.last],
 		       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0 THEN a.ends[b.first:b.last] END, a."values"[b.first:b.last]
-		FROM (SELECT $7::timestamptz[], $8::timestamptz[], $9::float8[]) AS a (times, ends, "values"),
-		     json_to_recordset($10) AS b (series_id uuid, first integer, last integer)`,
-		c.tenant, u.runID, run.Order, run.Known, run.Change, nullable(c.email), encodeArray(oidTimestamptz, times, nullTime),
-		wireEnds, encodeArray(oidFloat8, values, nullFloat), asJSON(list))
+		FROM runs_table r, (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[]) AS a (times, ends, "values"),
+		     json_to_recordset($6) AS b (series_id uuid, first integer, last integer)
+		WHERE r.tenant_id = $1 AND r.run_id = $2`, c.tenant, runID, encodeArray(oidTimestamptz, times, nullTime), wireEnds,
+		encodeArray(oidFloat8, values, nullFloat), asJSON(list))
 	return err
 }
 
@@ -517,8 +497,8 @@ const (
 	oidFloat8      = 701
 
 	arrayHeader = 20
-	nullTime    = 1 << 63            // the bits of noEnd
-	nullFloat   = 0x7ff8000000000001 // the bits of math.NaN()
+	nullTime    = 1<<64 - 63_082_281_600e6 // the bits of no time, less pgEpoch
+	nullFloat   = 0x7ff8000000000001       // the bits of math.NaN()
 )
 
 // encodeArray returns bits as an array of the element type oid; elements equal to null are sent as NULL.
@@ -562,14 +542,25 @@ func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
 	return dst, nil
 }
 
-// readQuery says which values to read. The zero times do not mean "any": use beginning and endOfTime.
+const anyLead = span(math.MinInt64)
+
+// readQuery says which values to read. A time of zero, and no series, means any.
 type readQuery struct {
-	series               []seriesRef // none means all of the tenant
-	start, end           micros      // start <= valid_time < end
-	startKnown, endKnown micros      // likewise known_time
-	asOf                 micros      // only versions written up to then
-	overlapping          bool        // every run, rather than the latest known
-	allVersions          bool        // every version, rather than the current
+	series               []seriesRef
+	start, end           micros // start <= valid_time < end
+	startKnown, endKnown micros // likewise known_time
+	asOf                 micros // only versions written up to then
+	lead                 span   // only elements of which known_time is at least so long before valid_time; or anyLead
+	bucket               span   // the width of the buckets to aggregate over; 0: none
+	agg                  string // mean, min, max, sum or count
+	overlapping          bool   // every run, rather than the latest known
+	allVersions          bool   // every version, rather than the current
+}
+
+// next is a further series, yet to be named.
+func (q *readQuery) next() *seriesRef {
+	q.series = append(q.series, seriesRef{})
+	return &q.series[len(q.series)-1]
 }
 
 // version is what all elements of one row of values_table share.
@@ -591,7 +582,7 @@ func (v *version) supersedes(w *version) bool {
 // element is one value of one version; a NULL value is NaN.
 type element struct {
 	point
-	from *version
+	from *version // nil for an aggregate
 }
 
 // merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
@@ -626,16 +617,13 @@ func (m *merger) add(block []element) {
 	for i := range block {
 		e := &block[i]
 		for len(rest) > 0 && m.compare(&rest[0], e) < 0 {
-			out = append(out, rest[0])
-			rest = rest[1:]
+			out, rest = append(out, rest[0]), rest[1:]
 		}
 		if len(rest) > 0 && m.compare(&rest[0], e) == 0 {
 			if rest[0].from.supersedes(e.from) {
 				e = &rest[0]
 			}
-			out = append(out, *e)
 			rest = rest[1:]
-			continue
 		}
 		out = append(out, *e)
 	}
@@ -663,7 +651,7 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*seri
 		list, err = findSeries(ctx, c, s, q.series, q.asOf)
 	} else {
 		rows, bad := s.QueryContext(ctx, `SELECT series_id, series_key, unit FROM series_table
-			WHERE tenant_id = $1 AND inserted_at <= $2`, c.tenant, q.asOf)
+			WHERE tenant_id = $1 AND inserted_at <= $2`, c.tenant, cmp.Or(q.asOf, lastTime))
 		list, err = scanAll(rows, bad, (*series).fields)
 	}
 	if err != nil {
@@ -671,7 +659,14 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*seri
 	}
 	slices.SortFunc(list, func(a, b series) int { return cmp.Compare(a.Key, b.Key) })
 	list = slices.Compact(list)
-	return s.readMerged(ctx, c, q, list, emit)
+	if q.bucket == 0 {
+		return s.readMerged(ctx, c, q, list, emit)
+	}
+	b := bucketer{width: q.bucket.micros(), agg: q.agg, emit: emit}
+	if err := s.readMerged(ctx, c, q, list, b.add); err != nil {
+		return err
+	}
+	return b.close()
 }
 
 // The blocks of each series that overlap the window, and of each what lies in it (lo to hi; width_bucket is a binary
@@ -708,7 +703,8 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []se
 	}
 	// A read that ends early must cancel: closing rows would fetch all that is left of them.
 	ctx, cancel := context.WithCancel(ctx)
-	rows, err := s.QueryContext(ctx, query, c.tenant, pq.StringArray(ids), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
+	rows, err := s.QueryContext(ctx, query, c.tenant, pq.StringArray(ids), cmp.Or(q.start, firstTime),
+		cmp.Or(q.end, lastTime), cmp.Or(q.startKnown, firstTime), cmp.Or(q.endKnown, lastTime), cmp.Or(q.asOf, lastTime))
 	if err != nil {
 		cancel()
 		return err
@@ -717,14 +713,14 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []se
 	defer cancel()
 	var d blockDecoder
 	m := merger{everyRun: q.overlapping, keepAll: q.allVersions}
-	current, known, last := 1, beginning, beginning // what is being merged: a series, or in overlapping mode a known_time of it
+	current, known, last := 1, micros(0), micros(0) // what is being merged: a series, or in overlapping mode a known_time of it
 	emitCurrent := func(e *element) error { return emit(&list[current-1], e) }
 	for rows.Next() {
-		number, v, elements, err := d.next(rows)
+		number, v, elements, err := d.next(rows, q.lead)
 		if err != nil {
 			return err
 		}
-		bound := endOfTime
+		bound := lastTime
 		if number == current && (v.Known == known || !q.overlapping) {
 			bound = d.from
 		}
@@ -740,7 +736,7 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []se
 	if err := rows.Err(); err != nil {
 		return err
 	}
-	return m.flush(endOfTime, emitCurrent)
+	return m.flush(lastTime, emitCurrent)
 }
 
 // blockDecoder turns rows of selectBlocks into elements. Its buffers serve one row after the other.
@@ -751,8 +747,8 @@ type blockDecoder struct {
 	out                         []element
 }
 
-// next decodes the row at hand: the series' number, and the values.
-func (d *blockDecoder) next(rows *sql.Rows) (number int, v *version, _ []element, err error) {
+// next decodes the row at hand: the series' number, and the values that were known lead before their time.
+func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, _ []element, err error) {
 	v = &version{}
 	err = rows.Scan(&number, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
 		&d.wire[0], &d.wire[1], &d.wire[2], &d.wire[3])
@@ -765,150 +761,120 @@ func (d *blockDecoder) next(rows *sql.Rows) (number int, v *version, _ []element
 	if err != nil {
 		return 0, nil, nil, err
 	}
-	v.Known, v.Change, d.from = micros(d.stamps[0]), micros(d.stamps[1]), micros(d.stamps[2])
+	v.Known, v.Change, d.from = micros(d.stamps[0])+pgEpoch, micros(d.stamps[1])+pgEpoch, micros(d.stamps[2])+pgEpoch
 	d.out = d.out[:0]
 	for i, bits := range d.times { // the table checks that the arrays have one length
-		end := noEnd
-		if len(d.ends) > 0 {
-			end = micros(d.ends[i])
+		p := point{time: micros(bits) + pgEpoch, value: math.Float64frombits(d.values[i])}
+		if lead != anyLead && p.time-v.Known < lead.micros() {
+			continue
 		}
-		d.out = append(d.out, element{point{micros(bits), end, math.Float64frombits(d.values[i])}, v})
+		if len(d.ends) > 0 {
+			p.end = micros(d.ends[i]) + pgEpoch
+		}
+		d.out = append(d.out, element{p, v})
 	}
 	return number, v, d.out, nil
 }
 
-// valueUpdate is one entry of PUT /values, in the form that correctValues reads.
-type valueUpdate struct {
-	seriesRef     `json:"-"`
-	SeriesID      string   `json:"series_id"` // set by UpdateValues
-	RunID         *string  `json:"run_id"`    // nil, like Known: the run is not named
-	Known         *micros  `json:"known_time"`
-	Time          micros   `json:"valid_time"`
-	End           micros   `json:"valid_time_end"`
-	SetValue      bool     `json:"set_value"` // or keep it, as with the two below
-	Value         *float64 `json:"value"`     // nil: NULL
-	SetAnnotation bool     `json:"set_annotation"`
-	Annotation    string   `json:"annotation"` // "": none
-	SetTags       bool     `json:"set_tags"`
-	Tags          []string `json:"tags"`
+// bucketer aggregates elements that come in order, and emits a bucket when the next begins. NULLs do not count.
+type bucketer struct {
+	width  micros
+	agg    string
+	emit   func(*series, *element) error
+	series *series
+	start  micros
+	n, sum float64
+	lo, hi float64
 }
 
-type updateResult struct {
-	RunID     string `json:"run_id"`
-	Tenant    string `json:"tenant_id"`
-	ValidTime micros `json:"valid_time"`
-	SeriesID  string `json:"series_id"`
-	ValueID   int64  `json:"value_id,omitempty"`
-	Version   int    `json:"version"`
-}
-
-// correctValues finds for each update the element that it corrects, by the rule of supersedes, or the run that gains
-// one; of updates of one value keeps the last; and stores those that change something. width_bucket is a binary
-// search in a sorted array; only where one valid_time can have several ends, each element up to there is looked at.
-const correctValues = `
-	WITH target AS (
-		SELECT u.*, e.version AS old_version, e.value AS old_value, e.annotation AS old_annotation, e.tags AS old_tags,
-		       coalesce(e.run_id, r.run_id) AS target_run, coalesce(e.run_order, r.run_order) AS run_order,
-		       coalesce(e.known_time, r.known_time) AS target_known
-		FROM ROWS FROM (json_to_recordset($3) AS (series_id uuid, run_id uuid, known_time timestamptz, valid_time timestamptz,
-		       valid_time_end timestamptz, set_value boolean, value float8, set_annotation boolean, annotation text,
-		       set_tags boolean, tags text[])) WITH ORDINALITY
-		     AS u (series_id, run_id, known_time, valid_time, valid_time_end, set_value, value, set_annotation, annotation,
-		       set_tags, tags, number)
-		LEFT JOIN LATERAL (
-			SELECT v.*, v."values"[i] AS value
-			FROM values_table v, generate_series(
-			       CASE WHEN v.valid_time_ends IS NULL THEN width_bucket(u.valid_time, v.valid_times) ELSE 1 END,
-			       width_bucket(u.valid_time, v.valid_times)) AS i
-			WHERE v.tenant_id = $1 AND v.series_id = u.series_id AND v.valid_to >= u.valid_time
-			  AND v.valid_from >= u.valid_time - interval '768 hours' AND v.valid_from <= u.valid_time
-			  AND v.run_id = coalesce(u.run_id, v.run_id) AND v.known_time = coalesce(u.known_time, v.known_time)
-			  AND v.valid_times[i] = u.valid_time AND v.valid_time_ends[i] IS NOT DISTINCT FROM u.valid_time_end
-			ORDER BY v.known_time DESC, v.run_order DESC, v.version DESC LIMIT 1) AS e ON true
-		LEFT JOIN LATERAL (
-			SELECT * FROM runs_table r
-			WHERE r.tenant_id = $1 AND num_nonnulls(u.run_id, u.known_time) > 0 AND e.run_id IS NULL
-			  AND r.run_id = coalesce(u.run_id, r.run_id) AND r.known_time = coalesce(u.known_time, r.known_time)
-			ORDER BY r.run_order DESC LIMIT 1) AS r ON true
-	), next AS (
-		SELECT DISTINCT ON (series_id, target_run, valid_time, valid_time_end) *, old_version IS NULL AND NOT bool_and(set_value)
-		       OVER (PARTITION BY series_id, target_run, valid_time, valid_time_end) AS lacks_value,
-		       CASE WHEN set_value THEN value ELSE old_value END AS new_value,
-		       CASE WHEN set_annotation THEN nullif(annotation, '') ELSE old_annotation END AS new_annotation,
-		       CASE WHEN set_tags THEN nullif(tags, '{}') ELSE old_tags END AS new_tags
-		FROM target ORDER BY series_id, target_run, valid_time, valid_time_end, number DESC
-	), stored AS (
-		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
-		                          annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values")
-		SELECT $1::uuid, series_id, target_run, run_order, coalesce(old_version, 0) + 1, target_known, now, $2, new_annotation,
-		       new_tags, valid_time, valid_time, ARRAY[valid_time],
-		       CASE WHEN valid_time_end IS NOT NULL THEN ARRAY[valid_time_end] END, ARRAY[new_value]
-		FROM next, clock_timestamp() AS now
-		WHERE target_run IS NOT NULL AND (old_version IS NULL
-		      OR (new_value, new_annotation, new_tags) IS DISTINCT FROM (old_value, old_annotation, old_tags))
-		RETURNING series_id, run_id, valid_from, valid_time_ends[1] AS valid_time_end, version, value_id
-	)
-	SELECT n.number, coalesce(n.target_run::text, ''), n.valid_time, n.series_id, coalesce(s.value_id, 0),
-	       coalesce(s.version, n.old_version, 0), n.lacks_value
-	FROM next n LEFT JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.target_run
-	     AND s.valid_from = n.valid_time AND s.valid_time_end IS NOT DISTINCT FROM n.valid_time_end
-	ORDER BY n.number`
-
-// UpdateValues stores a new version for each update that changes something, all or none; the others are skipped.
-// Corrections within one tenant wait for each other, so that each sees the one before.
-func (s *store) UpdateValues(ctx context.Context, c Caller, updates []valueUpdate) (updated, skipped []updateResult, err error) {
-	updated, skipped = []updateResult{}, []updateResult{}
-	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		// A lock of the transaction needs no UPDATE privilege. Two tenants with the same hash would merely wait.
-		if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtextextended($1, 0)) AS tenant_id`, c.tenant); err != nil {
+func (b *bucketer) add(x *series, e *element) error {
+	if math.IsNaN(e.value) {
+		return nil
+	}
+	start := e.time - (e.time-unixEpoch%b.width)%b.width
+	if x != b.series || start != b.start {
+		if err := b.close(); err != nil {
 			return err
 		}
+		b.series, b.start, b.n, b.sum, b.lo, b.hi = x, start, 0, 0, math.Inf(1), math.Inf(-1)
+	}
+	b.n++
+	b.sum += e.value
+	b.lo, b.hi = min(b.lo, e.value), max(b.hi, e.value)
+	return nil
+}
+
+// close emits the bucket at hand, if there is one. A sum beyond the range of a float64 is a 422: JSON has no infinity.
+func (b *bucketer) close() error {
+	if b.n == 0 {
+		return nil
+	}
+	value := map[string]float64{"mean": b.sum / b.n, "min": b.lo, "max": b.hi, "sum": b.sum, "count": b.n}[b.agg]
+	if math.IsInf(value, 0) {
+		return invalid("agg: the %s of the bucket %s of series %q is beyond a 64-bit float", b.agg, b.start, b.series.Key)
+	}
+	b.n = 0
+	return b.emit(b.series, &element{point: point{b.start, 0, value}})
+}
+
+// valueUpdate is one entry of PUT /values, as it comes and as correct_values takes it. A member that is absent keeps what
+// is there, null clears it: hence what is absent stays absent.
+type valueUpdate struct {
+	valueRow
+	SeriesKey  label             `json:"series_key"`
+	RunID      uuid              `json:"run_id,omitempty"`
+	KnownTime  micros            `json:"known_time"`
+	TenantID   uuid              `json:"tenant_id"`
+	Annotation optional[prose]   `json:"annotation,omitzero"`
+	Tags       optional[[]label] `json:"tags,omitzero"`
+}
+
+// UpdateValues stores a new version for each update that changes something, all or none, and returns which did.
+func (s *store) UpdateValues(ctx context.Context, c Caller, updates []valueUpdate) (answer json.RawMessage, err error) {
+	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		refs := make([]seriesRef, len(updates))
 		for i, u := range updates {
-			refs[i] = u.seriesRef
+			refs[i] = seriesRef{u.SeriesID, u.SeriesKey}
 		}
-		found, err := findSeries(ctx, c, tx, refs, endOfTime)
+		found, err := findSeries(ctx, c, tx, refs, 0)
+		for i, x := range found {
+			updates[i].SeriesID = uuid(x.ID)
+		}
 		if err != nil {
 			return err
 		}
-		for i, x := range found {
-			updates[i].SeriesID = x.ID
-		}
-		type row struct {
-			number     int
-			lacksValue bool
-			updateResult
-		}
-		rows, err := tx.QueryContext(ctx, correctValues, c.tenant, nullable(c.email), asJSON(updates))
-		results, err := scanAll(rows, err, func(r *row) []any {
-			return []any{&r.number, &r.RunID, &r.ValidTime, &r.SeriesID, &r.ValueID, &r.Version, &r.lacksValue}
-		})
-		for _, r := range results {
-			u := updates[r.number-1]
-			r.Tenant = c.tenant
-			switch {
-			case r.RunID == "" && u.RunID == nil && u.Known == nil:
-				return notFound("%s: the series has no value at this valid_time and valid_time_end", u.field)
-			case r.RunID == "":
-				return notFound("%s: no run has this run_id or known_time", u.field)
-			case r.lacksValue:
-				return invalid("%s: value is required, because the run has none at this valid_time", u.field)
-			case r.ValueID == 0:
-				skipped = append(skipped, r.updateResult)
-				continue
-			}
-			updated = append(updated, r.updateResult)
-		}
-		return err
+		return tx.QueryRowContext(ctx, `SELECT correct_values($1, $2, $3) /* of tenant_id $1 */`,
+			c.tenant, nullable(c.email), asJSON(updates)).Scan((*[]byte)(&answer))
 	})
-	return updated, skipped, err
+	if e := pq.As(err); e != nil && strings.HasPrefix(string(e.Code), "TD") {
+		status, _ := strconv.Atoi(string(e.Code[2:]))
+		err = refusal(status, "%s", e.Message)
+	}
+	return answer, err
+}
+
+// document returns the JSON that query makes.
+func (s *store) document(ctx context.Context, query string, args ...any) (text json.RawMessage, err error) {
+	err = s.db.QueryRowContext(ctx, query, args...).Scan((*[]byte)(&text))
+	return text, err
 }
 
 // SeriesByID is the JSON object {series_id: series} of the caller's tenant, by series_key.
-func (s *store) SeriesByID(ctx context.Context, c Caller) (text json.RawMessage, err error) {
-	err = s.db.QueryRowContext(ctx, `
+func (s *store) SeriesByID(ctx context.Context, c Caller) (json.RawMessage, error) {
+	return s.document(ctx, `
 		SELECT coalesce(json_object_agg(series_id, json_build_object('series_key', series_key, 'description', description,
 		       'unit', unit) ORDER BY series_key COLLATE "C"), '{}')
-		FROM series_table WHERE tenant_id = $1`, c.tenant).Scan((*[]byte)(&text))
-	return text, err
+		FROM series_table WHERE tenant_id = $1`, c.tenant)
+}
+
+// Runs is {"count", "data"} of the tenant's runs known in start <= t < end, the newest known first; "" and 0 are any.
+func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end micros, limit int64) (json.RawMessage, error) {
+	return s.document(ctx, `
+		SELECT json_build_object('count', count(*), 'data', coalesce(json_agg(r), '[]')) FROM (
+			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time, iso_time(run_finish_time) AS run_finish_time,
+			       iso_time(known_time) AS known_time, run_params, changed_by, iso_time(inserted_at) AS inserted_at,
+			       rows_inserted AS rows
+			FROM runs_table t
+			WHERE tenant_id = $1 AND ($2::text IS NULL OR workflow_id = $2) AND t.known_time >= $3 AND t.known_time < $4
+			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, nullable(workflow), cmp.Or(start, firstTime), cmp.Or(end, lastTime), limit)
 }
