@@ -139,19 +139,16 @@ func (c *cli) check() error {
 	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
 	c.email = strings.TrimSpace(c.email)
 	user, domain, _ := strings.Cut(c.email, "@")
-	var tenant uuid
-	var email label
 	var err error
 	if c.tenant != "" {
-		err = inputError("--tenant-id", tenant.UnmarshalText([]byte(c.tenant)))
+		err = inputError("--tenant-id", (*uuid)(&c.tenant).UnmarshalText([]byte(c.tenant)))
 	}
-	c.tenant = string(tenant)
 	switch {
 	case c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"):
 		return errors.New("--tenant-id is required")
 	case c.email == "" && strings.Contains(c.flagNames, "email!"):
 		return errors.New("--email is required")
-	case c.name == "users create" && (user == "" || domain == "" || email.UnmarshalText([]byte(c.email)) != nil):
+	case c.name == "users create" && (user == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil):
 		return errors.New("--email: expected an address such as alice@example.com")
 	case err == nil && c.dsn == "" && c.flagNames != "" && !c.dryRun:
 		return errors.New("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")

@@ -8,7 +8,6 @@ import (
 	"crypto/sha256"
 	"database/sql/driver"
 	"encoding"
-	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -263,30 +262,16 @@ func sendJSON(w *response, status int, v any) error {
 	return err
 }
 
-// openBody returns the body, decompressed and bounded, if it is one of types, and its media type.
-func openBody(w http.ResponseWriter, r *http.Request, types ...string) (body io.ReadCloser, kind string, err error) {
+// readJSON reads the body, bounded, and the query string of a request.
+func readJSON(w http.ResponseWriter, r *http.Request, c Caller, digest io.Writer, f fields) error {
 	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
-		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
+	if err != nil || kind != "application/json" || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
+		return refusal(http.StatusUnsupportedMediaType, "Content-Type: expected application/json in UTF-8.")
 	}
-	body = http.MaxBytesReader(w, r.Body, maxBody)
-	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
-	case "", "identity":
-	case "gzip":
-		unzipped, err := gzip.NewReader(body)
-		return http.MaxBytesReader(w, unzipped, maxBody), kind, inputError("body", err)
-	default:
-		err = refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
+	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
+		return refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected none.")
 	}
-	return body, kind, err
-}
-
-// readJSON reads a request that takes nothing but JSON.
-func readJSON(w http.ResponseWriter, r *http.Request, c Caller, f fields) error {
-	body, _, err := openBody(w, r, "application/json")
-	if err != nil {
-		return err
-	}
+	body := io.TeeReader(http.MaxBytesReader(w, r.Body, maxBody), digest)
 	return cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
 }
 
@@ -301,7 +286,7 @@ func (f fullReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer.
+// fields says where the members of a request object or query parameters go: name to pointer.
 // What is not given keeps its value. In place of the pointer an eachElement takes an array, and an eachValue a parameter
 // that may be repeated: it makes the next place.
 type fields map[string]any
@@ -339,8 +324,11 @@ func (f fields) decodeJSON(body io.Reader) error {
 			return invalid("%s: unknown field, or given twice", name)
 		case eachElement:
 			return inputError(name, walk(dec, '[', func(i int) error {
-				if err := into(dec); err != nil {
-					return elementError(name, i, err)
+				err := into(dec)
+				if e, ok := errors.AsType[*apiError](err); ok {
+					return refusal(e.status, "%s[%d].%s", name, i, e.message)
+				} else if err != nil {
+					return inputError(fmt.Sprintf("%s[%d]", name, i), err)
 				}
 				return nil
 			}))
@@ -388,22 +376,10 @@ func inputError(field string, err error) error {
 		field = strings.TrimSuffix(field+"."+inWords.Replace(e.Field), ".")
 		return invalid("%s: expected %s, not %.40s", field, inWords.Replace(e.Type.String()), e.Value)
 	}
-	if e, ok := errors.AsType[*csv.ParseError](err); ok {
-		return invalid("line %d: %s", e.Line, e.Err)
-	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return invalid("%s: the input ends too early", field)
 	}
 	return invalid("%s: %s", field, strings.TrimPrefix(err.Error(), "json: "))
-}
-
-// elementError says the same of the i-th element of a list.
-func elementError(list string, i int, err error) error {
-	place := fmt.Sprintf("%s[%d]", list, i)
-	if e, ok := errors.AsType[*apiError](err); ok {
-		return refusal(e.status, "%s.%s", place, e.message)
-	}
-	return inputError(place, err)
 }
 
 // decodeQuery reads the query parameters. One that is unknown is refused: a misspelt filter must never widen an answer.
@@ -432,7 +408,7 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 	return checkTenant(c, tenant)
 }
 
-// setField parses the text of a query parameter or of a cell into what the pointer points to.
+// setField parses the text of a query parameter into what the pointer points to.
 func setField(into any, text string) (err error) {
 	switch into := into.(type) {
 	case encoding.TextUnmarshaler:
@@ -447,8 +423,6 @@ func setField(into any, text string) (err error) {
 		if *into, err = strconv.ParseInt(text, 10, 64); err != nil || *into < 1 {
 			return expected[int64]([]byte(text))
 		}
-	default:
-		return json.Unmarshal([]byte(text), into)
 	}
 	return nil
 }
@@ -492,7 +466,7 @@ func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
 
 func (s *server) postSeries(w *response, r *http.Request, c Caller) (work, error) {
 	name, unit, description := label(""), label(defaultUnit), prose("")
-	err := readJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
+	err := readJSON(w, r, c, io.Discard, fields{"name": &name, "description": &description, "unit": &unit})
 	if err == nil && name == "" {
 		err = invalid("name is required")
 	}
@@ -545,14 +519,8 @@ type uploadRow struct {
 	ValueKey label `json:"value_key"`
 }
 
-// uploadParser collects rows by the series that they name.
-type uploadParser struct {
-	upload
-	seen map[seriesRef]int // where in upload.series a series stands
-}
-
-// add checks a row and takes it.
-func (u *uploadParser) add(row *uploadRow) error {
+// add checks a row and takes it. seen tells where in u.series a series stands.
+func (u *upload) add(seen map[seriesRef]int, row *uploadRow) error {
 	if row.Value == notGiven {
 		return invalid("value is required (a number or null)")
 	}
@@ -560,10 +528,10 @@ func (u *uploadParser) add(row *uploadRow) error {
 		return err
 	}
 	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
-	i, known := u.seen[ref]
+	i, known := seen[ref]
 	if !known {
 		i = len(u.series)
-		u.seen[ref] = i
+		seen[ref] = i
 		u.series = append(u.series, ref)
 		u.points = append(u.points, nil)
 	}
@@ -572,72 +540,18 @@ func (u *uploadParser) add(row *uploadRow) error {
 	return nil
 }
 
-// readCSV takes rows under a header line, in which the columns may have any order.
-func (u *uploadParser) readCSV(body io.Reader) error {
-	in := csv.NewReader(body)
-	in.ReuseRecord = true
-	record, err := in.Read()
-	if err != nil {
-		return inputError("header", err)
-	}
-	var row uploadRow
-	columns := fields{"valid_time": &row.ValidTime, "value_key": &row.ValueKey, "value": &row.Value,
-		"valid_time_end": &row.ValidTimeEnd, "series_id": &row.SeriesID}
-	header, into := slices.Clone(record), make([]any, len(record))
-	for i, name := range header {
-		if into[i] = columns[name]; into[i] == nil {
-			return invalid("header: %.40q is no column, or given twice", name)
-		}
-		delete(columns, name)
-	}
-	if columns["valid_time"] != nil || columns["value"] != nil {
-		return invalid("header: valid_time and value are required")
-	}
-	for {
-		record, err := in.Read()
-		if err == io.EOF {
-			return nil
-		}
-		row = uploadRow{valueRow: emptyRow}
-		for i, text := range record {
-			if err == nil && (text != "" || header[i] == "value") { // an empty value is NULL, another empty cell not given
-				err = inputError(header[i], setField(into[i], text))
-			}
-		}
-		if err == nil {
-			err = u.add(&row)
-		}
-		if err != nil {
-			return elementError("row", u.rows, err)
-		}
-	}
-}
-
 func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
-	u := &uploadParser{upload{workflowID: "api-workflow", series: []seriesRef{}}, map[seriesRef]int{}}
+	u, seen := &upload{workflowID: "api-workflow", series: []seriesRef{}}, map[seriesRef]int{}
 	digest, tenant := sha256.New(), uuid("")
-	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
-		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
-	body, kind, err := openBody(w, r, "application/json", "text/csv")
-	if err != nil {
-		return nil, err
-	}
-	fmt.Fprintln(digest, kind, r.URL.RawQuery)
-	in := io.TeeReader(body, digest)
-	if kind == "text/csv" {
-		err = cmp.Or(f.decodeQuery(r, c), u.readCSV(in))
-	} else {
-		f["tenant_id"], f["value_rows"] = &tenant, eachRow(uploadRow{valueRow: emptyRow}, u.add)
-		err = cmp.Or(f.decodeJSON(in), fields{}.decodeQuery(r, c))
-	}
-	if err == nil {
-		err = cmp.Or(checkTenant(c, tenant), checkRun(&u.upload))
-	}
+	rows := eachRow(uploadRow{valueRow: emptyRow}, func(row *uploadRow) error { return u.add(seen, row) })
+	err := readJSON(w, r, c, digest, fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start,
+		"run_finish_time": &u.finish, "known_time": &u.known, "run_params": &u.params, "tenant_id": &tenant,
+		"series_descriptions": &u.descriptions, "value_rows": rows})
 	digest.Sum(u.digest[:0])
 	return func(ctx context.Context) (any, error) {
-		ids, err := s.store.Upload(ctx, c, &u.upload)
+		ids, err := s.store.Upload(ctx, c, u)
 		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
-	}, err
+	}, cmp.Or(err, checkTenant(c, tenant), checkRun(u))
 }
 
 // checkRun checks what is not a row.
@@ -694,7 +608,7 @@ func (u *valueUpdate) check(c Caller) error {
 
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
 	updates := []valueUpdate{}
-	err := readJSON(w, r, c, fields{"updates": eachRow(valueUpdate{valueRow: emptyRow}, func(u *valueUpdate) error {
+	err := readJSON(w, r, c, io.Discard, fields{"updates": eachRow(valueUpdate{valueRow: emptyRow}, func(u *valueUpdate) error {
 		if len(updates) == maxUpdates {
 			return invalid("expected at most %d updates", maxUpdates)
 		}
@@ -716,7 +630,7 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 		"mode": &mode, "all_versions": &q.allVersions,
 		"series_id": eachValue(func() any { return &q.next().ID }), "series_key": eachValue(func() any { return &q.next().Key }),
 		"as_of": &q.asOf, "lead": &q.lead,
-		"bucket": &q.bucket, "agg": &q.agg, "detail": &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
+		"detail": &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
 	out.csv, out.overlapping, out.detail = format == "csv", mode == "overlapping", out.detail || q.allVersions
 	q.overlapping = out.overlapping
 	return func(ctx context.Context) (any, error) {
@@ -725,22 +639,16 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 			return nil, err
 		}
 		return nil, out.finish()
-	}, cmp.Or(err, checkRead(q, mode, format, out.detail))
+	}, cmp.Or(err, checkRead(q, mode, format))
 }
 
 // checkRead refuses parameters that cannot be meant, or not together.
-func checkRead(q readQuery, mode, format string, detail bool) error {
+func checkRead(q readQuery, mode, format string) error {
 	switch {
 	case mode != "flat" && mode != "overlapping":
 		return invalid("mode: expected flat or overlapping")
 	case format != "json" && format != "csv":
 		return invalid("format: expected json or csv")
-	case (q.bucket == 0) != (q.agg == ""):
-		return invalid("bucket and agg: expected both or none, and a bucket longer than nothing")
-	case q.bucket != 0 && (q.overlapping || detail):
-		return invalid("bucket: aggregates only what mode=flat shows, without detail or all_versions")
-	case q.bucket != 0 && !slices.Contains([]string{"mean", "min", "max", "sum", "count"}, q.agg):
-		return invalid("agg: expected mean, min, max, sum or count")
 	}
 	return cmp.Or(checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
 }

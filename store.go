@@ -551,8 +551,6 @@ type readQuery struct {
 	startKnown, endKnown micros // likewise known_time
 	asOf                 micros // only versions written up to then
 	lead                 span   // only elements of which known_time is at least so long before valid_time; or anyLead
-	bucket               span   // the width of the buckets to aggregate over; 0: none
-	agg                  string // mean, min, max, sum or count
 	overlapping          bool   // every run, rather than the latest known
 	allVersions          bool   // every version, rather than the current
 }
@@ -582,7 +580,7 @@ func (v *version) supersedes(w *version) bool {
 // element is one value of one version; a NULL value is NaN.
 type element struct {
 	point
-	from *version // nil for an aggregate
+	from *version
 }
 
 // merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
@@ -659,14 +657,7 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*seri
 	}
 	slices.SortFunc(list, func(a, b series) int { return cmp.Compare(a.Key, b.Key) })
 	list = slices.Compact(list)
-	if q.bucket == 0 {
-		return s.readMerged(ctx, c, q, list, emit)
-	}
-	b := bucketer{width: q.bucket.micros(), agg: q.agg, emit: emit}
-	if err := s.readMerged(ctx, c, q, list, b.add); err != nil {
-		return err
-	}
-	return b.close()
+	return s.readMerged(ctx, c, q, list, emit)
 }
 
 // The blocks of each series that overlap the window, and of each what lies in it (lo to hi; width_bucket is a binary
@@ -774,47 +765,6 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, 
 		d.out = append(d.out, element{p, v})
 	}
 	return number, v, d.out, nil
-}
-
-// bucketer aggregates elements that come in order, and emits a bucket when the next begins. NULLs do not count.
-type bucketer struct {
-	width  micros
-	agg    string
-	emit   func(*series, *element) error
-	series *series
-	start  micros
-	n, sum float64
-	lo, hi float64
-}
-
-func (b *bucketer) add(x *series, e *element) error {
-	if math.IsNaN(e.value) {
-		return nil
-	}
-	start := e.time - (e.time-unixEpoch%b.width)%b.width
-	if x != b.series || start != b.start {
-		if err := b.close(); err != nil {
-			return err
-		}
-		b.series, b.start, b.n, b.sum, b.lo, b.hi = x, start, 0, 0, math.Inf(1), math.Inf(-1)
-	}
-	b.n++
-	b.sum += e.value
-	b.lo, b.hi = min(b.lo, e.value), max(b.hi, e.value)
-	return nil
-}
-
-// close emits the bucket at hand, if there is one. A sum beyond the range of a float64 is a 422: JSON has no infinity.
-func (b *bucketer) close() error {
-	if b.n == 0 {
-		return nil
-	}
-	value := map[string]float64{"mean": b.sum / b.n, "min": b.lo, "max": b.hi, "sum": b.sum, "count": b.n}[b.agg]
-	if math.IsInf(value, 0) {
-		return invalid("agg: the %s of the bucket %s of series %q is beyond a 64-bit float", b.agg, b.start, b.series.Key)
-	}
-	b.n = 0
-	return b.emit(b.series, &element{point: point{b.start, 0, value}})
 }
 
 // valueUpdate is one entry of PUT /values, as it comes and as correct_values takes it. A member that is absent keeps what
