@@ -176,10 +176,10 @@ func unavailable(err error) bool {
 		return errors.As(err, &netErr) || slices.ContainsFunc([]error{context.DeadlineExceeded, driver.ErrBadConn, io.EOF,
 			io.ErrUnexpectedEOF, sql.ErrConnDone, sql.ErrTxDone}, func(e error) bool { return errors.Is(err, e) })
 	}
-	// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no table, no
-	// privilege, read-only standby, no database, none that takes connections, object in use, plan outdated by a change of the schema.
+	// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no table or
+	// function, no privilege, read-only standby, no database, not open to connections, object in use, plan of an older schema.
 	return slices.Contains([]string{"08", "28", "40", "53", "57", "58"}, state[:2]) ||
-		slices.Contains([]string{"42P01", "42501", "25006", "3D000", "55000", "55006", "0A000"}, state)
+		slices.Contains([]string{"42P01", "42883", "42501", "25006", "3D000", "55000", "55006", "0A000"}, state)
 }
 
 // schemaSections returns the sections of schema.sql that are named, with the placeholders replaced by quoted identifiers.
