@@ -10,7 +10,8 @@ package main
 // Not defended: whoever reads a key on its way (use TLS) or where the client keeps it has it. Whoever may write to
 // users_table, or controls this process, decides who gets in.
 //
-// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed.
+// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed. Failures are
+// throttled only to spare the log and the database.
 
 import (
 	"context"
@@ -22,9 +23,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
+	"hash/maphash"
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -41,6 +44,9 @@ const (
 	openTenant = "00000000-0000-0000-0000-000000000000"
 
 	lookupTimeout = 5 * time.Second // to get a connection and the answer; then the request gets 503
+
+	// Bad keys that one address may send in a minute before it gets 429: far above what a mistaken script does.
+	failureBurst = 300
 )
 
 // Caller is whom a request acts for. Only this file makes one; every method of store that touches tenant data takes it.
@@ -51,7 +57,8 @@ type Caller struct {
 	readOnly bool
 }
 
-// keyRecord is what the database knows, by its own clock, of the user whose key has the digest that was looked up.
+// keyRecord is what the database knows, by its own clock, of the user and the key that has the digest looked up: the
+// user's key, or the one before it, which expires when its grace ends.
 type keyRecord struct {
 	userID, tenant, email     string
 	digest                    []byte
@@ -77,9 +84,10 @@ type authenticator struct {
 
 	touching atomic.Bool // a last_used_at is being written
 	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
+	badKeys  rate
 }
 
-// authenticate returns whom r acts for. Errors are ready to be sent: 401 and 403 refuse the caller, 503 says that it
+// authenticate returns whom r acts for. Errors are ready to be sent: 401, 403 and 429 refuse the caller, 503 says that it
 // could not be decided. Their reason is for the log alone.
 func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
@@ -99,9 +107,9 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	case len(values) == 0 || len(values) == 1 && values[0] == "":
 		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", "no key"}
 	case len(values) > 1 || !wellFormedKey(values[0]):
-		return refuse("malformed key")
+		return a.refuse(r, "malformed key")
 	}
-	return a.judge(ctx, values[0])
+	return a.judge(ctx, r, values[0])
 }
 
 // openCaller admits r without a key, there being no users_table. A web page must not be able to use the visitor's
@@ -125,11 +133,11 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 }
 
 // judge looks a well-formed key up and decides on what the database says of it.
-func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
+func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
 	k, err := a.keys.LookupKey(ctx, digest[:])
 	if errors.Is(err, errUnknownKey) {
-		return refuse("unknown key")
+		return a.refuse(r, "unknown key")
 	}
 	if err != nil {
 		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", "key lookup: " + err.Error()}
@@ -137,11 +145,11 @@ func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
 	// The database compared already, but not in constant time and not in code that is read here.
 	switch {
 	case subtle.ConstantTimeCompare(digest[:], k.digest) != 1:
-		return refuse("unknown key")
+		return a.refuse(r, "unknown key")
 	case !k.active:
-		return refuse("deactivated key " + keyID(key))
+		return a.refuse(r, "deactivated key "+keyID(key))
 	case k.expired:
-		return refuse("expired key " + keyID(key))
+		return a.refuse(r, "expired key "+keyID(key))
 	}
 	if k.useIsStale {
 		a.touchLater(k.userID)
@@ -162,18 +170,48 @@ func (a *authenticator) touchLater(userID string) {
 	}()
 }
 
-// refuse answers any key that does not open the door, with the same bytes whatever the reason.
-func refuse(reason string) (Caller, error) {
+// refuse answers any key that does not open the door, with the same bytes whatever the reason. X-Forwarded-For is not
+// trusted: anyone can send it.
+func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
+	host, _, _ := net.SplitHostPort(r.RemoteAddr) // which net/http has set
+	if a.badKeys.add(host, time.Now()) > failureBurst {
+		return Caller{}, &apiError{http.StatusTooManyRequests, "Too many failed authentications. Try again in a minute.", reason}
+	}
 	return Caller{}, &apiError{http.StatusUnauthorized, "Invalid or inactive API key.", reason}
 }
 
-// newKey makes a key and returns it with its id. It is the only source of keys. crypto/rand ends the program if it fails.
-func newKey() (key, id string) {
+// rate counts events by a name within the minute at hand. Names whose hashes meet share a place: memory is bounded, and
+// who guesses neither the seed nor the hash cannot choose with whom.
+type rate struct {
+	mu     sync.Mutex
+	minute int64
+	counts [4096]int
+}
+
+var rateSeed = maphash.MakeSeed()
+
+// add counts an event and returns how many there were in its minute.
+func (r *rate) add(name string, now time.Time) int {
+	place := maphash.String(rateSeed, name) % uint64(len(r.counts))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if minute := now.Unix() / 60; minute != r.minute {
+		r.minute, r.counts = minute, [len(r.counts)]int{}
+	}
+	r.counts[place]++
+	return r.counts[place]
+}
+
+// newKey makes a key and returns it with its id and its digest. It is the only source of keys. crypto/rand ends the
+// program if it fails.
+func newKey() (key, id string, digest []byte) {
 	random := make([]byte, 5+32)
 	rand.Read(random)
 	id = strings.ToLower(base32.StdEncoding.EncodeToString(random[:5]))
 	body := keyPrefix + id + "_" + base64.RawURLEncoding.EncodeToString(random[5:])
-	return body + checksum(body), id
+	key = body + checksum(body)
+	sum := sha256.Sum256([]byte(key))
+	return key, id, sum[:]
 }
 
 func checksum(body string) string {

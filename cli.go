@@ -3,8 +3,8 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
 	_ "embed"
+	"encoding"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -13,13 +13,14 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 )
+
+const release = "0.9.0" // what `timedb version` and GET / tell
 
 // usage is the manual: an overview, and for each command a section.
 //
@@ -33,9 +34,12 @@ type cli struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 
-	dsn, schema, tenant, email, appRole, host                               string
-	withUsers, dryRun, yes, quiet, inactive, asJSON, requireAuth, anonymous bool
-	port                                                                    int
+	dsn, schema, email, appRole, host, tlsCert, tlsKey                                string
+	withUsers, dryRun, yes, quiet, inactive, asJSON, readOnly, requireAuth, anonymous bool
+	tenant                                                                            uuid
+	expires                                                                           expiry
+	grace                                                                             span
+	port                                                                              int
 }
 
 // command is one line of the command table. flagNames marks with "!" what must be given. Whatever has flags gets a store,
@@ -49,22 +53,21 @@ type command struct {
 var commands = []command{
 	{"create tables", "dsn schema with-users app-role dry-run yes", 0, (*cli).createTables},
 	{"delete tables", "dsn schema yes", 0, (*cli).deleteTables},
-	{"users create", "dsn schema tenant-id! email! quiet", 0, (*cli).usersCreate},
+	{"users create", "dsn schema tenant-id! email! read-only expires quiet", 0, (*cli).usersCreate},
 	{"users list", "dsn schema tenant-id include-inactive json", 0, (*cli).usersList},
 	{"users deactivate", "dsn schema email! tenant-id yes", 0, (*cli).changeUser},
 	{"users activate", "dsn schema email! tenant-id", 0, (*cli).changeUser},
-	{"users regenerate-key", "dsn schema email! tenant-id quiet yes", 0, (*cli).changeUser},
-	{"api", "dsn schema host port require-auth allow-anonymous", statementTimeout, (*cli).api},
-	{"version", "", 0, func(c *cli, _ context.Context, _ *store) error {
-		return c.report(nil, "timedb %s\n", versionOf())
-	}},
+	{"users regenerate-key", "dsn schema email! tenant-id grace quiet yes", 0, (*cli).changeUser},
+	{"api", "dsn schema host port tls-cert tls-key require-auth allow-anonymous", statementTimeout, (*cli).api},
+	{"version", "", 0, func(c *cli, _ context.Context, _ *store) error { return c.report(nil, "timedb %s\n", release) }},
 }
 
 // flags returns those of the command. Parsing them sets c's fields, which until then keep what they hold.
 func (c *cli) flags() *flag.FlagSet {
 	fields := map[string]any{"dsn": &c.dsn, "schema": &c.schema, "tenant-id": &c.tenant, "email": &c.email, "yes": &c.yes, "quiet": &c.quiet,
 		"with-users": &c.withUsers, "app-role": &c.appRole, "dry-run": &c.dryRun, "include-inactive": &c.inactive, "json": &c.asJSON,
-		"host": &c.host, "port": &c.port, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
+		"read-only": &c.readOnly, "expires": &c.expires, "grace": &c.grace, "host": &c.host, "port": &c.port, "tls-cert": &c.tlsCert,
+		"tls-key": &c.tlsKey, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
 	set := flag.NewFlagSet("", flag.ContinueOnError)
 	set.SetOutput(io.Discard)
 	for _, name := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
@@ -80,6 +83,8 @@ func (c *cli) flags() *flag.FlagSet {
 				set.BoolVar(field, spelling, *field, "")
 			case *int:
 				set.IntVar(field, spelling, *field, "")
+			case encoding.TextUnmarshaler:
+				set.Func(spelling, "", func(text string) error { return inputError("--"+name, field.UnmarshalText([]byte(text))) })
 			}
 		}
 	}
@@ -91,7 +96,9 @@ func run(ctx context.Context, args []string, env func(string) string, stdin io.R
 	c := &cli{env: env, stdin: stdin, stdout: stdout, stderr: stderr, schema: "public", host: "127.0.0.1", port: 8000}
 	err := c.parse(args)
 	if errors.Is(err, flag.ErrHelp) {
-		c.help()
+		_, section, _ := strings.Cut("== \n"+usage, "== "+c.name+"\n") // of no command: the overview
+		section, _, _ = strings.Cut(section, "\n== ")
+		fmt.Fprintln(stdout, strings.TrimSpace(section))
 		return 0
 	}
 	if err != nil && strings.ContainsAny(err.Error(), "@=/") {
@@ -125,38 +132,32 @@ func (c *cli) parse(args []string) error {
 		return fmt.Errorf("unknown command %q", line)
 	}
 	set := c.flags()
-	if err := set.Parse(args); err != nil {
+	if err := set.Parse(args); err != nil || set.NArg() == 0 {
 		return err
 	}
-	if set.NArg() > 0 {
-		return fmt.Errorf("unexpected argument %q", set.Arg(0))
-	}
-	return nil
+	return fmt.Errorf("unexpected argument %q", set.Arg(0))
 }
 
 // check refuses what cannot be meant, before anything is done.
 func (c *cli) check() error {
 	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
 	c.email = strings.TrimSpace(c.email)
-	user, domain, _ := strings.Cut(c.email, "@")
-	var err error
-	if c.tenant != "" {
-		err = inputError("--tenant-id", (*uuid)(&c.tenant).UnmarshalText([]byte(c.tenant)))
-	}
 	switch {
 	case c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"):
 		return errors.New("--tenant-id is required")
 	case c.email == "" && strings.Contains(c.flagNames, "email!"):
 		return errors.New("--email is required")
-	case c.name == "users create" && (user == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil):
+	case c.name == "users create" && (!strings.Contains(c.email, "@") || new(label).UnmarshalText([]byte(c.email)) != nil):
 		return errors.New("--email: expected an address such as alice@example.com")
-	case err == nil && c.dsn == "" && c.flagNames != "" && !c.dryRun:
+	case (c.tlsCert == "") != (c.tlsKey == ""):
+		return errors.New("--tls-cert and --tls-key: expected both or none")
+	case c.dsn == "" && c.flagNames != "" && !c.dryRun:
 		return errors.New("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
 	}
-	return err
+	return nil
 }
 
-// execute runs the command, with a store whose database answers if it needs one.
+// execute runs the command, with a store if it needs one.
 func (c *cli) execute(ctx context.Context) error {
 	if c.flagNames == "" || c.dryRun {
 		return c.run(c, ctx, nil)
@@ -166,20 +167,10 @@ func (c *cli) execute(ctx context.Context) error {
 		return err
 	}
 	defer st.db.Close()
-	if err := st.db.PingContext(ctx); err != nil {
-		return fmt.Errorf("cannot use the database: %w", err)
-	}
 	if err = c.run(c, ctx, st); sqlState(err) == "42P01" {
 		return errors.New("there is no users_table: run timedb create tables --with-users")
 	}
 	return err
-}
-
-// help prints the manual's section on the command, or its overview if none was named.
-func (c *cli) help() {
-	_, section, _ := strings.Cut("== \n"+usage, "== "+c.name+"\n")
-	section, _, _ = strings.Cut(section, "\n== ")
-	fmt.Fprintln(c.stdout, strings.TrimSpace(section))
 }
 
 // report prints what was done, unless err says that it was not.
@@ -216,28 +207,25 @@ func (c *cli) createTables(ctx context.Context, st *store) error {
 	if c.dryRun {
 		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", text)
 	}
-	before, err := st.relations(ctx)
-	if err != nil {
-		return err
-	}
 	if err := c.confirm("Create timedb's tables in schema %q?", c.schema); err != nil {
 		return err
 	}
-	if err := st.exec(ctx, text); err != nil {
-		return err
+	before, err := st.relations(ctx)
+	if err == nil {
+		err = st.exec(ctx, text)
 	}
-	after, err := st.relations(ctx)
 	if err != nil {
 		return err
 	}
+	after, err := st.relations(ctx)
 	for _, name := range after {
 		state := map[bool]string{true: "exists", false: "created"}[slices.Contains(before, name)]
 		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
 	}
-	if !slices.Contains(after, "users_table") {
+	if err == nil && !slices.Contains(after, "users_table") {
 		fmt.Fprintln(c.stdout, "There is no users_table: the API serves everyone without a key. Run with --with-users to change that.")
 	}
-	return nil
+	return err
 }
 
 func (c *cli) deleteTables(ctx context.Context, st *store) error {
@@ -253,10 +241,11 @@ func (c *cli) deleteTables(ctx context.Context, st *store) error {
 }
 
 func (c *cli) usersCreate(ctx context.Context, st *store) error {
-	key, id := newKey()
-	digest := sha256.Sum256([]byte(key))
-	u := &user{Tenant: c.tenant, Email: c.email, KeyID: id, Access: "rw"}
-	return c.showKey(st.CreateUser(ctx, u, digest[:]), u, key)
+	access := map[bool]string{true: "ro", false: "rw"}[c.readOnly]
+	u := &user{Tenant: string(c.tenant), Email: c.email, Access: access}
+	key, id, digest := newKey()
+	u.KeyID = id
+	return c.showKey(st.CreateUser(ctx, u, digest, micros(c.expires)), u, key)
 }
 
 // showKey prints a new key, once: it is stored nowhere. err tells why there is none.
@@ -264,12 +253,12 @@ func (c *cli) showKey(err error, u *user, key string) error {
 	if c.quiet {
 		return c.report(err, "%s\n", key)
 	}
-	return c.report(err, "User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nAPI Key: %s\n"+
-		"The key will not be shown again: keep it now.\n", u.ID, u.Tenant, u.Email, u.Access, key)
+	return c.report(err, "User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nExpires: %s\nAPI Key: %s\n"+
+		"The key will not be shown again: keep it now.\n", u.ID, u.Tenant, u.Email, u.Access, showTime(u.ExpiresAt), key)
 }
 
 func (c *cli) usersList(ctx context.Context, st *store) error {
-	users, err := st.Users(ctx, c.tenant, "")
+	users, err := st.Users(ctx, string(c.tenant), "")
 	if err != nil {
 		return err
 	}
@@ -280,8 +269,7 @@ func (c *cli) usersList(ctx context.Context, st *store) error {
 	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
 	for _, u := range users {
-		status := map[bool]string{true: "active", false: "inactive"}[u.Active]
-		fmt.Fprintln(w, strings.Join([]string{u.Email, u.Tenant, u.ID, u.KeyID, u.Access, status,
+		fmt.Fprintln(w, strings.Join([]string{u.Email, u.Tenant, u.ID, u.KeyID, u.Access, u.Status,
 			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt)}, "\t"))
 	}
 	return w.Flush()
@@ -296,7 +284,7 @@ func showTime(t *time.Time) string {
 
 // changeUser is users deactivate, activate and regenerate-key: it changes the one user that --email and --tenant-id name.
 func (c *cli) changeUser(ctx context.Context, st *store) error {
-	users, err := st.Users(ctx, c.tenant, c.email)
+	users, err := st.Users(ctx, string(c.tenant), c.email)
 	if err != nil {
 		return err
 	}
@@ -321,9 +309,8 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	if c.name == "users deactivate" {
 		return c.report(st.SetActive(ctx, u.ID, false), "Deactivated %s. The key is refused from now on.\n", u.Email)
 	}
-	key, id := newKey()
-	digest := sha256.Sum256([]byte(key))
-	return c.showKey(st.ReplaceKey(ctx, u.ID, id, digest[:]), u, key)
+	key, id, digest := newKey()
+	return c.showKey(st.ReplaceKey(ctx, u.ID, id, digest, micros(c.grace)), u, key)
 }
 
 func (c *cli) api(ctx context.Context, st *store) error {
@@ -335,7 +322,7 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	}
 	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{ReplaceAttr: utc}))
 	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
-	if err := c.checkStart(ctx, auth, log); err != nil {
+	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err
 	}
 	srv := &http.Server{
@@ -347,9 +334,13 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	if err != nil {
 		return err
 	}
+	scheme, serve := "http", srv.Serve
+	if c.tlsCert != "" { // crypto/tls takes no less than TLS 1.2
+		scheme, serve = "https", func(l net.Listener) error { return srv.ServeTLS(l, c.tlsCert, c.tlsKey) }
+	}
 	failed := make(chan error, 1)
-	go func() { failed <- srv.Serve(listener) }()
-	fmt.Fprintf(c.stdout, "timedb serves http://%s\n", listener.Addr())
+	go func() { failed <- serve(listener) }()
+	fmt.Fprintf(c.stdout, "timedb serves %s://%s\n", scheme, listener.Addr())
 	select {
 	case err := <-failed:
 		return err
@@ -361,8 +352,8 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	return srv.Shutdown(drain)
 }
 
-// checkStart refuses to expose data to a network without users.
-func (c *cli) checkStart(ctx context.Context, auth *authenticator, log *slog.Logger) error {
+// checkStart refuses to expose data to a network without users, and warns of what weakens the protection.
+func (c *cli) checkStart(ctx context.Context, st *store, auth *authenticator, log *slog.Logger) error {
 	exists, err := auth.usersTableExists(ctx)
 	if err != nil {
 		return fmt.Errorf("cannot find out whether users_table exists: %w", err)
@@ -373,19 +364,15 @@ func (c *cli) checkStart(ctx context.Context, auth *authenticator, log *slog.Log
 		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and write: "+
 			"run timedb create tables --with-users, or pass --allow-anonymous", c.host)
 	}
-	if !exists {
-		log.Warn("there is no users_table", "schema", c.schema, "everyone_is_refused", c.requireAuth)
+	mayRewrite, err := st.mayRewrite(ctx)
+	warnIf := func(weak bool, text string) {
+		if weak {
+			log.Warn(text)
+		}
 	}
-	if !local {
-		log.Warn("keys and data cross the network in plain text: put a TLS proxy in front", "host", c.host)
-	}
-	return nil
-}
-
-// versionOf is the module's version as the Go toolchain recorded it.
-func versionOf() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return strings.Trim(info.Main.Version, "()")
-	}
-	return "devel"
+	warnIf(!exists, "there is no users_table: everyone is served, or with --require-auth refused")
+	warnIf(!local && c.tlsCert == "", "keys and data cross the network in plain text: use --tls-cert, or put a TLS proxy in front")
+	warnIf(st.exposed, "whoever is between here and the database can listen in: use sslmode=verify-full")
+	warnIf(mayRewrite, "the database role may rewrite what is stored: use one that has what create tables --app-role grants")
+	return err
 }

@@ -166,16 +166,18 @@ END $timedb$;
 
 -- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
 CREATE TABLE IF NOT EXISTS users_table (
-    user_id      uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
-    tenant_id    uuid        NOT NULL,
-    email        text        NOT NULL,
-    key_id       text        NOT NULL,
-    key_digest   bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
-    access       text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
-    is_active    boolean     NOT NULL DEFAULT true,
-    expires_at   timestamptz,
-    last_used_at timestamptz,
-    created_at   timestamptz NOT NULL DEFAULT clock_timestamp()
+    user_id          uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    tenant_id        uuid        NOT NULL,
+    email            text        NOT NULL,
+    key_id           text        NOT NULL,
+    key_digest       bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
+    previous_digest  bytea       UNIQUE, -- of the key before this one, if it was given a grace
+    previous_ends_at timestamptz,
+    access           text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
+    is_active        boolean     NOT NULL DEFAULT true,
+    expires_at       timestamptz,
+    last_used_at     timestamptz,
+    created_at       timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lower(email));
 
@@ -185,8 +187,8 @@ GRANT USAGE ON SCHEMA :schema TO :app_role;
 GRANT SELECT, INSERT ON runs_table, series_table, values_table TO :app_role;
 GRANT SELECT ON current_values TO :app_role;
 DO $timedb$ BEGIN
-    GRANT SELECT (user_id, tenant_id, email, key_digest, access, is_active, expires_at, last_used_at), UPDATE (last_used_at)
-        ON users_table TO :app_role;
+    GRANT SELECT (user_id, tenant_id, email, key_digest, previous_digest, previous_ends_at, access, is_active, expires_at,
+        last_used_at), UPDATE (last_used_at) ON users_table TO :app_role;
 EXCEPTION WHEN undefined_table THEN NULL;  -- without users nothing is looked up
 END $timedb$;
 

@@ -7,7 +7,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"database/sql/driver"
+	_ "embed"
 	"encoding"
+	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,6 +31,11 @@ import (
 	"unicode/utf8"
 )
 
+// rootJSON is what GET / answers.
+//
+//go:embed web/root.json
+var rootJSON string
+
 const (
 	// readTimeout lets a slow line send a full body. writeTimeout begins anew with each piece of a stream.
 	readHeaderTimeout = 10 * time.Second
@@ -36,21 +43,15 @@ const (
 	writeTimeout      = 30 * time.Second
 	idleTimeout       = 2 * time.Minute
 	drainTimeout      = 30 * time.Second // for running requests after SIGTERM
-	requestTimeout    = 30 * time.Second // for the database's part of a request, and for a connection to become free
-
-	// net/http adds 4 KiB to what it is told: headers beyond 16 KiB are answered 431.
-	maxHeaderBytes = 12 << 10
-
-	maxBody    = 64 << 20 // some 600,000 rows, of 24 bytes each once decoded
-	maxUpdates = 10_000   // per PUT /values: they hold their tenant's lock together
-	maxParams  = 16 << 10
-
-	maxRuns = 10_000 // per GET /runs: they are collected in memory
-
-	flushBytes = 64 << 10 // of a stream at a time
-	onePacket  = 1400     // bytes
-
-	defaultUnit = "dimensionless"
+	requestTimeout    = statementTimeout // for all of a request; what moves as it should ends long before
+	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
+	maxBody           = 64 << 20         // some 600,000 rows, of 24 bytes each once decoded
+	maxUpdates        = 10_000           // per PUT /values: they hold their tenant's lock together
+	maxParams         = 16 << 10
+	maxRuns           = 10_000   // per GET /runs: they are collected in memory
+	flushBytes        = 64 << 10 // of a stream at a time
+	onePacket         = 1400     // bytes
+	defaultUnit       = "dimensionless"
 )
 
 // apiError is a status and the sentence for {"detail": …}. Any other error becomes a 500 that explains nothing.
@@ -69,52 +70,48 @@ func invalid(format string, args ...any) error  { return refusal(422, format, ar
 func notFound(format string, args ...any) error { return refusal(404, format, args...) }
 func conflict(format string, args ...any) error { return refusal(409, format, args...) }
 
-type access string // as GET / words it
+type access int
 
 const (
-	open       access = "open" // holds no data; anything else, the zero value too, asks for a key
-	needsRead  access = "needs an API key"
-	needsWrite access = "needs an API key that may write"
+	needsRead access = iota
+	needsWrite
+	open // holds no data, and so needs no key
 )
 
-// route is one line of the route table. handle reads the request, and returns what answers it within limit (0: none).
+// route is one line of the route table. What handle returns is sent as JSON, unless it is nil: then it was sent already.
 type route struct {
 	pattern string
 	access  access
-	limit   time.Duration
-	handle  func(w *response, r *http.Request, c Caller) (work, error)
+	handle  func(w *response, r *http.Request, c Caller) (any, error)
 }
 
-// work answers a request: what it returns is sent as JSON, unless it is nil: then it was sent already.
-type work func(ctx context.Context) (any, error)
+func (route) ServeHTTP(http.ResponseWriter, *http.Request) {} // for http.ServeMux, which only finds the route
 
 // server serves HTTP. It keeps no state that another server of the same database would have to know.
 type server struct {
-	store  *store
-	auth   *authenticator
-	log    *slog.Logger
-	mux    *http.ServeMux // only finds the pattern; serve calls its route
-	routes map[string]route
+	store *store
+	auth  *authenticator
+	log   *slog.Logger
+	mux   *http.ServeMux
 }
 
-func (s *server) table() []route {
+func (s *server) routes() []route {
 	return []route{
-		{"GET /{$}", open, 0, s.getRoot},
-		{"GET /healthz", open, lookupTimeout, s.getHealth},
-		{"POST /upload", needsWrite, requestTimeout, s.postUpload},
-		{"GET /values", needsRead, 0, s.getValues}, // a stream may last, as long as it moves
-		{"PUT /values", needsWrite, requestTimeout, s.putValues},
-		{"POST /series", needsWrite, requestTimeout, s.postSeries},
-		{"GET /list_timeseries", needsRead, requestTimeout, s.getSeries},
-		{"GET /runs", needsRead, requestTimeout, s.getRuns},
+		{"GET /{$}", open, s.getRoot},
+		{"GET /healthz", open, s.getHealth},
+		{"POST /upload", needsWrite, s.postUpload},
+		{"GET /values", needsRead, s.getValues},
+		{"PUT /values", needsWrite, s.putValues},
+		{"POST /series", needsWrite, s.postSeries},
+		{"GET /list_timeseries", needsRead, s.getSeries},
+		{"GET /runs", needsRead, s.getRuns},
 	}
 }
 
 func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
-	s := &server{st, auth, log, http.NewServeMux(), map[string]route{}}
-	for _, rt := range s.table() {
-		s.routes[rt.pattern] = rt
-		s.mux.Handle(rt.pattern, http.NotFoundHandler())
+	s := &server{st, auth, log, http.NewServeMux()}
+	for _, rt := range s.routes() {
+		s.mux.Handle(rt.pattern, rt)
 	}
 	return s
 }
@@ -129,44 +126,42 @@ type response struct {
 
 var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
 
-// begin sends the header of an answer whose first bytes are first.
-func (w *response) begin(status int, contentType string, first []byte) {
-	header := w.Header()
-	header.Set("Content-Type", contentType)
-	header.Set("Vary", "Accept, Accept-Encoding")
-	if len(first) > onePacket && gzipAccepted.MatchString(w.accepts) {
-		header.Set("Content-Encoding", "gzip")
-		w.zip, _ = gzip.NewWriterLevel(w.ResponseWriter, gzip.BestSpeed) // it fails on an unknown level only
+// send writes a piece of the answer, for which the client gets a new writeTimeout; before the first one the header.
+func (w *response) send(status int, contentType string, piece []byte) error {
+	if w.status == 0 {
+		header := w.Header()
+		header.Set("Content-Type", contentType)
+		header.Set("Vary", "Accept, Accept-Encoding")
+		if len(piece) > onePacket && gzipAccepted.MatchString(w.accepts) {
+			header.Set("Content-Encoding", "gzip")
+			w.zip, _ = gzip.NewWriterLevel(w.ResponseWriter, gzip.BestSpeed) // it fails on an unknown level only
+		}
+		w.status = status
+		w.WriteHeader(status)
 	}
-	w.status = status
-	w.WriteHeader(status)
-}
-
-func (w *response) Write(b []byte) (int, error) {
-	if w.zip != nil {
-		return w.zip.Write(b)
+	err := http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
+	if err == nil && w.zip != nil {
+		_, err = w.zip.Write(piece)
+	} else if err == nil {
+		_, err = w.Write(piece)
 	}
-	return w.ResponseWriter.Write(b)
+	return err
 }
-
-func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter } // for http.ResponseController
 
 // ServeHTTP answers and logs one request. A response that fails after it began breaks the connection: it is not complete.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
 	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding")}
 	c, err := s.serve(w, r)
-	e := explain(r, err)
-	broken := err != nil && w.status != 0
-	if err != nil && !broken {
-		sendError(w, e)
+	broken, level, reason := err != nil && w.status != 0, slog.LevelInfo, ""
+	if err != nil {
+		reason = w.fail(err)
 	}
-	level := slog.LevelInfo
 	if w.status >= 500 || broken {
 		level = slog.LevelError
 	}
 	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", r.URL.Path, "status", w.status, "broken", broken,
-		"reason", cmp.Or(e.reason, e.message), "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
+		"reason", reason, "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
 		"duration", time.Since(begin).Round(time.Microsecond))
 	if broken {
 		panic(http.ErrAbortHandler)
@@ -182,15 +177,15 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	}()
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	otherwise, pattern := s.mux.Handler(r)
-	rt, known := s.routes[pattern]
+	handler, _ := s.mux.Handler(r)
+	rt, known := handler.(route)
 	if rt.access != open {
 		if c, err = s.auth.authenticate(r); err != nil {
 			return c, err
 		}
 	}
 	if !known {
-		otherwise.ServeHTTP(headerOnly{w}, r)
+		handler.ServeHTTP(headerOnly{w}, r)
 		if methods := w.Header().Get("Allow"); methods != "" {
 			return c, refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
 		}
@@ -199,13 +194,9 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	if rt.access == needsWrite && c.readOnly {
 		return c, refusal(http.StatusForbidden, "This API key is read-only.")
 	}
-	do, err := rt.handle(w, r, c)
-	if err != nil {
-		return c, err
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), cmp.Or(rt.limit, math.MaxInt64))
+	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	result, err := do(ctx)
+	result, err := rt.handle(w, r.WithContext(ctx), c)
 	if err == nil && result != nil {
 		err = sendJSON(w, http.StatusOK, result)
 	}
@@ -221,35 +212,26 @@ type headerOnly struct{ http.ResponseWriter }
 func (headerOnly) WriteHeader(int)             {}
 func (headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 
-// explain turns any error into what the client may know of it, keeping the cause for the log.
-func explain(r *http.Request, err error) *apiError {
+// fail tells the client what it may know of err, unless something was sent already, and returns what the log may know.
+func (w *response) fail(err error) (reason string) {
 	e, said := errors.AsType[*apiError](err)
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
-	case err == nil:
-		return &apiError{}
 	case said:
-		return e
-	case tooLarge:
-		return &apiError{http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is larger than %d bytes.", maxBody), ""}
-	case r.Context().Err() != nil:
-		return &apiError{http.StatusServiceUnavailable, "The request was abandoned.", "client gone: " + err.Error()}
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return &apiError{http.StatusRequestTimeout, "The body did not arrive in time.", ""}
 	case unavailable(err):
-		return &apiError{http.StatusServiceUnavailable, "The database is not available.", err.Error()}
+		e = &apiError{http.StatusServiceUnavailable, "The database is not available.", err.Error()}
+	default:
+		e = &apiError{http.StatusInternalServerError, "Internal server error.", err.Error()}
 	}
-	return &apiError{http.StatusInternalServerError, "Internal server error.", err.Error()}
-}
-
-func sendError(w *response, e *apiError) {
-	if e.status == http.StatusUnauthorized {
+	switch e.status {
+	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "ApiKey")
-	}
-	if e.status == http.StatusServiceUnavailable {
+	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", "1")
 	}
-	_ = sendJSON(w, e.status, map[string]string{"detail": e.message}) // it fails only when the client is gone
+	if w.status == 0 {
+		_ = sendJSON(w, e.status, map[string]string{"detail": e.message}) // it fails only when the client is gone
+	}
+	return cmp.Or(e.reason, e.message)
 }
 
 func sendJSON(w *response, status int, v any) error {
@@ -257,50 +239,58 @@ func sendJSON(w *response, status int, v any) error {
 	if err != nil {
 		return err
 	}
-	w.begin(status, "application/json", body)
-	_, err = w.Write(append(body, '\n'))
-	return err
+	return w.send(status, "application/json", append(body, '\n'))
 }
 
-// readJSON reads the body, bounded, and the query string of a request.
-func readJSON(w http.ResponseWriter, r *http.Request, c Caller, digest io.Writer, f fields) error {
+// readBody returns the body, unpacked, if its media type is one of types, and which. It is read whole before anything is
+// done with it: so a slow client holds no more than what it sent.
+func readBody(w http.ResponseWriter, r *http.Request, types ...string) (body []byte, kind string, err error) {
 	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || kind != "application/json" || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
-		return refusal(http.StatusUnsupportedMediaType, "Content-Type: expected application/json in UTF-8.")
+	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
+		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
 	}
-	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
-		return refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected none.")
+	in := http.MaxBytesReader(w, r.Body, maxBody)
+	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
+	case "", "identity":
+	case "gzip":
+		unpacked, err := gzip.NewReader(in)
+		if err != nil {
+			return nil, "", inputError("body", err)
+		}
+		in = http.MaxBytesReader(w, unpacked, maxBody)
+	default:
+		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
 	}
-	body := io.TeeReader(http.MaxBytesReader(w, r.Body, maxBody), digest)
+	body, err = io.ReadAll(in)
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
+		err = refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
+	} else if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = refusal(http.StatusRequestTimeout, "The body did not arrive in time.")
+	}
+	return body, kind, inputError("body", err)
+}
+
+// readJSON reads the body and the query string of a request that takes nothing but JSON.
+func readJSON(w http.ResponseWriter, r *http.Request, c Caller, f fields) error {
+	body, _, err := readBody(w, r, "application/json")
+	if err != nil {
+		return err
+	}
 	return cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
 }
 
-// fullReader fills p, because json.Decoder scans white space anew from its beginning after every small packet.
-type fullReader struct{ io.Reader }
-
-func (f fullReader) Read(p []byte) (int, error) {
-	n, err := io.ReadFull(f.Reader, p)
-	if n > 0 && err == io.ErrUnexpectedEOF {
-		err = nil // the next call meets it again
-	}
-	return n, err
-}
-
-// fields says where the members of a request object or query parameters go: name to pointer.
-// What is not given keeps its value. In place of the pointer an eachElement takes an array, and an eachValue a parameter
-// that may be repeated: it makes the next place.
+// fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer. What is
+// not given keeps its value. In place of the pointer a list takes the elements of an array, or a repeated parameter.
 type fields map[string]any
 
-type eachValue func() any
+// list gets elements one by one. decode decodes the one at hand; other errors of a list name a member of it.
+type list func(decode func(into any) error) error
 
-// eachElement decodes one element of an array, so that one at a time is held. Its errors name members of the element.
-type eachElement func(dec *json.Decoder) error
-
-// eachRow decodes into a copy of empty, which take gets.
-func eachRow[T any](empty T, take func(*T) error) eachElement {
-	return func(dec *json.Decoder) error {
+// each decodes elements into copies of empty, which take gets.
+func each[T any](empty T, take func(*T) error) list {
+	return func(decode func(into any) error) error {
 		row := empty
-		if err := dec.Decode(&row); err != nil {
+		if err := decode(&row); err != nil {
 			return err
 		}
 		return take(&row)
@@ -308,8 +298,8 @@ func eachRow[T any](empty T, take func(*T) error) eachElement {
 }
 
 // decodeJSON reads one JSON object and no more. Unlike encoding/json it refuses a member given twice or in another case.
-func (f fields) decodeJSON(body io.Reader) error {
-	dec := json.NewDecoder(fullReader{body})
+func (f fields) decodeJSON(body []byte) error {
+	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.DisallowUnknownFields()
 	err := walk(dec, '{', func(int) error {
 		token, err := dec.Token()
@@ -322,16 +312,8 @@ func (f fields) decodeJSON(body io.Reader) error {
 		switch into := into.(type) {
 		case nil:
 			return invalid("%s: unknown field, or given twice", name)
-		case eachElement:
-			return inputError(name, walk(dec, '[', func(i int) error {
-				err := into(dec)
-				if e, ok := errors.AsType[*apiError](err); ok {
-					return refusal(e.status, "%s[%d].%s", name, i, e.message)
-				} else if err != nil {
-					return inputError(fmt.Sprintf("%s[%d]", name, i), err)
-				}
-				return nil
-			}))
+		case list:
+			return inputError(name, walk(dec, '[', func(i int) error { return elementError(name, i, into(dec.Decode)) }))
 		}
 		return inputError(name, dec.Decode(into))
 	})
@@ -361,25 +343,38 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 
 // inWords turns Go's name of a field or type into the contract's.
 var inWords = strings.NewReplacer("valueRow.", "", "*", "", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
-	"main.span", "duration such as PT36H, P1D or 90m", "main.number", "finite number or null", "main.uuid", "UUID",
+	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp", "main.number", "finite number or null", "main.uuid", "UUID",
 	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
 	"main.uploadRow", "object", "main.valueUpdate", "object", "bool", "true or false", "int64", "whole number of at least 1")
 
-// inputError says what is wrong with the input at field. What says so already, or is not the input's fault, passes.
+// inputError says what is wrong with the input at field. What says so already passes.
 func inputError(field string, err error) error {
-	_, said := errors.AsType[*apiError](err)
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	if err == nil || said || tooLarge || errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, said := errors.AsType[*apiError](err); said || err == nil {
 		return err
 	}
 	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
 		field = strings.TrimSuffix(field+"."+inWords.Replace(e.Field), ".")
 		return invalid("%s: expected %s, not %.40s", field, inWords.Replace(e.Type.String()), e.Value)
 	}
+	if e, ok := errors.AsType[*csv.ParseError](err); ok {
+		return invalid("line %d: %s", e.Line, e.Err)
+	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return invalid("%s: the input ends too early", field)
 	}
 	return invalid("%s: %s", field, strings.TrimPrefix(err.Error(), "json: "))
+}
+
+// elementError says what is wrong with the i-th element of a list.
+func elementError(list string, i int, err error) error {
+	if err == nil {
+		return nil
+	}
+	place := fmt.Sprintf("%s[%d]", list, i)
+	if e, ok := errors.AsType[*apiError](err); ok {
+		return refusal(e.status, "%s.%s", place, e.message)
+	}
+	return inputError(place, err)
 }
 
 // decodeQuery reads the query parameters. One that is unknown is refused: a misspelt filter must never widen an answer.
@@ -392,15 +387,15 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 	f["tenant_id"] = &tenant
 	for name, values := range query {
 		into := f[name]
-		list, isList := into.(eachValue)
+		take, isList := into.(list)
 		if into == nil || len(values) > 1 && !isList {
 			return invalid("%s: unknown parameter, or given twice", name)
 		}
+		if !isList {
+			take = func(decode func(any) error) error { return decode(into) }
+		}
 		for _, value := range values {
-			if isList {
-				into = list()
-			}
-			if err := setField(into, value); err != nil {
+			if err := take(func(into any) error { return setField(into, value) }); err != nil {
 				return inputError(name, err)
 			}
 		}
@@ -408,13 +403,11 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 	return checkTenant(c, tenant)
 }
 
-// setField parses the text of a query parameter into what the pointer points to.
+// setField parses the text of a query parameter or of a cell into what the pointer points to.
 func setField(into any, text string) (err error) {
 	switch into := into.(type) {
 	case encoding.TextUnmarshaler:
 		return into.UnmarshalText([]byte(text))
-	case *string:
-		*into = text
 	case *bool:
 		if *into, err = strconv.ParseBool(text); err != nil {
 			return expected[bool]([]byte(text))
@@ -423,16 +416,18 @@ func setField(into any, text string) (err error) {
 		if *into, err = strconv.ParseInt(text, 10, 64); err != nil || *into < 1 {
 			return expected[int64]([]byte(text))
 		}
+	default:
+		return json.Unmarshal([]byte(text), into)
 	}
 	return nil
 }
 
 // checkRange refuses a range of valid or known times that nothing can lie in.
 func checkRange(times string, start, end micros) error {
-	if end == 0 || end > start {
-		return nil
+	if end <= start {
+		return invalid("end_%[1]s: expected a time after start_%[1]s", times)
 	}
-	return invalid("end_%[1]s: expected a time after start_%[1]s", times)
+	return nil
 }
 
 // checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts for.
@@ -443,57 +438,54 @@ func checkTenant(c Caller, id uuid) error {
 	return refusal(http.StatusForbidden, "tenant_id is not the tenant of this API key.")
 }
 
-func (s *server) getRoot(*response, *http.Request, Caller) (work, error) {
-	endpoints := map[string]access{}
-	for _, rt := range s.table() {
-		endpoints[strings.TrimSuffix(rt.pattern, "{$}")] = rt.access
-	}
-	return func(context.Context) (any, error) {
-		return map[string]any{"name": "TimeDB API", "version": versionOf(), "endpoints": endpoints,
-			"description": "Versioned time series: what was known of each moment, and when.",
-			"authentication": map[string]string{"method": "API key", "header": "X-API-Key",
-				"note": "Once users exist, every route that holds data needs a key."},
-			"admin_note": "Tables and users are managed with the timedb command line."}, nil
-	}, nil
+func (s *server) getRoot(*response, *http.Request, Caller) (any, error) {
+	return json.RawMessage(rootJSON), nil
 }
 
-func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
-	return func(ctx context.Context) (any, error) {
-		_, err := s.store.relations(ctx)
-		return map[string]string{"status": "ok"}, err
-	}, nil
+func (s *server) getHealth(_ *response, r *http.Request, _ Caller) (any, error) {
+	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
+	defer cancel()
+	_, err := s.store.relations(ctx)
+	return map[string]string{"status": "ok"}, err
 }
 
-func (s *server) postSeries(w *response, r *http.Request, c Caller) (work, error) {
+func (s *server) postSeries(w *response, r *http.Request, c Caller) (any, error) {
 	name, unit, description := label(""), label(defaultUnit), prose("")
-	err := readJSON(w, r, c, io.Discard, fields{"name": &name, "description": &description, "unit": &unit})
+	err := readJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
 	if err == nil && name == "" {
 		err = invalid("name is required")
 	}
-	return func(ctx context.Context) (any, error) {
-		id, created, err := s.store.CreateSeries(ctx, c, name, unit, description)
-		message := map[bool]string{true: "Series created successfully", false: "Series already exists"}[created]
-		return map[string]string{"series_id": id, "message": message}, err
-	}, err
+	if err != nil {
+		return nil, err
+	}
+	id, created, err := s.store.CreateSeries(r.Context(), c, name, unit, description)
+	message := map[bool]string{true: "Series created successfully", false: "Series already exists"}[created]
+	return map[string]string{"series_id": id, "message": message}, err
 }
 
-func (s *server) getSeries(_ *response, r *http.Request, c Caller) (work, error) {
-	return func(ctx context.Context) (any, error) { return s.store.SeriesByID(ctx, c) }, fields{}.decodeQuery(r, c)
+func (s *server) getSeries(_ *response, r *http.Request, c Caller) (any, error) {
+	if err := (fields{}).decodeQuery(r, c); err != nil {
+		return nil, err
+	}
+	return s.store.SeriesByID(r.Context(), c)
 }
 
-func (s *server) getRuns(_ *response, r *http.Request, c Caller) (work, error) {
-	workflow, start, end, limit := label(""), micros(0), micros(0), int64(1000)
+func (s *server) getRuns(_ *response, r *http.Request, c Caller) (any, error) {
+	workflow, start, end, limit := label(""), firstTime, lastTime, int64(1000)
 	err := fields{"workflow_id": &workflow, "start_known": &start, "end_known": &end, "limit": &limit}.decodeQuery(r, c)
 	if err = cmp.Or(err, checkRange("known", start, end)); err == nil && limit > maxRuns {
 		err = invalid("limit: expected at most %d", maxRuns)
 	}
-	return func(ctx context.Context) (any, error) { return s.store.Runs(ctx, c, workflow, start, end, limit) }, err
+	if err != nil {
+		return nil, err
+	}
+	return s.store.Runs(r.Context(), c, workflow, start, end, limit)
 }
 
 // valueRow is what one of value_rows and one of updates have in common.
 type valueRow struct {
 	ValidTime    micros `json:"valid_time"`
-	ValidTimeEnd micros `json:"valid_time_end"`
+	ValidTimeEnd micros `json:"valid_time_end,omitzero"`
 	SeriesID     uuid   `json:"series_id,omitempty"`
 	Value        number `json:"value,omitzero"`
 }
@@ -519,8 +511,8 @@ type uploadRow struct {
 	ValueKey label `json:"value_key"`
 }
 
-// add checks a row and takes it. seen tells where in u.series a series stands.
-func (u *upload) add(seen map[seriesRef]int, row *uploadRow) error {
+// add checks a row and takes it.
+func (u *upload) add(row *uploadRow) error {
 	if row.Value == notGiven {
 		return invalid("value is required (a number or null)")
 	}
@@ -528,34 +520,75 @@ func (u *upload) add(seen map[seriesRef]int, row *uploadRow) error {
 		return err
 	}
 	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
-	i, known := seen[ref]
-	if !known {
-		i = len(u.series)
-		seen[ref] = i
-		u.series = append(u.series, ref)
-		u.points = append(u.points, nil)
+	points := u.points[ref]
+	if points == nil {
+		points = new([]point)
+		u.points[ref] = points
 	}
-	u.points[i] = append(u.points[i], point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
+	*points = append(*points, point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
 	u.rows++
 	return nil
 }
 
-func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
-	u, seen := &upload{workflowID: "api-workflow", series: []seriesRef{}}, map[seriesRef]int{}
-	digest, tenant := sha256.New(), uuid("")
-	rows := eachRow(uploadRow{valueRow: emptyRow}, func(row *uploadRow) error { return u.add(seen, row) })
-	err := readJSON(w, r, c, digest, fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start,
-		"run_finish_time": &u.finish, "known_time": &u.known, "run_params": &u.params, "tenant_id": &tenant,
-		"series_descriptions": &u.descriptions, "value_rows": rows})
-	digest.Sum(u.digest[:0])
-	return func(ctx context.Context) (any, error) {
-		ids, err := s.store.Upload(ctx, c, u)
-		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
-	}, cmp.Or(err, checkTenant(c, tenant), checkRun(u))
+// decodeCSV takes rows under a header line, in which the columns may have any order.
+func (u *upload) decodeCSV(body []byte) error {
+	in := csv.NewReader(bytes.NewReader(body))
+	in.ReuseRecord = true
+	record, err := in.Read()
+	if err != nil {
+		return inputError("header", err)
+	}
+	var row uploadRow
+	columns := fields{"valid_time": &row.ValidTime, "value_key": &row.ValueKey, "value": &row.Value,
+		"valid_time_end": &row.ValidTimeEnd, "series_id": &row.SeriesID}
+	header, into := slices.Clone(record), make([]any, len(record))
+	for i, name := range header {
+		if into[i] = columns[name]; into[i] == nil {
+			return invalid("header: %.40q is no column, or given twice", name)
+		}
+		delete(columns, name)
+	}
+	for record, err = in.Read(); err == nil; record, err = in.Read() {
+		row = uploadRow{valueRow: emptyRow}
+		for i, text := range record {
+			if err == nil && (text != "" || header[i] == "value") { // an empty value is NULL, another empty cell not given
+				err = inputError(header[i], setField(into[i], text))
+			}
+		}
+		if err = cmp.Or(err, u.add(&row)); err != nil {
+			return elementError("row", u.rows, err)
+		}
+	}
+	if err == io.EOF {
+		return nil
+	}
+	return inputError("body", err)
 }
 
-// checkRun checks what is not a row.
-func checkRun(u *upload) error {
+func (s *server) postUpload(w *response, r *http.Request, c Caller) (any, error) {
+	u, tenant := &upload{workflowID: "api-workflow", points: map[seriesRef]*[]point{}}, uuid("")
+	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
+		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
+	body, kind, err := readBody(w, r, "application/json", "text/csv")
+	switch {
+	case err != nil:
+		return nil, err
+	case kind == "text/csv":
+		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(body))
+	default:
+		f["tenant_id"], f["value_rows"] = &tenant, each(uploadRow{valueRow: emptyRow}, u.add)
+		err = cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
+	}
+	if err = cmp.Or(err, checkTenant(c, tenant), u.check()); err != nil {
+		return nil, err
+	}
+	u.digest = sha256.Sum256(append(body, kind+"?"+r.URL.RawQuery...))
+	ids, err := s.store.Upload(r.Context(), c, u)
+	return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
+}
+
+// check checks what is not a row.
+func (u *upload) check() error {
 	if string(u.params) == "null" {
 		u.params = nil
 	}
@@ -564,15 +597,11 @@ func checkRun(u *upload) error {
 		return invalid("run_start_time is required")
 	case u.finish != 0 && u.finish < u.start:
 		return invalid("run_finish_time: expected a time not before run_start_time")
-	case u.params != nil && (u.params[0] != '{' || len(u.params) > maxParams || !utf8.Valid(u.params)):
-		return invalid("run_params: expected a JSON object of at most %d bytes in UTF-8", maxParams)
-	}
-	named := map[label]bool{}
-	for _, ref := range u.series {
-		named[ref.Key] = true
+	case u.params != nil && (u.params[0] != '{' || len(u.params) > maxParams):
+		return invalid("run_params: expected a JSON object of at most %d bytes", maxParams)
 	}
 	for key := range u.descriptions {
-		if !named[key] {
+		if u.points[seriesRef{Key: key}] == nil {
 			return invalid("series_descriptions: no row has the value_key %q", key)
 		}
 	}
@@ -606,9 +635,9 @@ func (u *valueUpdate) check(c Caller) error {
 	return cmp.Or(u.valueRow.check("series_key", u.SeriesKey), checkTenant(c, u.TenantID))
 }
 
-func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
+func (s *server) putValues(w *response, r *http.Request, c Caller) (any, error) {
 	updates := []valueUpdate{}
-	err := readJSON(w, r, c, io.Discard, fields{"updates": eachRow(valueUpdate{valueRow: emptyRow}, func(u *valueUpdate) error {
+	err := readJSON(w, r, c, fields{"updates": each(valueUpdate{valueRow: emptyRow}, func(u *valueUpdate) error {
 		if len(updates) == maxUpdates {
 			return invalid("expected at most %d updates", maxUpdates)
 		}
@@ -616,39 +645,48 @@ func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error)
 		updates = append(updates, *u)
 		return err
 	})})
-	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, updates) }, err
+	if err != nil {
+		return nil, err
+	}
+	return s.store.UpdateValues(r.Context(), c, updates)
 }
 
-func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error) {
-	q := readQuery{lead: anyLead}
-	out := &rowWriter{w: w}
-	mode, format := "flat", "json"
+func (s *server) getValues(w *response, r *http.Request, c Caller) (any, error) {
+	q, out := anyValue, &rowWriter{w: w}
+	mode, format := label("flat"), label("json")
 	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
 		format = "csv"
 	}
 	err := fields{"start_valid": &q.start, "end_valid": &q.end, "start_known": &q.startKnown, "end_known": &q.endKnown,
-		"mode": &mode, "all_versions": &q.allVersions,
-		"series_id": eachValue(func() any { return &q.next().ID }), "series_key": eachValue(func() any { return &q.next().Key }),
-		"as_of": &q.asOf, "lead": &q.lead,
-		"detail": &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
-	out.csv, out.overlapping, out.detail = format == "csv", mode == "overlapping", out.detail || q.allVersions
-	q.overlapping = out.overlapping
-	return func(ctx context.Context) (any, error) {
-		out.start()
-		if err := s.store.Read(ctx, c, q, out.row); err != nil && err != errEnough {
-			return nil, err
-		}
-		return nil, out.finish()
-	}, cmp.Or(err, checkRead(q, mode, format))
+		"mode": &mode, "all_versions": &q.allVersions, "as_of": &q.asOf, "lead": &q.lead, "bucket": &q.bucket, "agg": &q.agg,
+		"series_id":  each(uuid(""), func(id *uuid) error { return q.add(seriesRef{ID: *id}) }),
+		"series_key": each(label(""), func(key *label) error { return q.add(seriesRef{Key: *key}) }),
+		"detail":     &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
+	q.overlapping, out.detail = mode == "overlapping", out.detail || q.allVersions
+	if err = cmp.Or(err, checkRead(q, mode, format, out.detail)); err != nil {
+		return nil, err
+	}
+	out.csv, out.overlapping = format == "csv", q.overlapping
+	out.start()
+	if err := s.store.Read(r.Context(), c, q, out.row); err != nil && err != errEnough {
+		return nil, err
+	}
+	return nil, out.finish()
 }
 
 // checkRead refuses parameters that cannot be meant, or not together.
-func checkRead(q readQuery, mode, format string) error {
+func checkRead(q readQuery, mode, format label, detail bool) error {
 	switch {
 	case mode != "flat" && mode != "overlapping":
 		return invalid("mode: expected flat or overlapping")
 	case format != "json" && format != "csv":
 		return invalid("format: expected json or csv")
+	case (q.bucket == 0) != (q.agg == ""):
+		return invalid("bucket and agg: expected both or none, and a bucket longer than nothing")
+	case q.bucket != 0 && (q.overlapping || detail):
+		return invalid("bucket: aggregates only what mode=flat shows, without detail or all_versions")
+	case q.bucket != 0 && !slices.Contains([]label{"mean", "min", "max", "sum", "count"}, q.agg):
+		return invalid("agg: expected mean, min, max, sum or count")
 	}
 	return cmp.Or(checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
 }
@@ -658,11 +696,12 @@ type rowWriter struct {
 	w                        *response
 	limit                    int64 // 0: none
 	csv, overlapping, detail bool
-	quote, null              string // around a time or id; for NULL
-	buf                      []byte
+	header                   bool   // the row at hand is a CSV's header
+	quote, null              string // around a time; for NULL
+	buf, scratch             []byte
 	count                    int64
-	series                   *series // of the last row, and what stands around its values
-	before, after            []byte
+	series                   *series // of the last row, and its texts as they are written
+	id, key, unit            []byte
 }
 
 // errEnough ends a read whose limit is reached.
@@ -674,58 +713,17 @@ func (o *rowWriter) start() {
 		o.quote, o.null, o.buf = `"`, "null", []byte(`{"data":[`)
 		return
 	}
-	names := "valid_time,series_id,value,series_key,series_unit,valid_time_end"
-	if o.detail {
-		names = strings.Replace(names, "valid_time_end", "run_id,known_time,valid_time_end", 1) +
-			",change_time,changed_by,annotation,tags,version"
-	}
-	if o.overlapping {
-		names = "known_time," + strings.Replace(names, ",known_time", "", 1)
-	}
-	o.buf = []byte(names)
+	o.header = true
+	o.cells(&element{from: &version{}})
+	o.header = false
 }
 
 // row writes one row; the limit-th returns errEnough.
 func (o *rowWriter) row(x *series, e *element) error {
 	if x != o.series {
-		o.series = x
-		o.before = o.name(append(o.name(nil, "series_id"), o.quote+x.ID+o.quote...), "value")
-		o.after = o.text(o.text(nil, "series_key", x.Key), "series_unit", x.Unit)
+		o.series, o.id, o.key, o.unit = x, []byte(o.quote+x.ID+o.quote), o.text(x.Key), o.text(x.Unit)
 	}
-	b := o.buf
-	if o.count > 0 && !o.csv {
-		b = append(b, ',')
-	}
-	first := len(b)
-	if o.overlapping {
-		b = o.time(b, "known_time", e.from.Known)
-	}
-	b = append(o.time(b, "valid_time", e.time), o.before...)
-	if !o.csv || !math.IsNaN(e.value) {
-		b = appendNumber(b, e.value)
-	}
-	b = append(b, o.after...)
-	if o.detail {
-		b = o.text(b, "run_id", e.from.RunID)
-	}
-	if o.detail && !o.overlapping {
-		b = o.time(b, "known_time", e.from.Known)
-	}
-	if o.detail || o.csv || e.end != 0 { // rows of a CSV cannot differ
-		b = o.time(b, "valid_time_end", e.end)
-	}
-	if o.detail {
-		b = o.text(o.time(b, "change_time", e.from.Change), "changed_by", e.from.ChangedBy)
-		b = o.text(o.text(b, "annotation", e.from.Annotation), "tags", e.from.Tags)
-		b = strconv.AppendInt(o.name(b, "version"), int64(e.from.Number), 10)
-	}
-	if o.csv { // what begins the row takes the place of its first comma
-		b[first] = '\n'
-	} else {
-		b[first] = '{'
-		b = append(b, '}')
-	}
-	o.buf = b
+	o.cells(e)
 	if o.count++; len(o.buf) >= flushBytes {
 		if err := o.flush(); err != nil {
 			return err
@@ -737,55 +735,93 @@ func (o *rowWriter) row(x *series, e *element) error {
 	return nil
 }
 
-// name begins a cell, whose name is its place in a CSV.
-func (o *rowWriter) name(b []byte, name string) []byte {
-	if b = append(b, ','); o.csv {
-		return b
+// cells writes a row. Each cell ends with a comma, and the last one's gives way to the row's end.
+func (o *rowWriter) cells(e *element) {
+	if o.count > 0 && !o.csv {
+		o.buf = append(o.buf, ',')
 	}
-	return append(append(append(b, '"'), name...), `":`...)
+	if !o.csv {
+		o.buf = append(o.buf, '{')
+	}
+	if o.overlapping {
+		o.cell("known_time", o.time(e.from.Known))
+	}
+	o.cell("valid_time", o.time(e.time))
+	o.cell("series_id", o.id)
+	o.cell("value", o.number(e.value))
+	o.cell("series_key", o.key)
+	o.cell("series_unit", o.unit)
+	if o.detail {
+		o.cell("run_id", o.text(e.from.RunID))
+	}
+	if o.detail && !o.overlapping {
+		o.cell("known_time", o.time(e.from.Known))
+	}
+	if o.detail || o.csv || e.end != 0 { // rows of a CSV cannot differ
+		o.cell("valid_time_end", o.time(e.end))
+	}
+	if o.detail {
+		o.cell("change_time", o.time(e.from.Change))
+		o.cell("changed_by", o.text(e.from.ChangedBy))
+		o.cell("annotation", o.text(e.from.Annotation))
+		o.cell("tags", o.text(e.from.Tags))
+		o.cell("version", strconv.AppendInt(nil, int64(e.from.Number), 10))
+	}
+	o.buf[len(o.buf)-1] = '}'
+	if o.csv {
+		o.buf[len(o.buf)-1] = '\n'
+	}
 }
 
-// time writes a cell; no time is NULL.
-func (o *rowWriter) time(b []byte, name string, t micros) []byte {
-	if b = o.name(b, name); t == 0 {
-		return append(b, o.null...)
+// cell writes a member, or of a header its name: in the other rows of a CSV its place tells the name.
+func (o *rowWriter) cell(name string, value []byte) {
+	switch {
+	case o.header:
+		value = []byte(name)
+	case !o.csv:
+		o.buf = append(append(append(o.buf, '"'), name...), `":`...)
 	}
-	return append(t.append(append(b, o.quote...)), o.quote...)
+	o.buf = append(append(o.buf, value...), ',')
 }
 
-// text writes a cell that holds a string, or a list of strings, which in a CSV stays JSON.
-func (o *rowWriter) text(b []byte, name string, v any) []byte {
-	text, _ := json.Marshal(v) // strings always marshal
-	b = o.name(b, name)
+// time returns t as it is written, until it or number is called again.
+func (o *rowWriter) time(t micros) []byte {
+	if t == 0 {
+		return []byte(o.null)
+	}
+	o.scratch = append(t.append(append(o.scratch[:0], o.quote...)), o.quote...)
+	return o.scratch
+}
+
+func (o *rowWriter) number(f float64) []byte {
+	o.scratch = appendNumber(o.scratch[:0], f, o.null)
+	return o.scratch
+}
+
+// text returns a string, or a list of strings, which in a CSV stays JSON.
+func (o *rowWriter) text(v any) []byte {
+	text, _ := json.Marshal(v) // these always marshal
 	switch {
 	case string(text) == "null":
-		return append(b, o.null...)
+		return []byte(o.null)
 	case !o.csv:
-		return append(b, text...)
+		return text
 	}
 	cell := string(text)
 	_ = json.Unmarshal(text, &cell) // a list stays as it is
-	return append(b, `"`+strings.ReplaceAll(cell, `"`, `""`)+`"`...)
+	return []byte(`"` + strings.ReplaceAll(cell, `"`, `""`) + `"`)
 }
 
-// flush sends what is buffered, and gives the reader a new writeTimeout for it.
+// flush sends what is buffered.
 func (o *rowWriter) flush() error {
-	if o.w.status == 0 {
-		o.w.begin(http.StatusOK, map[bool]string{true: "text/csv; charset=utf-8", false: "application/json"}[o.csv], o.buf)
-	}
-	if err := http.NewResponseController(o.w).SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-		return err
-	}
-	_, err := o.w.Write(o.buf)
+	err := o.w.send(http.StatusOK, map[bool]string{true: "text/csv; charset=utf-8", false: "application/json"}[o.csv], o.buf)
 	o.buf = o.buf[:0]
 	return err
 }
 
 // finish ends a complete response.
 func (o *rowWriter) finish() error {
-	if o.csv {
-		o.buf = append(o.buf, '\n')
-	} else {
+	if !o.csv {
 		o.buf = fmt.Appendf(o.buf, "],\"count\":%d}\n", o.count)
 	}
 	return o.flush()
@@ -824,12 +860,7 @@ func (m micros) append(b []byte) []byte {
 
 func (m micros) String() string { return string(m.append(nil)) }
 
-func (m micros) MarshalJSON() ([]byte, error) {
-	if m == 0 {
-		return []byte("null"), nil
-	}
-	return append(m.append([]byte{'"'}), '"'), nil
-}
+func (m micros) MarshalText() ([]byte, error) { return m.append(nil), nil }
 
 // Value is m as a bound argument.
 func (m micros) Value() (driver.Value, error) {
@@ -860,14 +891,17 @@ func (m *micros) UnmarshalText(text []byte) error {
 	return expected[micros](text)
 }
 
-// span is a duration of less than 274 years, as ISO 8601 (P1DT12H; no months or years, whose length differs) or as Go
-// writes it (36h). What is finer than a microsecond is cut off.
-type span time.Duration
+// span is a duration of less than 274 years, as ISO 8601 (P1DT12H; no months or years, whose length differs), as Go writes
+// it (36h) or in days (90d). What is finer than a microsecond is cut off.
+type span micros
 
 var isoSpan = regexp.MustCompile(`^P(?:(\d{1,5})W)?(?:(\d{1,6})D)?(?:T([0-9.HMS]+))?$`)
 
 func (d *span) UnmarshalText(text []byte) error {
 	s, days := string(text), 0
+	if number, isDays := strings.CutSuffix(s, "d"); isDays {
+		s = "P" + number + "D"
+	}
 	if m := isoSpan.FindStringSubmatch(s); m != nil && len(s) > 1 {
 		weeks, _ := strconv.Atoi(m[1]) // digits or nothing
 		days, _ = strconv.Atoi(m[2])
@@ -876,13 +910,27 @@ func (d *span) UnmarshalText(text []byte) error {
 	}
 	clock, err := time.ParseDuration(s)
 	clock += time.Duration(days) * 24 * time.Hour
-	if *d = span(clock.Truncate(time.Microsecond)); err != nil || *d < 0 || days > 100_000 {
+	if *d = span(clock.Microseconds()); err != nil || *d < 0 || days > 100_000 {
 		return expected[span](text)
 	}
 	return nil
 }
 
-func (d span) micros() micros { return micros(d / span(time.Microsecond)) }
+// expiry is a time to come: a timestamp, or a span from now on.
+type expiry micros
+
+func (e *expiry) UnmarshalText(text []byte) error {
+	now, after := unixEpoch+micros(time.Now().UnixMicro()), span(0)
+	if after.UnmarshalText(text) == nil {
+		*e = expiry(now + micros(after))
+	} else if err := (*micros)(e).UnmarshalText(text); err != nil {
+		return expected[expiry](text)
+	}
+	if micros(*e) <= now {
+		return errors.New("expected a time to come")
+	}
+	return nil
+}
 
 // uuid is in lower case.
 type uuid string
@@ -927,7 +975,7 @@ type number float64
 var notGiven = number(math.Inf(1))
 
 func (n number) IsZero() bool                 { return n == notGiven }
-func (n number) MarshalJSON() ([]byte, error) { return appendNumber(nil, float64(n)), nil }
+func (n number) MarshalJSON() ([]byte, error) { return appendNumber(nil, float64(n), "null"), nil }
 
 func (n *number) UnmarshalJSON(b []byte) error {
 	return n.UnmarshalText(bytes.TrimPrefix(b, []byte("null")))
@@ -946,13 +994,13 @@ func (n *number) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// appendNumber writes f so that it reads as a float: 20.0, not 20. NaN is null.
-func appendNumber(b []byte, f float64) []byte {
+// appendNumber writes f so that it reads as a float: 20.0, not 20. NaN is written as null says.
+func appendNumber(b []byte, f float64, null string) []byte {
 	n := len(b)
 	abs := math.Abs(f)
 	switch {
 	case math.IsNaN(f):
-		return append(b, "null"...)
+		return append(b, null...)
 	case abs != 0 && (abs < 1e-4 || abs >= 1e16):
 		return strconv.AppendFloat(b, f, 'e', -1, 64)
 	}

@@ -26,6 +26,7 @@ import (
 	"database/sql"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/csv"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -380,6 +381,14 @@ func relations(t testing.TB, db *sql.DB, schema string) string {
 func users(t testing.TB, db *sql.DB) string {
 	t.Helper()
 	return mustQuery(t, db, `SELECT md5(string_agg(u::text, ',' ORDER BY user_id)) FROM users_table u`)
+}
+
+func gzipped(text string) string {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	io.WriteString(w, text)
+	w.Close()
+	return b.String()
 }
 
 func mustUnzip(t testing.TB, text string) string {
@@ -1007,7 +1016,7 @@ func TestMalformedKeysAreRefusedWithoutALookup(t *testing.T) {
 func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
-	unknown, _ := newKey()
+	unknown, _, _ := newKey()
 	stored := s.mustUser(t, tenantA, "stored@example.com")
 	off := s.mustUser(t, tenantA, "off@example.com")
 	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "off@example.com")
@@ -1079,6 +1088,7 @@ func TestReadOnlyKeyMayOnlyRead(t *testing.T) {
 	mustExec(t, s.db, `UPDATE users_table SET access = 'ro'`)
 	before := s.stored(t)
 	for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
+		s.must(t, 403, "POST", "/upload?run_start_time=2025-01-01", key, "valid_time,value_key,value\n", "Content-Type: text/csv")
 		s.must(t, 403, "POST", "/upload", key, body)
 		s.must(t, 403, "PUT", "/values", key, body)
 		s.must(t, 403, "POST", "/series", key, body)
@@ -1180,7 +1190,7 @@ func TestServerThatStartedWithUsersNeverOpens(t *testing.T) {
 	s := mustServer(t)
 	mustExec(t, s.db, `ALTER TABLE users_table RENAME TO x`) // before the first request
 	s.must(t, 401, "GET", "/values", "", "")
-	key, _ := newKey()
+	key, _, _ := newKey()
 	s.must(t, 503, "GET", "/values", key, "")
 }
 
@@ -1209,7 +1219,7 @@ func TestRequireAuthRefusesEveryoneWithoutUsersTable(t *testing.T) {
 	dsn := mustDatabase(t)
 	mustCreateTables(t, dsn)
 	s := mustAPI(t, dsn, "--require-auth")
-	unknown, _ := newKey()
+	unknown, _, _ := newKey()
 	for _, key := range []string{"", unknown} {
 		s.must(t, 503, "GET", "/list_timeseries", key, "")
 		s.must(t, 503, "POST", "/upload", key, emptyRun)
@@ -1253,7 +1263,7 @@ func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key := s.mustUser(t, tenantA, "a@example.com")
-	unknown, _ := newKey()
+	unknown, _, _ := newKey()
 	s.must(t, 200, "GET", "/list_timeseries", key, "")
 	s.must(t, 401, "GET", "/list_timeseries", unknown, "")
 	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
@@ -1668,13 +1678,41 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 	}
 	refused(422, "nope", "/upload?nope=1", runWith("", good))
 	refused(422, "workflow_id", "/upload?workflow_id=x", runWith("", good))
+	for _, c := range []struct{ query, body, want string }{
+		{"", "valid_time,value_key,value\n", "run_start_time"}, {"run_start_time=x", "valid_time,value_key,value\n", "run_start_time"},
+		{"run_start_time=2025-01-01&value_rows=x", "valid_time,value_key,value\n", "value_rows"}, {"run_start_time=2025-01-01&nope=1", "", "nope"},
+		{"run_start_time=2025-01-01&run_start_time=2025-01-02", "valid_time,value_key,value\n", "run_start_time"},
+		{"run_start_time=2025-01-01&run_params=x", "valid_time,value_key,value\n", "run_params"}, {"run_start_time=2025-01-01", "", "header"},
+		{"run_start_time=2025-01-01", "valid_time,value_key\n2025-01-01,load\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value,extra\n", "extra"},
+		{"run_start_time=2025-01-01", "valid_time,value,value_key,value\n", "value"}, {"run_start_time=2025-01-01", "Valid_Time,value_key,value\n", "Valid_Time"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load\n", "3"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load,one\n", "value"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,Infinity\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1e999\n", "value"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n,load,1\n", "valid_time"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\nsoon,load,1\n", "valid_time"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,,1\n", "value_key"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\xff,1\n", "value_key"},
+		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\"load,1\n", ""}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01 00:00,load,2\n", "twice"},
+	} {
+		refused(422, c.want, "/upload?"+c.query, c.body, "Content-Type: text/csv")
+	}
 	body := runWith("", good)
-	for _, header := range []string{"Content-Type: text/plain", "Content-Type: text/csv",
+	for _, header := range []string{"Content-Type: text/plain",
 		"Content-Type: application/x-www-form-urlencoded",
-		"Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br", "Content-Encoding: gzip"} {
+		"Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br"} {
 		name, _, _ := strings.Cut(header, ":")
 		refused(415, name, "/upload", body, header)
 	}
+	zipped := gzipped(body)
+	refused(422, "body", "/upload", body, "Content-Encoding: gzip")
+	refused(422, "", "/upload", zipped[:len(zipped)-12], "Content-Encoding: gzip")
+	refused(422, "", "/upload", zipped[:len(zipped)-6]+"\x00\x00\x00\x00\x00\x00", "Content-Encoding: gzip") // the checksum is wrong
+	var bomb bytes.Buffer
+	w, _ := gzip.NewWriterLevel(&bomb, gzip.BestSpeed)
+	w.Write([]byte(`{"workflow_id":"`))
+	for range 200 {
+		w.Write(bytes.Repeat([]byte("x"), 1<<20))
+	}
+	w.Close()
+	refused(413, "larger", "/upload", bomb.String(), "Content-Encoding: gzip")
 	refused(413, "larger", "/upload", `{"workflow_id":"`+strings.Repeat("x", 80<<20))
 	refused(422, "body", "/upload", "{"+strings.Repeat(" ", 4<<20)) // white space between tokens
 	refused(422, "body", "/upload", "{")                            // and the server still serves
@@ -1769,6 +1807,17 @@ func TestRepeatedUploadAnswersTheSameAndStoresNothing(t *testing.T) {
 	if s.stored(t) != before {
 		t.Error("a repeated upload stored something")
 	}
+	csv := func(id, value string) (path, body string) {
+		return "/upload?run_start_time=2025-01-01&run_id=" + id, "valid_time,value_key,value\n2025-01-01,load," + value + "\n"
+	}
+	path, text := csv(tenantB, "5")
+	first = s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv")
+	if again := s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv"); again != first {
+		t.Errorf("the same CSV again answers %s, first %s", again, first)
+	}
+	_, text = csv(tenantB, "6")
+	s.must(t, 409, "POST", path, key, text, "Content-Type: text/csv")
+	s.must(t, 409, "POST", path+"&workflow_id=x", key, text, "Content-Type: text/csv")
 }
 
 func TestConcurrentUploadsMakeOneRunAndOneSeries(t *testing.T) {
@@ -1838,6 +1887,41 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	}
 	if text := s.must(t, 200, "GET", "/values", key, ""); strings.Count(text, `"series_unit":"MW"`) != 3 {
 		t.Errorf("GET /values: %s", text)
+	}
+}
+
+// valuesOf reads what is stored under a name, with the name and the id taken out.
+func (s *testServer) valuesOf(t *testing.T, key, name string) string {
+	id := mustQuery(t, s.db, `SELECT series_id FROM series_table WHERE series_key = $1`, name)
+	text := s.must(t, 200, "GET", "/values?mode=overlapping&series_key="+name, key, "")
+	text = regexp.MustCompile(`"known_time":"[^"]*"`).ReplaceAllString(text, "")
+	return strings.NewReplacer(id, "", `"`+name+`"`, "").Replace(text)
+}
+
+func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	body := runWith("", at("2025-01-01T00:00:00Z", "1.5"), at("2025-01-01T01:00:00+00:00", "null"), at("2025-01-01 02:00", "1e-7"), at("2025-01-01T00:00:00Z", "-3", `,"valid_time_end":"2025-01-02"`))
+	csv := "value_key,value,valid_time_end,valid_time\r\nload,1.5,,2025-01-01T00:00:00Z\r\nload,NaN,,2025-01-01T01:00:00+00:00\r\n\"load\",1e-7,,2025-01-01 02:00\nload,-3,2025-01-02,2025-01-01T00:00:00Z"
+	const path = "/upload?run_start_time=2025-01-01T00:00:00+00:00&run_params=%7B%22a%22:1%7D&workflow_id=csv"
+	named := func(text, name string) string { return strings.ReplaceAll(text, "load", name) }
+	s.must(t, 200, "POST", "/upload", key, body)
+	s.must(t, 200, "POST", "/upload", key, gzipped(named(body, "zipped")), "Content-Encoding: gzip")
+	s.must(t, 200, "POST", path, key, named(csv, "csv"), "Content-Type: text/csv; charset=UTF-8")
+	s.must(t, 200, "POST", path, key, named(strings.Replace(csv, "NaN", "", 1), "empty"), "Content-Type: text/csv")
+	s.must(t, 200, "POST", path, key, gzipped(named(csv, "both")), "Content-Type: text/csv", "Content-Encoding: gzip")
+	want := s.valuesOf(t, key, "load")
+	if strings.Count(want, `"value":`) != 4 || !strings.Contains(want, `"value":null`) {
+		t.Errorf("JSON stores %s", want)
+	}
+	for _, name := range []string{"zipped", "csv", "empty", "both"} {
+		if got := s.valuesOf(t, key, name); got != want {
+			t.Errorf("%s stores %s\nJSON stores %s", name, got, want)
+		}
+	}
+	if got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`); got != "3" {
+		t.Errorf("%s of 3 CSV uploads have their run_params", got)
 	}
 }
 
@@ -2000,9 +2084,17 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 		"series_key=load&lead=PT13H0.000001S":                                             "load 00=1, load 01=2, load 02=3.75, load 03=9",
 		"lead=P1DT1H&series_key=load":                                                     "load 01=2, load 02=null",
 		"lead=P1W":                                                                        "",
-		"limit=3":                                                                         "load 00=1, load 01=2.5, load 02=3.75",
-		"limit=1000&series_key=wind":                                                      "wind 00=0.5",
-		"as_of=2020-01-01":                                                                "",
+		"bucket=PT2H&agg=mean&series_key=load":                                            "load 00=1.75, load 02=6.375",
+		"bucket=2h&agg=min&series_key=load":                                               "load 00=1, load 02=3.75",
+		"bucket=P1D&agg=max":                                                              "load 00=9, price 00=20, wind 00=0.5",
+		"bucket=P1D&agg=sum":                                                              "load 00=16.25, price 00=30, wind 00=0.5",
+		"bucket=P1D&agg=count&end_known=2024-12-31T12:00:00Z":                             "load 00=2, wind 00=1",
+		"bucket=PT1H&agg=mean&series_key=load&end_known=2024-12-31T12:00:00Z":             "load 00=1, load 01=2",
+		"bucket=90m&agg=max&series_key=load&start_valid=2025-01-01T01:00:00Z":             "load 00=2.5, load 01=3.75, load 03=9",
+		"bucket=PT1H&agg=count&series_key=load&limit=2":                                   "load 00=1, load 01=1",
+		"limit=3":                    "load 00=1, load 01=2.5, load 02=3.75",
+		"limit=1000&series_key=wind": "wind 00=0.5",
+		"as_of=2020-01-01":           "",
 	} {
 		if got := brief(t, s.must(t, 200, "GET", "/values?"+query, key, "")); got != want {
 			t.Errorf("GET /values?%s\nshows %s\nwant  %s", query, got, want)
@@ -2021,6 +2113,10 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 		"limit=0": "limit", "limit=-1": "limit", "limit=x": "limit", "limit=1e3": "limit",
 		"series_key=": "series_key", "series_id=": "series_id", "start_valid=%zz": "query",
 		"lead=x": "lead", "lead=P1M": "lead", "lead=": "lead", "lead=-1h": "lead", "lead=P": "lead", "lead=PT": "lead",
+		"bucket=PT1H": "agg", "agg=mean": "bucket", "bucket=PT1H&agg=median": "agg", "bucket=0s&agg=mean": "bucket",
+		"bucket=-1h&agg=mean": "bucket", "bucket=1ns&agg=mean": "bucket", "bucket=P300000D&agg=mean": "bucket",
+		"bucket=PT1H&agg=mean&mode=overlapping": "bucket", "bucket=PT1H&agg=mean&all_versions=true": "bucket",
+		"bucket=PT1H&agg=mean&detail=true": "bucket", "format=xml": "format",
 	} {
 		if text := s.must(t, 422, "GET", "/values?"+query, key, ""); !strings.Contains(text, field) {
 			t.Errorf("GET /values?%s: %s, want %s in it", query, text, field)
@@ -2304,7 +2400,7 @@ func TestReadsAgreeWithNaiveModel(t *testing.T) {
 func (h *history) play() error {
 	h.tenant = fmt.Sprintf("%08x-%04x-4000-8000-%012x", h.rng.Uint32(), h.rng.Intn(1<<16), h.rng.Int63n(1<<48))
 	for i := range h.keys {
-		key, id := newKey()
+		key, id, _ := newKey()
 		digest := sha256.Sum256([]byte(key))
 		h.keys[i] = key
 		if _, err := h.s.db.Exec(`INSERT INTO users_table (tenant_id, email, key_id, key_digest) VALUES ($1, $2, $3, $4)`,
@@ -2637,6 +2733,11 @@ func (h *history) question() url.Values {
 			q.Add("series_key", name)
 		}
 	}
+	if chance(20) {
+		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m", "P1W"))
+		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count"))
+		return q
+	}
 	for name, value := range map[string]string{"mode": pick(h.rng, "flat", "overlapping"),
 		"detail": pick(h.rng, "true", "false"), "all_versions": pick(h.rng, "true", "false", "false")} {
 		if value != "false" {
@@ -2691,6 +2792,9 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 			best[rival] = v
 		}
 	}
+	if q.Has("bucket") {
+		return h.buckets(q, best), true
+	}
 	var lines []string
 	for _, v := range best {
 		row := answerRow{Key: v.series, Series: h.series[v.series].id, Valid: time.UnixMicro(v.time), Value: v.value}
@@ -2710,6 +2814,34 @@ func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
 		lines = append(lines, row.line())
 	}
 	return lines, true
+}
+
+// buckets aggregates what a flat read shows. The values are multiples of a half, so sums do not depend on their order.
+func (h *history) buckets(q url.Values, shown map[string]modelVersion) []string {
+	width := map[string]int64{"2h": 2 * hour, "PT3H": 3 * hour, "P1D": 24 * hour, "7m": 7 * hour / 60, "P1W": 168 * hour}[q.Get("bucket")]
+	type place struct {
+		series string
+		start  int64
+	}
+	values := map[place][]float64{}
+	for _, v := range shown {
+		if v.value != nil {
+			p := place{v.series, v.time - v.time%width}
+			values[p] = append(values[p], *v.value)
+		}
+	}
+	var lines []string
+	for p, list := range values {
+		sum := 0.0
+		for _, f := range list {
+			sum += f
+		}
+		value := map[string]float64{"mean": sum / float64(len(list)), "min": slices.Min(list), "max": slices.Max(list), "sum": sum,
+			"count": float64(len(list))}[q.Get("agg")]
+		row := answerRow{Key: p.series, Series: h.series[p.series].id, Valid: time.UnixMicro(p.start), Value: &value}
+		lines = append(lines, row.line())
+	}
+	return lines
 }
 
 // line is all of a row but when it was changed, so that equal rows have equal lines.
@@ -3138,11 +3270,11 @@ func FuzzSpan(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		var got span
 		err := got.UnmarshalText([]byte(s))
-		if err == nil && (got < 0 || got.micros() < 0) {
+		if err == nil && (got < 0 || micros(got) < 0) {
 			t.Errorf("%q is read as %d", s, got)
 		}
-		if d, goErr := time.ParseDuration(s); goErr == nil && err == nil && int64(got.micros()) != d.Microseconds() {
-			t.Errorf("%q is read as %d µs, want %v", s, got.micros(), d)
+		if d, goErr := time.ParseDuration(s); goErr == nil && err == nil && int64(micros(got)) != d.Microseconds() {
+			t.Errorf("%q is read as %d µs, want %v", s, micros(got), d)
 		}
 	})
 }
@@ -3159,6 +3291,24 @@ func FuzzNumber(f *testing.F) {
 		want, wantErr := strconv.ParseFloat(s, 64)
 		if math.IsInf(float64(got), 0) || !math.IsNaN(float64(got)) && (wantErr != nil || float64(got) != want) {
 			t.Errorf("%q is read as %v, want %v %v", s, got, want, wantErr)
+		}
+	})
+}
+
+func FuzzUploadCSV(f *testing.F) {
+	for _, seed := range []string{"valid_time,value_key,value\n2025-01-01,load,1\n2025-01-02,load,\n", "value,series_id,valid_time\n",
+		"valid_time,value_key,value,valid_time_end\r\n\"2025-01-01 00:00\",\"a\"\"b\",NaN,2025-01-02\r\n", "valid_time,value\n1\n", "\"", ""} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		u := &upload{points: map[seriesRef]*[]point{}}
+		err := u.decodeCSV(body)
+		if err == nil {
+			if all, err := csv.NewReader(bytes.NewReader(body)).ReadAll(); err != nil || len(all) != u.rows+1 {
+				t.Fatalf("%d rows of %q, encoding/csv finds %d lines: %v", u.rows, body, len(all), err)
+			}
+		} else if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 422 {
+			t.Errorf("%q: %v, want a refusal with 422", body, err)
 		}
 	})
 }
@@ -3185,7 +3335,7 @@ func FuzzDecodeArray(f *testing.F) {
 }
 
 func FuzzKey(f *testing.F) {
-	key, id := newKey()
+	key, id, _ := newKey()
 	if !wellFormedKey(key) || !strings.HasPrefix(key, "tdb_"+id+"_") || len(id) != 8 {
 		f.Fatalf("newKey returns %q, %q", key, id)
 	}
@@ -3195,7 +3345,7 @@ func FuzzKey(f *testing.F) {
 		if wellFormedKey(s) && (!strings.HasPrefix(s, "tdb_") || len(s) != len(key)) {
 			t.Errorf("%q is well-formed", s)
 		}
-		key, _ := newKey()
+		key, _, _ := newKey()
 		typo := []byte(key)
 		typo[uint(at)%uint(len(typo))] ^= flip
 		if flip != 0 && wellFormedKey(string(typo)) {
@@ -3206,9 +3356,9 @@ func FuzzKey(f *testing.F) {
 
 // decodeUpload decodes the body of an upload as POST /upload does, without a database.
 func decodeUpload(body []byte) (*upload, error) {
-	u, seen := &upload{workflowID: "api-workflow"}, map[seriesRef]int{}
+	u := &upload{points: map[seriesRef]*[]point{}}
 	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
-		"series_descriptions": &u.descriptions, "value_rows": eachRow(uploadRow{valueRow: emptyRow}, func(row *uploadRow) error { return u.add(seen, row) })}.decodeJSON(bytes.NewReader(body))
+		"series_descriptions": &u.descriptions, "value_rows": each(uploadRow{valueRow: emptyRow}, u.add)}.decodeJSON(body)
 	return u, err
 }
 
@@ -3226,7 +3376,7 @@ func FuzzUploadJSON(f *testing.F) {
 			if err := json.Unmarshal(body, &plain); err != nil || len(plain.Rows) != u.rows {
 				t.Fatalf("%d rows of %q, encoding/json finds %d: %v", u.rows, body, len(plain.Rows), err)
 			}
-			err = checkRun(u)
+			err = u.check()
 		}
 		var refused *apiError
 		if err != nil && (!errors.As(err, &refused) || refused.status != 422) {

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net"
 	"os"
@@ -45,6 +46,7 @@ const (
 type store struct {
 	db         *sql.DB
 	schema     string
+	exposed    bool     // who sits between here and the database could listen in
 	statements sync.Map // of *sql.Stmt by query
 }
 
@@ -79,18 +81,15 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	db.SetMaxOpenConns(poolSize)
 	db.SetMaxIdleConns(poolSize)
 	db.SetConnMaxLifetime(connMaxLifetime)
-	return &store{db: db, schema: schema}, nil
+	exposed := cfg.SSLMode != pq.SSLModeVerifyFull && !isLoopback(cfg.Host) && !strings.HasPrefix(cfg.Host, "/") // a socket
+	return &store{db: db, schema: schema, exposed: exposed}, nil
 }
 
 // isLoopback tells whether host, a name or an address without port, is this machine.
-func isLoopback(host string) bool {
-	return host == "localhost" || net.ParseIP(host).IsLoopback()
-}
+func isLoopback(host string) bool { return host == "localhost" || net.ParseIP(host).IsLoopback() }
 
-// querier is a transaction, or the store outside of one.
-type querier interface {
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-}
+// queryFunc is QueryContext of a transaction, or of the store outside of one.
+type queryFunc func(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 
 // QueryContext runs query as a statement that database/sql prepares once per connection. That saves planning what every
 // request runs, and lib/pq receives bytea in binary only from prepared statements.
@@ -173,7 +172,7 @@ func unavailable(err error) bool {
 	state := sqlState(err)
 	if state == "" {
 		var netErr net.Error
-		return errors.As(err, &netErr) || slices.ContainsFunc([]error{context.DeadlineExceeded, driver.ErrBadConn, io.EOF,
+		return errors.As(err, &netErr) || slices.ContainsFunc([]error{context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, io.EOF,
 			io.ErrUnexpectedEOF, sql.ErrConnDone, sql.ErrTxDone}, func(e error) bool { return errors.Is(err, e) })
 	}
 	// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no table or
@@ -217,6 +216,7 @@ type user struct {
 	KeyID     string     `json:"key_id"`
 	Access    string     `json:"access"`
 	Active    bool       `json:"is_active"`
+	Status    string     `json:"status"` // active, inactive or expired
 	ExpiresAt *time.Time `json:"expires_at"`
 	LastUsed  *time.Time `json:"last_used_at"`
 	CreatedAt time.Time  `json:"created_at"`
@@ -225,9 +225,10 @@ type user struct {
 // LookupKey finds the user whose key has this digest, in whatever state: auth.go judges.
 func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error) {
 	rows, err := s.QueryContext(ctx, `
-		SELECT user_id, tenant_id, email, access = 'ro', is_active, key_digest, coalesce(expires_at <= clock_timestamp(), false),
+		SELECT user_id, tenant_id, email, access = 'ro', is_active, CASE key_digest WHEN $1 THEN key_digest ELSE previous_digest END,
+		       coalesce(least(expires_at, CASE WHEN key_digest <> $1 THEN previous_ends_at END) <= clock_timestamp(), false),
 		       coalesce(last_used_at < clock_timestamp() - interval '5 minutes', true)
-		FROM users_table WHERE key_digest = $1`, digest)
+		FROM users_table WHERE key_digest = $1 OR previous_digest = $1`, digest)
 	found, err := scanAll(rows, err, func(k *keyRecord) []any {
 		return []any{&k.userID, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest, &k.expired, &k.useIsStale}
 	})
@@ -242,12 +243,13 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 	return s.exec(ctx, `UPDATE users_table SET last_used_at = clock_timestamp() WHERE user_id = $1`, userID)
 }
 
-// CreateUser stores u with the digest of its key and sets u.ID. A second user of that email in the tenant is an error.
-func (s *store) CreateUser(ctx context.Context, u *user, digest []byte) error {
+// CreateUser stores u with the digest of its key, and sets u.ID and u.ExpiresAt. expires may be 0: never. A second user of
+// that email in the tenant is an error.
+func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, expires micros) error {
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		return tx.QueryRowContext(ctx, `
-			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access) VALUES ($1, $2, $3, $4, $5)
-			RETURNING user_id`, u.Tenant, u.Email, u.KeyID, digest, u.Access).Scan(&u.ID)
+			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
+			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, expires).Scan(&u.ID, &u.ExpiresAt)
 	})
 	if sqlState(err) == "23505" {
 		//lint:ignore ST1005 the contract quotes this sentence
@@ -259,11 +261,13 @@ func (s *store) CreateUser(ctx context.Context, u *user, digest []byte) error {
 // Users lists users by tenant and email. An empty tenant or email means all.
 func (s *store) Users(ctx context.Context, tenant, email string) ([]user, error) {
 	rows, err := s.QueryContext(ctx, `
-		SELECT user_id, tenant_id, email, key_id, access, is_active, expires_at, last_used_at, created_at FROM users_table
-		WHERE ($1::uuid IS NULL OR tenant_id = $1) AND ($2::text IS NULL OR lower(email) = lower($2))
+		SELECT user_id, tenant_id, email, key_id, access, is_active,
+		       CASE WHEN NOT is_active THEN 'inactive' WHEN expires_at <= clock_timestamp() THEN 'expired' ELSE 'active' END,
+		       expires_at, last_used_at, created_at
+		FROM users_table WHERE ($1::uuid IS NULL OR tenant_id = $1) AND ($2::text IS NULL OR lower(email) = lower($2))
 		ORDER BY tenant_id, lower(email)`, nullable(tenant), nullable(email))
 	return scanAll(rows, err, func(u *user) []any {
-		return []any{&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active, &u.ExpiresAt, &u.LastUsed, &u.CreatedAt}
+		return []any{&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active, &u.Status, &u.ExpiresAt, &u.LastUsed, &u.CreatedAt}
 	})
 }
 
@@ -272,9 +276,21 @@ func (s *store) SetActive(ctx context.Context, userID string, active bool) error
 	return s.exec(ctx, `UPDATE users_table SET is_active = $2 WHERE user_id = $1`, userID, active)
 }
 
-// ReplaceKey gives a user a new key. The old one ends now.
-func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []byte) error {
-	return s.exec(ctx, `UPDATE users_table SET key_id = $2, key_digest = $3 WHERE user_id = $1`, userID, keyID, digest)
+// ReplaceKey gives a user a new key. The old one ends after grace; if that is 0, now.
+func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []byte, grace micros) error {
+	return s.exec(ctx, `
+		UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4 > 0 THEN key_digest END,
+		       previous_ends_at = CASE WHEN $4 > 0 THEN clock_timestamp() + $4 * interval '1 microsecond' END
+		WHERE user_id = $1`, userID, keyID, digest, int64(grace))
+}
+
+// mayRewrite tells whether the connected role could change or delete stored data.
+func (s *store) mayRewrite(ctx context.Context) (may bool, err error) {
+	err = s.db.QueryRowContext(ctx, `
+		SELECT coalesce(bool_or(has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE')), false)
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		WHERE n.nspname = $1 AND c.relname IN ('runs_table', 'series_table', 'values_table')`, s.schema).Scan(&may)
+	return may, err
 }
 
 type series struct{ ID, Key, Unit string }
@@ -287,17 +303,17 @@ type seriesRef struct {
 	Key label `json:"key"`
 }
 
-// findSeries returns the series that each ref names, of those that existed at asOf (0: now) in the caller's tenant. One that does
+// findSeries returns the series that each ref names, of those that existed at asOf in the caller's tenant. One that does
 // not exist is a 404, an id with another key than the one given a 422.
-func findSeries(ctx context.Context, c Caller, q querier, refs []seriesRef, asOf micros) ([]series, error) {
-	rows, err := q.QueryContext(ctx, `
+func findSeries(ctx context.Context, c Caller, query queryFunc, refs []seriesRef, asOf micros) ([]series, error) {
+	rows, err := query(ctx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
 		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text)) WITH ORDINALITY AS ref (id, key, number)
 		LEFT JOIN LATERAL (
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid AND inserted_at <= $3
 			UNION ALL
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = '' AND inserted_at <= $3
-		) AS s ON true ORDER BY ref.number`, c.tenant, asJSON(refs), cmp.Or(asOf, lastTime))
+		) AS s ON true ORDER BY ref.number`, c.tenant, asJSON(refs), asOf)
 	found, err := scanAll(rows, err, (*series).fields)
 	for i, x := range found {
 		ref := refs[i]
@@ -325,7 +341,7 @@ func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, u
 		return nil, 0, err
 	}
 	created, _ = result.RowsAffected() // lib/pq always knows
-	found, err = findSeries(ctx, c, tx, refs, 0)
+	found, err = findSeries(ctx, c, tx.QueryContext, refs, lastTime)
 	return found, created, err
 }
 
@@ -362,8 +378,7 @@ type upload struct {
 	start, finish, known micros          // the latter two may be 0
 	params               json.RawMessage // an object, or nil
 	descriptions         map[label]prose
-	series               []seriesRef // as the rows named them
-	points               [][]point   // of each of series
+	points               map[seriesRef]*[]point // of each series, as the rows named it
 	rows                 int
 	digest               [32]byte // of the request, to tell a retry from a clash
 }
@@ -374,7 +389,8 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 	ids := map[string]string{}
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		// The series first: as of the run's change_time they must exist.
-		found, _, err := ensureSeries(ctx, c, tx, u.series, defaultUnit, u.descriptions)
+		refs := slices.AppendSeq([]seriesRef{}, maps.Keys(u.points))
+		found, _, err := ensureSeries(ctx, c, tx, refs, defaultUnit, u.descriptions)
 		if err != nil {
 			return err
 		}
@@ -385,7 +401,7 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		points := map[string][]point{}
 		for i, x := range found {
 			ids[x.Key] = x.ID
-			points[x.ID] = append(points[x.ID], u.points[i]...)
+			points[x.ID] = append(points[x.ID], *u.points[refs[i]]...) // two refs may name one series
 		}
 		if !isNew {
 			return nil
@@ -542,23 +558,24 @@ func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
 	return dst, nil
 }
 
-const anyLead = span(math.MinInt64)
-
-// readQuery says which values to read. A time of zero, and no series, means any.
+// readQuery says which values to read.
 type readQuery struct {
-	series               []seriesRef
-	start, end           micros // start <= valid_time < end
-	startKnown, endKnown micros // likewise known_time
-	asOf                 micros // only versions written up to then
-	lead                 span   // only elements of which known_time is at least so long before valid_time; or anyLead
-	overlapping          bool   // every run, rather than the latest known
-	allVersions          bool   // every version, rather than the current
+	series               []seriesRef // nil: all
+	start, end           micros      // start <= valid_time < end
+	startKnown, endKnown micros      // likewise known_time
+	asOf                 micros      // only versions written up to then
+	lead                 span        // only elements of which known_time is at least so long before valid_time
+	bucket               span        // the width of the buckets to aggregate over; 0: none
+	agg                  label       // mean, min, max, sum or count
+	overlapping          bool        // every run, rather than the latest known
+	allVersions          bool        // every version, rather than the current
 }
 
-// next is a further series, yet to be named.
-func (q *readQuery) next() *seriesRef {
-	q.series = append(q.series, seriesRef{})
-	return &q.series[len(q.series)-1]
+var anyValue = readQuery{start: firstTime, end: lastTime, startKnown: firstTime, endKnown: lastTime, asOf: lastTime, lead: math.MinInt64}
+
+func (q *readQuery) add(ref seriesRef) error {
+	q.series = append(q.series, ref)
+	return nil
 }
 
 // version is what all elements of one row of values_table share.
@@ -580,8 +597,11 @@ func (v *version) supersedes(w *version) bool {
 // element is one value of one version; a NULL value is NaN.
 type element struct {
 	point
-	from *version
+	from *version // nil for an aggregate
 }
+
+// emitter takes an element of a series. It is valid only during the call.
+type emitter func(*series, *element) error
 
 // merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
 // holds, in order, those that a later block may still supersede or precede.
@@ -641,15 +661,15 @@ func (m *merger) flush(bound micros, emit func(*element) error) error {
 }
 
 // Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time,
-// valid_time), then version. The element is valid only during the call. Memory holds what overlaps, not the result. An
+// valid_time), then version. Memory holds what overlaps, not the result. An
 // unknown series is a 404; an error of emit ends the read and is returned.
-func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*series, *element) error) (err error) {
+func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) (err error) {
 	var list []series
 	if q.series != nil {
-		list, err = findSeries(ctx, c, s, q.series, q.asOf)
+		list, err = findSeries(ctx, c, s.QueryContext, q.series, q.asOf)
 	} else {
 		rows, bad := s.QueryContext(ctx, `SELECT series_id, series_key, unit FROM series_table
-			WHERE tenant_id = $1 AND inserted_at <= $2`, c.tenant, cmp.Or(q.asOf, lastTime))
+			WHERE tenant_id = $1 AND inserted_at <= $2`, c.tenant, q.asOf)
 		list, err = scanAll(rows, bad, (*series).fields)
 	}
 	if err != nil {
@@ -657,7 +677,14 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*seri
 	}
 	slices.SortFunc(list, func(a, b series) int { return cmp.Compare(a.Key, b.Key) })
 	list = slices.Compact(list)
-	return s.readMerged(ctx, c, q, list, emit)
+	if q.bucket == 0 {
+		return s.readMerged(ctx, c, q, list, emit)
+	}
+	add, flush := inBuckets(micros(q.bucket), q.agg, emit)
+	if err := s.readMerged(ctx, c, q, list, add); err != nil {
+		return err
+	}
+	return flush()
 }
 
 // The blocks of each series that overlap the window, and of each what lies in it (lo to hi; width_bucket is a binary
@@ -675,15 +702,12 @@ const selectBlocks = `
 		WHERE v.tenant_id = $1 AND v.series_id = x.series_id AND v.valid_to >= $3
 		  AND v.valid_from >= $3::timestamptz - interval '768 hours' AND v.valid_from < $4
 		  AND v.known_time >= $5 AND v.known_time < $6 AND v.change_time <= $7
-		ORDER BY `
+		ORDER BY %s) AS b`
 
-const (
-	flatBlocks        = selectBlocks + `v.valid_from) AS b`
-	overlappingBlocks = selectBlocks + `v.known_time, v.valid_from) AS b`
-)
+var flatBlocks, overlappingBlocks = fmt.Sprintf(selectBlocks, "v.valid_from"), fmt.Sprintf(selectBlocks, "v.known_time, v.valid_from")
 
 // readMerged reads the blocks of the series in list and emits what is left of them after merging.
-func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []series, emit func(*series, *element) error) error {
+func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []series, emit emitter) error {
 	ids := make([]string, len(list))
 	for i, x := range list {
 		ids[i] = x.ID
@@ -694,8 +718,7 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []se
 	}
 	// A read that ends early must cancel: closing rows would fetch all that is left of them.
 	ctx, cancel := context.WithCancel(ctx)
-	rows, err := s.QueryContext(ctx, query, c.tenant, pq.StringArray(ids), cmp.Or(q.start, firstTime),
-		cmp.Or(q.end, lastTime), cmp.Or(q.startKnown, firstTime), cmp.Or(q.endKnown, lastTime), cmp.Or(q.asOf, lastTime))
+	rows, err := s.QueryContext(ctx, query, c.tenant, pq.StringArray(ids), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
 	if err != nil {
 		cancel()
 		return err
@@ -756,7 +779,7 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, 
 	d.out = d.out[:0]
 	for i, bits := range d.times { // the table checks that the arrays have one length
 		p := point{time: micros(bits) + pgEpoch, value: math.Float64frombits(d.values[i])}
-		if lead != anyLead && p.time-v.Known < lead.micros() {
+		if p.time-v.Known < micros(lead) {
 			continue
 		}
 		if len(d.ends) > 0 {
@@ -767,13 +790,46 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, 
 	return number, v, d.out, nil
 }
 
+// inBuckets returns an emit that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
+// to 1970-01-01 UTC, and a flush for the last one. A sum that no float64 can hold is a 422: JSON has no infinity.
+func inBuckets(width micros, agg label, emit emitter) (add emitter, flush func() error) {
+	var of *series
+	var bucket element
+	var n, sum, lo, hi float64
+	flush = func() error {
+		if n == 0 {
+			return nil
+		}
+		bucket.value = map[label]float64{"mean": sum / n, "min": lo, "max": hi, "sum": sum, "count": n}[agg]
+		if n, sum = 0, 0; math.IsInf(bucket.value, 0) {
+			return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float", agg, of.Key, bucket.time)
+		}
+		return emit(of, &bucket)
+	}
+	add = func(x *series, e *element) error {
+		if math.IsNaN(e.value) {
+			return nil
+		}
+		start := e.time - (e.time-unixEpoch%width)%width
+		if x != of || start != bucket.time {
+			if err := flush(); err != nil {
+				return err
+			}
+			of, bucket.time, lo, hi = x, start, e.value, e.value
+		}
+		n, sum, lo, hi = n+1, sum+e.value, min(lo, e.value), max(hi, e.value)
+		return nil
+	}
+	return add, flush
+}
+
 // valueUpdate is one entry of PUT /values, as it comes and as correct_values takes it. A member that is absent keeps what
 // is there, null clears it: hence what is absent stays absent.
 type valueUpdate struct {
 	valueRow
 	SeriesKey  label             `json:"series_key"`
 	RunID      uuid              `json:"run_id,omitempty"`
-	KnownTime  micros            `json:"known_time"`
+	KnownTime  micros            `json:"known_time,omitzero"`
 	TenantID   uuid              `json:"tenant_id"`
 	Annotation optional[prose]   `json:"annotation,omitzero"`
 	Tags       optional[[]label] `json:"tags,omitzero"`
@@ -786,7 +842,7 @@ func (s *store) UpdateValues(ctx context.Context, c Caller, updates []valueUpdat
 		for i, u := range updates {
 			refs[i] = seriesRef{u.SeriesID, u.SeriesKey}
 		}
-		found, err := findSeries(ctx, c, tx, refs, 0)
+		found, err := findSeries(ctx, c, tx.QueryContext, refs, lastTime)
 		for i, x := range found {
 			updates[i].SeriesID = uuid(x.ID)
 		}
@@ -817,7 +873,7 @@ func (s *store) SeriesByID(ctx context.Context, c Caller) (json.RawMessage, erro
 		FROM series_table WHERE tenant_id = $1`, c.tenant)
 }
 
-// Runs is {"count", "data"} of the tenant's runs known in start <= t < end, the newest known first; "" and 0 are any.
+// Runs is {"count", "data"} of the tenant's runs known in start <= t < end, the newest known first; a workflow of "" is any.
 func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end micros, limit int64) (json.RawMessage, error) {
 	return s.document(ctx, `
 		SELECT json_build_object('count', count(*), 'data', coalesce(json_agg(r), '[]')) FROM (
@@ -826,5 +882,5 @@ func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end m
 			       rows_inserted AS rows
 			FROM runs_table t
 			WHERE tenant_id = $1 AND ($2::text IS NULL OR workflow_id = $2) AND t.known_time >= $3 AND t.known_time < $4
-			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, nullable(workflow), cmp.Or(start, firstTime), cmp.Or(end, lastTime), limit)
+			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, nullable(workflow), start, end, limit)
 }
