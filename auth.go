@@ -21,11 +21,10 @@ import (
 	"encoding/base32"
 	"encoding/base64"
 	"encoding/binary"
-	"errors"
 	"hash/crc32"
-	"hash/maphash"
 	"net"
 	"net/http"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -33,12 +32,7 @@ import (
 )
 
 const (
-	// A key is "tdb_", an id of 8 characters that may be shown, "_", 32 random bytes in base64url and a CRC-32 of all
-	// that, which tells a typo from a key without asking the database.
-	keyPrefix      = "tdb_"
-	keyIDLength    = 8
 	checksumLength = 6
-	keyLength      = len(keyPrefix) + keyIDLength + 1 + 43 + checksumLength
 
 	// openTenant owns all data while there is no users_table.
 	openTenant = "00000000-0000-0000-0000-000000000000"
@@ -47,7 +41,11 @@ const (
 
 	// Bad keys that one address may send in a minute before it gets 429: far above what a mistaken script does.
 	failureBurst = 300
+	maxRateNames = 10_000
 )
+
+// A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.
+var keyPattern = regexp.MustCompile(`^tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43}[A-Za-z0-9_-]{6}$`)
 
 // Caller is whom a request acts for. Only this file makes one; every method of store that touches tenant data takes it.
 type Caller struct {
@@ -66,10 +64,7 @@ type keyRecord struct {
 	useIsStale                bool // last_used_at is due
 }
 
-var errUnknownKey = errors.New("no user has this key")
-
-// keyLookup finds a key's user by the key's SHA-256 digest, whatever state the user is in. errUnknownKey: there
-// is none. Any other error: it could not be found out.
+// keyLookup finds a user, in whatever state, by a key's SHA-256 digest; if there is none, a record without a digest.
 type keyLookup interface {
 	LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
 }
@@ -136,9 +131,6 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
 	k, err := a.keys.LookupKey(ctx, digest[:])
-	if errors.Is(err, errUnknownKey) {
-		return a.refuse(r, "unknown key")
-	}
 	if err != nil {
 		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", "key lookup: " + err.Error()}
 	}
@@ -174,41 +166,36 @@ func (a *authenticator) touchLater(userID string) {
 // trusted: anyone can send it.
 func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
 	host, _, _ := net.SplitHostPort(r.RemoteAddr) // which net/http has set
-	if a.badKeys.add(host, time.Now()) > failureBurst {
+	if a.badKeys.add(host) > failureBurst {
 		return Caller{}, &apiError{http.StatusTooManyRequests, "Too many failed authentications. Try again in a minute.", reason}
 	}
 	return Caller{}, &apiError{http.StatusUnauthorized, "Invalid or inactive API key.", reason}
 }
 
-// rate counts events by a name within the minute at hand. Names whose hashes meet share a place: memory is bounded, and
-// who guesses neither the seed nor the hash cannot choose with whom.
+// rate counts events by name within the minute at hand. When there are too many names for its memory it starts anew.
 type rate struct {
 	mu     sync.Mutex
-	minute int64
-	counts [4096]int
+	minute time.Time
+	counts map[string]int
 }
 
-var rateSeed = maphash.MakeSeed()
-
-// add counts an event and returns how many there were in its minute.
-func (r *rate) add(name string, now time.Time) int {
-	place := maphash.String(rateSeed, name) % uint64(len(r.counts))
+// add counts an event and returns how many of its name there were in this minute.
+func (r *rate) add(name string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if minute := now.Unix() / 60; minute != r.minute {
-		r.minute, r.counts = minute, [len(r.counts)]int{}
+	if minute := time.Now().Truncate(time.Minute); minute != r.minute || len(r.counts) == maxRateNames {
+		r.minute, r.counts = minute, map[string]int{}
 	}
-	r.counts[place]++
-	return r.counts[place]
+	r.counts[name]++
+	return r.counts[name]
 }
 
-// newKey makes a key and returns it with its id and its digest. It is the only source of keys. crypto/rand ends the
-// program if it fails.
+// newKey makes a key, and returns its id and digest too: the only source of keys. crypto/rand ends the program if it fails.
 func newKey() (key, id string, digest []byte) {
 	random := make([]byte, 5+32)
 	rand.Read(random)
 	id = strings.ToLower(base32.StdEncoding.EncodeToString(random[:5]))
-	body := keyPrefix + id + "_" + base64.RawURLEncoding.EncodeToString(random[5:])
+	body := "tdb_" + id + "_" + base64.RawURLEncoding.EncodeToString(random[5:])
 	key = body + checksum(body)
 	sum := sha256.Sum256([]byte(key))
 	return key, id, sum[:]
@@ -220,13 +207,8 @@ func checksum(body string) string {
 
 // wellFormedKey tells whether key could be one of ours. It is no control: anyone can compute a checksum.
 func wellFormedKey(key string) bool {
-	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-	if len(key) != keyLength || !strings.HasPrefix(key, keyPrefix) || strings.Trim(key, alphabet) != "" {
-		return false
-	}
-	body := key[:keyLength-checksumLength]
-	return checksum(body) == key[len(body):]
+	return keyPattern.MatchString(key) && checksum(key[:len(key)-checksumLength]) == key[len(key)-checksumLength:]
 }
 
 // keyID returns the part of a well-formed key that may be shown.
-func keyID(key string) string { return key[len(keyPrefix):][:keyIDLength] }
+func keyID(key string) string { return key[len("tdb_"):][:8] }

@@ -42,8 +42,8 @@ type cli struct {
 	port                                                                              int
 }
 
-// command is one line of the command table. flagNames marks with "!" what must be given. Whatever has flags gets a store,
-// and the database ends a statement of it after timeout; 0 is never.
+// command is one line of the command table. A "!" marks flags that must be given. What has flags gets a store, whose
+// statements the database ends after timeout; 0 is never.
 type command struct {
 	name, flagNames string
 	timeout         time.Duration
@@ -51,14 +51,14 @@ type command struct {
 }
 
 var commands = []command{
-	{"create tables", "dsn schema with-users app-role dry-run yes", 0, (*cli).createTables},
-	{"delete tables", "dsn schema yes", 0, (*cli).deleteTables},
-	{"users create", "dsn schema tenant-id! email! read-only expires quiet", 0, (*cli).usersCreate},
-	{"users list", "dsn schema tenant-id include-inactive json", 0, (*cli).usersList},
-	{"users deactivate", "dsn schema email! tenant-id yes", 0, (*cli).changeUser},
-	{"users activate", "dsn schema email! tenant-id", 0, (*cli).changeUser},
-	{"users regenerate-key", "dsn schema email! tenant-id grace quiet yes", 0, (*cli).changeUser},
-	{"api", "dsn schema host port tls-cert tls-key require-auth allow-anonymous", statementTimeout, (*cli).api},
+	{"create tables", "d,dsn s,schema with-users app-role dry-run y,yes", 0, (*cli).createTables},
+	{"delete tables", "d,dsn s,schema y,yes", 0, (*cli).deleteTables},
+	{"users create", "d,dsn s,schema t,tenant-id! e,email! read-only expires q,quiet", 0, (*cli).usersCreate},
+	{"users list", "d,dsn s,schema t,tenant-id include-inactive json", 0, (*cli).usersList},
+	{"users deactivate", "d,dsn s,schema e,email! t,tenant-id y,yes", 0, (*cli).changeUser},
+	{"users activate", "d,dsn s,schema e,email! t,tenant-id", 0, (*cli).changeUser},
+	{"users regenerate-key", "d,dsn s,schema e,email! t,tenant-id grace q,quiet y,yes", 0, (*cli).changeUser},
+	{"api", "d,dsn s,schema host port tls-cert tls-key require-auth allow-anonymous", statementTimeout, (*cli).api},
 	{"version", "", 0, func(c *cli, _ context.Context, _ *store) error { return c.report(nil, "timedb %s\n", release) }},
 }
 
@@ -70,11 +70,9 @@ func (c *cli) flags() *flag.FlagSet {
 		"tls-key": &c.tlsKey, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
 	set := flag.NewFlagSet("", flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	for _, name := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
-		spellings := []string{name}
-		if slices.Contains([]string{"dsn", "schema", "tenant-id", "email", "yes", "quiet"}, name) {
-			spellings = append(spellings, name[:1])
-		}
+	for _, names := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
+		spellings := strings.Split(names, ",")
+		name := spellings[len(spellings)-1]
 		for _, spelling := range spellings {
 			switch field := fields[name].(type) {
 			case *string:
@@ -222,9 +220,6 @@ func (c *cli) createTables(ctx context.Context, st *store) error {
 		state := map[bool]string{true: "exists", false: "created"}[slices.Contains(before, name)]
 		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
 	}
-	if err == nil && !slices.Contains(after, "users_table") {
-		fmt.Fprintln(c.stdout, "There is no users_table: the API serves everyone without a key. Run with --with-users to change that.")
-	}
 	return err
 }
 
@@ -314,13 +309,7 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 }
 
 func (c *cli) api(ctx context.Context, st *store) error {
-	utc := func(_ []string, a slog.Attr) slog.Attr {
-		if a.Value.Kind() == slog.KindTime {
-			a.Value = slog.TimeValue(a.Value.Time().UTC())
-		}
-		return a
-	}
-	log := slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{ReplaceAttr: utc}))
+	log := slog.New(slog.NewTextHandler(c.stderr, nil))
 	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
 	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err

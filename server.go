@@ -70,20 +70,15 @@ func invalid(format string, args ...any) error  { return refusal(422, format, ar
 func notFound(format string, args ...any) error { return refusal(404, format, args...) }
 func conflict(format string, args ...any) error { return refusal(409, format, args...) }
 
-type access int
-
-const (
-	needsRead access = iota
-	needsWrite
-	open // holds no data, and so needs no key
-)
-
-// route is one line of the route table. What handle returns is sent as JSON, unless it is nil: then it was sent already.
+// route is one line of the route table. handle reads the request, all of it, and returns what answers it.
 type route struct {
 	pattern string
-	access  access
-	handle  func(w *response, r *http.Request, c Caller) (any, error)
+	access  string // what it needs: a key that may "write", one that may "read", or being "open" and without data, none
+	handle  func(w *response, r *http.Request, c Caller) (work, error)
 }
+
+// work answers a request: what it returns is sent as JSON, unless it is nil: then it was sent already.
+type work func(ctx context.Context) (any, error)
 
 func (route) ServeHTTP(http.ResponseWriter, *http.Request) {} // for http.ServeMux, which only finds the route
 
@@ -97,14 +92,14 @@ type server struct {
 
 func (s *server) routes() []route {
 	return []route{
-		{"GET /{$}", open, s.getRoot},
-		{"GET /healthz", open, s.getHealth},
-		{"POST /upload", needsWrite, s.postUpload},
-		{"GET /values", needsRead, s.getValues},
-		{"PUT /values", needsWrite, s.putValues},
-		{"POST /series", needsWrite, s.postSeries},
-		{"GET /list_timeseries", needsRead, s.getSeries},
-		{"GET /runs", needsRead, s.getRuns},
+		{"GET /{$}", "open", s.getRoot},
+		{"GET /healthz", "open", s.getHealth},
+		{"POST /upload", "write", s.postUpload},
+		{"GET /values", "read", s.getValues},
+		{"PUT /values", "write", s.putValues},
+		{"POST /series", "write", s.postSeries},
+		{"GET /list_timeseries", "read", s.getSeries},
+		{"GET /runs", "read", s.getRuns},
 	}
 }
 
@@ -179,7 +174,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	handler, _ := s.mux.Handler(r)
 	rt, known := handler.(route)
-	if rt.access != open {
+	if rt.access != "open" {
 		if c, err = s.auth.authenticate(r); err != nil {
 			return c, err
 		}
@@ -191,12 +186,16 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 		}
 		return c, notFound("There is nothing at this path.")
 	}
-	if rt.access == needsWrite && c.readOnly {
+	if rt.access == "write" && c.readOnly {
 		return c, refusal(http.StatusForbidden, "This API key is read-only.")
+	}
+	do, err := rt.handle(w, r, c)
+	if err != nil {
+		return c, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	result, err := rt.handle(w, r.WithContext(ctx), c)
+	result, err := do(ctx)
 	if err == nil && result != nil {
 		err = sendJSON(w, http.StatusOK, result)
 	}
@@ -235,15 +234,10 @@ func (w *response) fail(err error) (reason string) {
 }
 
 func sendJSON(w *response, status int, v any) error {
-	body, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	return w.send(status, "application/json", append(body, '\n'))
+	return w.send(status, "application/json", []byte(asJSON(v)+"\n"))
 }
 
-// readBody returns the body, unpacked, if its media type is one of types, and which. It is read whole before anything is
-// done with it: so a slow client holds no more than what it sent.
+// readBody returns the body, unpacked, if it is of one of types, and which. Whole: a slow client holds only what it sent.
 func readBody(w http.ResponseWriter, r *http.Request, types ...string) (body []byte, kind string, err error) {
 	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
@@ -342,10 +336,10 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 }
 
 // inWords turns Go's name of a field or type into the contract's.
-var inWords = strings.NewReplacer("valueRow.", "", "*", "", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
-	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp", "main.number", "finite number or null", "main.uuid", "UUID",
+var inWords = strings.NewReplacer("*", "", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
+	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "main.number", "finite number or null", "main.uuid", "UUID",
 	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
-	"main.uploadRow", "object", "main.valueUpdate", "object", "bool", "true or false", "int64", "whole number of at least 1")
+	"main.uploadRow", "object", "map[string]json.RawMessage", "object", "bool", "true or false", "int64", "whole number of at least 1")
 
 // inputError says what is wrong with the input at field. What says so already passes.
 func inputError(field string, err error) error {
@@ -409,17 +403,13 @@ func setField(into any, text string) (err error) {
 	case encoding.TextUnmarshaler:
 		return into.UnmarshalText([]byte(text))
 	case *bool:
-		if *into, err = strconv.ParseBool(text); err != nil {
-			return expected[bool]([]byte(text))
-		}
+		*into, err = strconv.ParseBool(text)
+		return expect[bool](err == nil, []byte(text))
 	case *int64:
-		if *into, err = strconv.ParseInt(text, 10, 64); err != nil || *into < 1 {
-			return expected[int64]([]byte(text))
-		}
-	default:
-		return json.Unmarshal([]byte(text), into)
+		*into, err = strconv.ParseInt(text, 10, 64)
+		return expect[int64](err == nil && *into >= 1, []byte(text))
 	}
-	return nil
+	return json.Unmarshal([]byte(text), into)
 }
 
 // checkRange refuses a range of valid or known times that nothing can lie in.
@@ -438,88 +428,65 @@ func checkTenant(c Caller, id uuid) error {
 	return refusal(http.StatusForbidden, "tenant_id is not the tenant of this API key.")
 }
 
-func (s *server) getRoot(*response, *http.Request, Caller) (any, error) {
-	return json.RawMessage(rootJSON), nil
+func (s *server) getRoot(*response, *http.Request, Caller) (work, error) {
+	return func(context.Context) (any, error) { return json.RawMessage(rootJSON), nil }, nil
 }
 
-func (s *server) getHealth(_ *response, r *http.Request, _ Caller) (any, error) {
-	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
-	defer cancel()
-	_, err := s.store.relations(ctx)
-	return map[string]string{"status": "ok"}, err
+func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
+	return func(ctx context.Context) (any, error) {
+		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+		defer cancel()
+		_, err := s.store.relations(ctx)
+		return map[string]string{"status": "ok"}, err
+	}, nil
 }
 
-func (s *server) postSeries(w *response, r *http.Request, c Caller) (any, error) {
+func (s *server) postSeries(w *response, r *http.Request, c Caller) (work, error) {
 	name, unit, description := label(""), label(defaultUnit), prose("")
 	err := readJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
 	if err == nil && name == "" {
 		err = invalid("name is required")
 	}
-	if err != nil {
-		return nil, err
-	}
-	id, created, err := s.store.CreateSeries(r.Context(), c, name, unit, description)
-	message := map[bool]string{true: "Series created successfully", false: "Series already exists"}[created]
-	return map[string]string{"series_id": id, "message": message}, err
+	return func(ctx context.Context) (any, error) {
+		id, created, err := s.store.CreateSeries(ctx, c, name, unit, description)
+		message := map[bool]string{true: "Series created successfully", false: "Series already exists"}[created]
+		return map[string]string{"series_id": id, "message": message}, err
+	}, err
 }
 
-func (s *server) getSeries(_ *response, r *http.Request, c Caller) (any, error) {
-	if err := (fields{}).decodeQuery(r, c); err != nil {
-		return nil, err
-	}
-	return s.store.SeriesByID(r.Context(), c)
+func (s *server) getSeries(_ *response, r *http.Request, c Caller) (work, error) {
+	return func(ctx context.Context) (any, error) { return s.store.SeriesByID(ctx, c) }, fields{}.decodeQuery(r, c)
 }
 
-func (s *server) getRuns(_ *response, r *http.Request, c Caller) (any, error) {
+func (s *server) getRuns(_ *response, r *http.Request, c Caller) (work, error) {
 	workflow, start, end, limit := label(""), firstTime, lastTime, int64(1000)
 	err := fields{"workflow_id": &workflow, "start_known": &start, "end_known": &end, "limit": &limit}.decodeQuery(r, c)
 	if err = cmp.Or(err, checkRange("known", start, end)); err == nil && limit > maxRuns {
 		err = invalid("limit: expected at most %d", maxRuns)
 	}
-	if err != nil {
-		return nil, err
-	}
-	return s.store.Runs(r.Context(), c, workflow, start, end, limit)
-}
-
-// valueRow is what one of value_rows and one of updates have in common.
-type valueRow struct {
-	ValidTime    micros `json:"valid_time"`
-	ValidTimeEnd micros `json:"valid_time_end,omitzero"`
-	SeriesID     uuid   `json:"series_id,omitempty"`
-	Value        number `json:"value,omitzero"`
-}
-
-var emptyRow = valueRow{Value: notGiven}
-
-// check says what is missing of the row, or contradicts; key, in the member keyField, is the other way to name its series.
-func (row *valueRow) check(keyField string, key label) error {
-	switch {
-	case row.ValidTime == 0:
-		return invalid("valid_time is required")
-	case row.ValidTimeEnd != 0 && row.ValidTimeEnd <= row.ValidTime:
-		return invalid("valid_time_end: expected a time after valid_time")
-	case row.SeriesID == "" && key == "":
-		return invalid("%s or series_id is required", keyField)
-	}
-	return nil
+	return func(ctx context.Context) (any, error) { return s.store.Runs(ctx, c, workflow, start, end, limit) }, err
 }
 
 // uploadRow is one of value_rows.
 type uploadRow struct {
-	valueRow
-	ValueKey label `json:"value_key"`
+	ValidTime    micros `json:"valid_time"`
+	ValidTimeEnd micros `json:"valid_time_end"`
+	SeriesID     uuid   `json:"series_id"`
+	ValueKey     label  `json:"value_key"`
+	Value        number `json:"value"`
 }
+
+var emptyRow = uploadRow{Value: notGiven}
 
 // add checks a row and takes it.
 func (u *upload) add(row *uploadRow) error {
 	if row.Value == notGiven {
 		return invalid("value is required (a number or null)")
 	}
-	if err := row.check("value_key", row.ValueKey); err != nil {
+	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
+	if err := checkPlace(row.ValidTime, row.ValidTimeEnd, ref, "value_key"); err != nil {
 		return err
 	}
-	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
 	points := u.points[ref]
 	if points == nil {
 		points = new([]point)
@@ -527,6 +494,19 @@ func (u *upload) add(row *uploadRow) error {
 	}
 	*points = append(*points, point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
 	u.rows++
+	return nil
+}
+
+// checkPlace says what is missing of where a value stands, or contradicts. keyField is how the request calls ref.Key.
+func checkPlace(time, end micros, ref seriesRef, keyField string) error {
+	switch {
+	case time == 0:
+		return invalid("valid_time is required")
+	case end != 0 && end <= time:
+		return invalid("valid_time_end: expected a time after valid_time")
+	case ref == seriesRef{}:
+		return invalid("%s or series_id is required", keyField)
+	}
 	return nil
 }
 
@@ -548,24 +528,27 @@ func (u *upload) decodeCSV(body []byte) error {
 		}
 		delete(columns, name)
 	}
-	for record, err = in.Read(); err == nil; record, err = in.Read() {
-		row = uploadRow{valueRow: emptyRow}
+	for {
+		record, err := in.Read()
+		if err == io.EOF {
+			return nil
+		}
+		row = emptyRow
 		for i, text := range record {
 			if err == nil && (text != "" || header[i] == "value") { // an empty value is NULL, another empty cell not given
 				err = inputError(header[i], setField(into[i], text))
 			}
 		}
-		if err = cmp.Or(err, u.add(&row)); err != nil {
+		if err == nil {
+			err = u.add(&row)
+		}
+		if err != nil {
 			return elementError("row", u.rows, err)
 		}
 	}
-	if err == io.EOF {
-		return nil
-	}
-	return inputError("body", err)
 }
 
-func (s *server) postUpload(w *response, r *http.Request, c Caller) (any, error) {
+func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
 	u, tenant := &upload{workflowID: "api-workflow", points: map[seriesRef]*[]point{}}, uuid("")
 	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
 		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
@@ -576,15 +559,14 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (any, error)
 	case kind == "text/csv":
 		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(body))
 	default:
-		f["tenant_id"], f["value_rows"] = &tenant, each(uploadRow{valueRow: emptyRow}, u.add)
+		f["tenant_id"], f["value_rows"] = &tenant, each(emptyRow, u.add)
 		err = cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
 	}
-	if err = cmp.Or(err, checkTenant(c, tenant), u.check()); err != nil {
-		return nil, err
-	}
 	u.digest = sha256.Sum256(append(body, kind+"?"+r.URL.RawQuery...))
-	ids, err := s.store.Upload(r.Context(), c, u)
-	return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
+	return func(ctx context.Context) (any, error) {
+		ids, err := s.store.Upload(ctx, c, u)
+		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
+	}, cmp.Or(err, checkTenant(c, tenant), u.check())
 }
 
 // check checks what is not a row.
@@ -608,50 +590,54 @@ func (u *upload) check() error {
 	return nil
 }
 
-// optional is a member of which null differs from "not given": null is the zero value, given.
-type optional[T any] struct {
-	given bool
-	value T
-}
-
-func (o optional[T]) IsZero() bool                 { return !o.given }
-func (o optional[T]) MarshalJSON() ([]byte, error) { return json.Marshal(o.value) }
-
-func (o *optional[T]) UnmarshalJSON(b []byte) error {
-	o.given = true
-	return json.Unmarshal(b, &o.value)
-}
-
-// check says what is missing of an update, or contradicts, and brings its tags into the form in which they are stored.
-func (u *valueUpdate) check(c Caller) error {
-	for i, tag := range u.Tags.value {
-		u.Tags.value[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
+// decodeUpdate reads one of updates: whose value it corrects, and the members as correct_values takes them. Absent keeps what
+// is there and null clears it, so what is absent stays absent. Tags get the form in which they are stored.
+func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, update map[string]any, err error) {
+	var time, end, known micros
+	var run, tenant uuid
+	var value number
+	var annotation prose
+	var tags []label
+	members := fields{"valid_time": &time, "valid_time_end": &end, "known_time": &known, "run_id": &run, "tenant_id": &tenant,
+		"series_id": &ref.ID, "series_key": &ref.Key, "value": &value, "annotation": &annotation, "tags": &tags}
+	update = map[string]any{}
+	for name, text := range given {
+		into := members[name]
+		if into == nil {
+			return ref, nil, invalid("%s: unknown field", name)
+		}
+		if err := json.Unmarshal(text, into); err != nil {
+			return ref, nil, inputError(name, err)
+		}
+		if string(text) != "null" || into == &value || into == &annotation || into == &tags {
+			update[name] = into
+		}
 	}
-	slices.Sort(u.Tags.value)
-	u.Tags.value = slices.Compact(u.Tags.value)
-	if u.Value == notGiven && !u.Annotation.given && !u.Tags.given {
-		return invalid("value, annotation or tags is required")
+	for i, tag := range tags {
+		tags[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
 	}
-	return cmp.Or(u.valueRow.check("series_key", u.SeriesKey), checkTenant(c, u.TenantID))
+	slices.Sort(tags)
+	tags = slices.Compact(tags)
+	if update["value"] == nil && update["annotation"] == nil && update["tags"] == nil {
+		return ref, nil, invalid("value, annotation or tags is required")
+	}
+	return ref, update, cmp.Or(checkPlace(time, end, ref, "series_key"), checkTenant(c, tenant))
 }
 
-func (s *server) putValues(w *response, r *http.Request, c Caller) (any, error) {
-	updates := []valueUpdate{}
-	err := readJSON(w, r, c, fields{"updates": each(valueUpdate{valueRow: emptyRow}, func(u *valueUpdate) error {
+func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
+	refs, updates := []seriesRef{}, []map[string]any{}
+	err := readJSON(w, r, c, fields{"updates": each(nil, func(given *map[string]json.RawMessage) error {
 		if len(updates) == maxUpdates {
 			return invalid("expected at most %d updates", maxUpdates)
 		}
-		err := u.check(c)
-		updates = append(updates, *u)
+		ref, update, err := decodeUpdate(c, *given)
+		refs, updates = append(refs, ref), append(updates, update)
 		return err
 	})})
-	if err != nil {
-		return nil, err
-	}
-	return s.store.UpdateValues(r.Context(), c, updates)
+	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, refs, updates) }, err
 }
 
-func (s *server) getValues(w *response, r *http.Request, c Caller) (any, error) {
+func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error) {
 	q, out := anyValue, &rowWriter{w: w}
 	mode, format := label("flat"), label("json")
 	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
@@ -663,15 +649,14 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (any, error) 
 		"series_key": each(label(""), func(key *label) error { return q.add(seriesRef{Key: *key}) }),
 		"detail":     &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
 	q.overlapping, out.detail = mode == "overlapping", out.detail || q.allVersions
-	if err = cmp.Or(err, checkRead(q, mode, format, out.detail)); err != nil {
-		return nil, err
-	}
 	out.csv, out.overlapping = format == "csv", q.overlapping
-	out.start()
-	if err := s.store.Read(r.Context(), c, q, out.row); err != nil && err != errEnough {
-		return nil, err
-	}
-	return nil, out.finish()
+	return func(ctx context.Context) (any, error) {
+		out.start()
+		if err := s.store.Read(ctx, c, q, out.row); err != nil && err != errEnough {
+			return nil, err
+		}
+		return nil, out.finish()
+	}, cmp.Or(err, checkRead(q, mode, format, out.detail))
 }
 
 // checkRead refuses parameters that cannot be meant, or not together.
@@ -724,15 +709,14 @@ func (o *rowWriter) row(x *series, e *element) error {
 		o.series, o.id, o.key, o.unit = x, []byte(o.quote+x.ID+o.quote), o.text(x.Key), o.text(x.Unit)
 	}
 	o.cells(e)
+	var err error
 	if o.count++; len(o.buf) >= flushBytes {
-		if err := o.flush(); err != nil {
-			return err
-		}
+		err = o.flush()
 	}
-	if o.count == o.limit {
-		return errEnough
+	if err == nil && o.count == o.limit {
+		err = errEnough
 	}
-	return nil
+	return err
 }
 
 // cells writes a row. Each cell ends with a comma, and the last one's gives way to the row's end.
@@ -800,16 +784,15 @@ func (o *rowWriter) number(f float64) []byte {
 
 // text returns a string, or a list of strings, which in a CSV stays JSON.
 func (o *rowWriter) text(v any) []byte {
-	text, _ := json.Marshal(v) // these always marshal
-	switch {
-	case string(text) == "null":
-		return []byte(o.null)
-	case !o.csv:
-		return text
+	text := asJSON(v)
+	if text == "null" {
+		text = o.null
+	} else if o.csv {
+		cell := text
+		_ = json.Unmarshal([]byte(text), &cell) // a list stays as it is
+		text = `"` + strings.ReplaceAll(cell, `"`, `""`) + `"`
 	}
-	cell := string(text)
-	_ = json.Unmarshal(text, &cell) // a list stays as it is
-	return []byte(`"` + strings.ReplaceAll(cell, `"`, `""`) + `"`)
+	return []byte(text)
 }
 
 // flush sends what is buffered.
@@ -829,13 +812,15 @@ func (o *rowWriter) finish() error {
 
 // ---- Types of values in requests. They know what they accept, wherever it stands: JSON, query, CSV or command line.
 
-// expected is the error for a text that is no T, in the form that lets encoding/json add the field's name.
-func expected[T any](text []byte) error {
+// expect returns an error for a text that is no T unless ok, in the form that lets encoding/json add the field's name.
+func expect[T any](ok bool, text []byte) error {
+	if ok {
+		return nil
+	}
 	return &json.UnmarshalTypeError{Value: string(text), Type: reflect.TypeFor[T]()}
 }
 
-// micros counts microseconds since the first day of year 1 in UTC, where a time.Time begins too. Zero is no time: "not
-// given", NULL.
+// micros counts microseconds from the first day of year 1 UTC, where time.Time begins too. Zero is no time: not given, NULL.
 type micros int64
 
 const (
@@ -888,20 +873,17 @@ func (m *micros) UnmarshalText(text []byte) error {
 			return nil
 		}
 	}
-	return expected[micros](text)
+	return expect[micros](false, text)
 }
 
 // span is a duration of less than 274 years, as ISO 8601 (P1DT12H; no months or years, whose length differs), as Go writes
 // it (36h) or in days (90d). What is finer than a microsecond is cut off.
 type span micros
 
-var isoSpan = regexp.MustCompile(`^P(?:(\d{1,5})W)?(?:(\d{1,6})D)?(?:T([0-9.HMS]+))?$`)
+var isoSpan = regexp.MustCompile(`^P?(?:(\d{1,5})W)?(?:(\d{1,6})[Dd])?(?:T([0-9.HMS]+))?$`)
 
 func (d *span) UnmarshalText(text []byte) error {
 	s, days := string(text), 0
-	if number, isDays := strings.CutSuffix(s, "d"); isDays {
-		s = "P" + number + "D"
-	}
 	if m := isoSpan.FindStringSubmatch(s); m != nil && len(s) > 1 {
 		weeks, _ := strconv.Atoi(m[1]) // digits or nothing
 		days, _ = strconv.Atoi(m[2])
@@ -910,10 +892,8 @@ func (d *span) UnmarshalText(text []byte) error {
 	}
 	clock, err := time.ParseDuration(s)
 	clock += time.Duration(days) * 24 * time.Hour
-	if *d = span(clock.Microseconds()); err != nil || *d < 0 || days > 100_000 {
-		return expected[span](text)
-	}
-	return nil
+	*d = span(clock.Microseconds())
+	return expect[span](err == nil && *d >= 0 && days <= 100_000, text)
 }
 
 // expiry is a time to come: a timestamp, or a span from now on.
@@ -921,15 +901,11 @@ type expiry micros
 
 func (e *expiry) UnmarshalText(text []byte) error {
 	now, after := unixEpoch+micros(time.Now().UnixMicro()), span(0)
-	if after.UnmarshalText(text) == nil {
-		*e = expiry(now + micros(after))
-	} else if err := (*micros)(e).UnmarshalText(text); err != nil {
-		return expected[expiry](text)
+	err := after.UnmarshalText(text)
+	if *e = expiry(now + micros(after)); err != nil {
+		err = (*micros)(e).UnmarshalText(text)
 	}
-	if micros(*e) <= now {
-		return errors.New("expected a time to come")
-	}
-	return nil
+	return expect[expiry](err == nil && micros(*e) > now, text)
 }
 
 // uuid is in lower case.
@@ -938,10 +914,8 @@ type uuid string
 var uuidPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
 
 func (u *uuid) UnmarshalText(text []byte) error {
-	if *u = uuid(strings.ToLower(string(text))); !uuidPattern.MatchString(string(*u)) {
-		return expected[uuid](text)
-	}
-	return nil
+	*u = uuid(strings.ToLower(string(text)))
+	return expect[uuid](uuidPattern.MatchString(string(*u)), text)
 }
 
 // label is a key, unit, workflow_id, e-mail address or tag; PostgreSQL indexes keys up to some 2,700 bytes.
@@ -949,10 +923,7 @@ type label string
 
 func (l *label) UnmarshalText(text []byte) error {
 	*l = label(text)
-	if len(text) > 500 || len(bytes.TrimSpace(text)) == 0 || bytes.ContainsFunc(text, unprintable) {
-		return expected[label](text)
-	}
-	return nil
+	return expect[label](len(text) <= 500 && len(bytes.TrimSpace(text)) > 0 && !bytes.ContainsFunc(text, unprintable), text)
 }
 
 // unprintable is true of control characters and of what stands for bytes that are not UTF-8.
@@ -963,10 +934,8 @@ type prose string
 
 func (p *prose) UnmarshalText(text []byte) error {
 	*p = prose(bytes.TrimSpace(text))
-	if len(text) > 10_000 || bytes.ContainsFunc(text, func(r rune) bool { return unprintable(r) && !strings.ContainsRune("\t\r\n", r) }) {
-		return expected[prose](text)
-	}
-	return nil
+	bad := func(r rune) bool { return unprintable(r) && !strings.ContainsRune("\t\r\n", r) }
+	return expect[prose](len(text) <= 10_000 && !bytes.ContainsFunc(text, bad), text)
 }
 
 // number is a value: any float64 but infinity, or NULL, which is NaN.
@@ -974,7 +943,6 @@ type number float64
 
 var notGiven = number(math.Inf(1))
 
-func (n number) IsZero() bool                 { return n == notGiven }
 func (n number) MarshalJSON() ([]byte, error) { return appendNumber(nil, float64(n), "null"), nil }
 
 func (n *number) UnmarshalJSON(b []byte) error {
@@ -983,15 +951,14 @@ func (n *number) UnmarshalJSON(b []byte) error {
 
 // UnmarshalText takes nothing and NaN for NULL.
 func (n *number) UnmarshalText(text []byte) error {
-	f, err := math.NaN(), error(nil)
-	if s := string(text); s != "" && s != "NaN" {
-		f, err = strconv.ParseFloat(s, 64)
-		if err != nil || math.IsInf(f, 0) || math.IsNaN(f) || strings.ContainsAny(s, "xX") { // no hexadecimal
-			return expected[number](text)
+	f, err, s := math.NaN(), error(nil), string(text)
+	if s != "" && s != "NaN" {
+		if f, err = strconv.ParseFloat(s, 64); math.IsNaN(f) {
+			err = strconv.ErrSyntax // another spelling of it
 		}
 	}
 	*n = number(f)
-	return nil
+	return expect[number](err == nil && !math.IsInf(f, 0) && !strings.ContainsAny(s, "xX"), text) // no hexadecimal
 }
 
 // appendNumber writes f so that it reads as a float: 20.0, not 20. NaN is written as null says.

@@ -3358,7 +3358,7 @@ func FuzzKey(f *testing.F) {
 func decodeUpload(body []byte) (*upload, error) {
 	u := &upload{points: map[seriesRef]*[]point{}}
 	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
-		"series_descriptions": &u.descriptions, "value_rows": each(uploadRow{valueRow: emptyRow}, u.add)}.decodeJSON(body)
+		"series_descriptions": &u.descriptions, "value_rows": each(emptyRow, u.add)}.decodeJSON(body)
 	return u, err
 }
 

@@ -31,9 +31,8 @@ var schemaSQL string
 const (
 	// A block is one row of values_table; schema.sql checks both bounds. 1,000 values make a row's overhead (some 200
 	// bytes) vanish beside them; 32 days bound how far before a window the read of that window must start.
-	maxBlockValues = 1000
-	maxBlockSpan   = micros(32 * 24 * time.Hour / time.Microsecond)
-
+	maxBlockValues     = 1000
+	maxBlockSpan       = micros(32 * 24 * time.Hour / time.Microsecond)
 	blocksPerStatement = 250 // so that the parameters of one INSERT stay within some megabytes
 	// poolSize connections keep a database of a dozen cores busy; several servers fit PostgreSQL's default of 100.
 	poolSize         = 24
@@ -87,9 +86,6 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 
 // isLoopback tells whether host, a name or an address without port, is this machine.
 func isLoopback(host string) bool { return host == "localhost" || net.ParseIP(host).IsLoopback() }
-
-// queryFunc is QueryContext of a transaction, or of the store outside of one.
-type queryFunc func(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 
 // QueryContext runs query as a statement that database/sql prepares once per connection. That saves planning what every
 // request runs, and lib/pq receives bytea in binary only from prepared statements.
@@ -149,11 +145,11 @@ func nullable[T ~string](s T) sql.NullString {
 	return sql.NullString{String: string(s), Valid: s != ""}
 }
 
-// asJSON is v, a list of records, as a bound argument that SQL unpacks.
+// asJSON is v, which json.Marshal can marshal: also as a bound argument that SQL unpacks.
 func asJSON(v any) string {
 	text, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // cannot be: it is given structs of strings, finite numbers and booleans
+		panic(err) // a bug
 	}
 	return string(text)
 }
@@ -232,10 +228,7 @@ func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
 	found, err := scanAll(rows, err, func(k *keyRecord) []any {
 		return []any{&k.userID, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest, &k.expired, &k.useIsStale}
 	})
-	if err != nil || len(found) == 0 {
-		return keyRecord{}, cmp.Or(err, errUnknownKey)
-	}
-	return found[0], nil
+	return append(found, keyRecord{})[0], err
 }
 
 // TouchKey notes that a user's key was used now.
@@ -305,7 +298,8 @@ type seriesRef struct {
 
 // findSeries returns the series that each ref names, of those that existed at asOf in the caller's tenant. One that does
 // not exist is a 404, an id with another key than the one given a 422.
-func findSeries(ctx context.Context, c Caller, query queryFunc, refs []seriesRef, asOf micros) ([]series, error) {
+func findSeries(ctx context.Context, c Caller, query func(context.Context, string, ...any) (*sql.Rows, error),
+	refs []seriesRef, asOf micros) ([]series, error) {
 	rows, err := query(ctx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
 		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text)) WITH ORDINALITY AS ref (id, key, number)
@@ -417,8 +411,7 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 	return ids, err
 }
 
-// insertRun stores the run's own row and sets u.runID if the client did not. isNew is false if the same request stored it
-// before.
+// insertRun stores the run's own row and sets u.runID if the client did not. isNew: this request was not stored before.
 func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool, err error) {
 	err = tx.QueryRowContext(ctx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time, known_time, run_params,
@@ -511,10 +504,9 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, runID uuid, blocks 
 const (
 	oidTimestamptz = 1184
 	oidFloat8      = 701
-
-	arrayHeader = 20
-	nullTime    = 1<<64 - 63_082_281_600e6 // the bits of no time, less pgEpoch
-	nullFloat   = 0x7ff8000000000001       // the bits of math.NaN()
+	arrayHeader    = 20
+	nullTime       = 1<<64 - 63_082_281_600e6 // the bits of no time, less pgEpoch
+	nullFloat      = 0x7ff8000000000001       // the bits of math.NaN()
 )
 
 // encodeArray returns bits as an array of the element type oid; elements equal to null are sent as NULL.
@@ -535,15 +527,8 @@ func encodeArray(oid uint32, bits []uint64, null uint64) []byte {
 
 // decodeArray appends the elements of a one-dimensional array to dst, null in place of NULL.
 func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
-	if len(wire) == arrayHeader-8 && binary.BigEndian.Uint32(wire) == 0 {
-		return dst, nil // no dimension: empty
-	}
-	if len(wire) < arrayHeader || binary.BigEndian.Uint32(wire) != 1 {
-		return nil, errors.New("array: expected one dimension")
-	}
-	n := binary.BigEndian.Uint32(wire[12:])
-	wire = wire[arrayHeader:]
-	for range n {
+	wire = wire[min(len(wire), arrayHeader):] // an empty array has no dimension and a shorter header
+	for len(wire) > 0 {
 		switch {
 		case len(wire) >= 12 && binary.BigEndian.Uint32(wire) == 8:
 			dst = append(dst, binary.BigEndian.Uint64(wire[4:]))
@@ -660,9 +645,8 @@ func (m *merger) flush(bound micros, emit func(*element) error) error {
 	return nil
 }
 
-// Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time,
-// valid_time), then version. Memory holds what overlaps, not the result. An
-// unknown series is a 404; an error of emit ends the read and is returned.
+// Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time, valid_time),
+// then version. Memory holds what overlaps, not the result. An unknown series is a 404; an error of emit ends the read.
 func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) (err error) {
 	var list []series
 	if q.series != nil {
@@ -687,14 +671,13 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) (
 	return flush()
 }
 
-// The blocks of each series that overlap the window, and of each what lies in it (lo to hi; width_bucket is a binary
-// search). A block that holds a value at or after the window's start begins at most the greatest span before it, so
-// both bounds on valid_from are a range of the primary key.
+// The blocks of each series that overlap the window, and of each what lies in it (lo to hi; width_bucket is a binary search).
+// A block spans 768 hours at most, so both bounds on valid_from make a range of the primary key.
 const selectBlocks = `
 	SELECT x.number, b.run_id, b.run_order, b.version, b.changed_by, b.annotation, b.tags,
 	       array_send(ARRAY[b.known_time, b.change_time, b.valid_from]), array_send(b.valid_times[b.lo:b.hi]),
 	       array_send(b.valid_time_ends[b.lo:b.hi]), array_send(b."values"[b.lo:b.hi])
-	FROM unnest($2::uuid[]) WITH ORDINALITY AS x (series_id, number)
+	FROM ROWS FROM (json_to_recordset($2) AS ("ID" uuid)) WITH ORDINALITY AS x (series_id, number)
 	CROSS JOIN LATERAL (
 		SELECT *, width_bucket($3::timestamptz - interval '1 microsecond', v.valid_times) + 1 AS lo,
 		       width_bucket($4::timestamptz - interval '1 microsecond', v.valid_times) AS hi
@@ -708,17 +691,13 @@ var flatBlocks, overlappingBlocks = fmt.Sprintf(selectBlocks, "v.valid_from"), f
 
 // readMerged reads the blocks of the series in list and emits what is left of them after merging.
 func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []series, emit emitter) error {
-	ids := make([]string, len(list))
-	for i, x := range list {
-		ids[i] = x.ID
-	}
 	query := flatBlocks
 	if q.overlapping {
 		query = overlappingBlocks
 	}
 	// A read that ends early must cancel: closing rows would fetch all that is left of them.
 	ctx, cancel := context.WithCancel(ctx)
-	rows, err := s.QueryContext(ctx, query, c.tenant, pq.StringArray(ids), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
+	rows, err := s.QueryContext(ctx, query, c.tenant, asJSON(list), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
 	if err != nil {
 		cancel()
 		return err
@@ -823,31 +802,17 @@ func inBuckets(width micros, agg label, emit emitter) (add emitter, flush func()
 	return add, flush
 }
 
-// valueUpdate is one entry of PUT /values, as it comes and as correct_values takes it. A member that is absent keeps what
-// is there, null clears it: hence what is absent stays absent.
-type valueUpdate struct {
-	valueRow
-	SeriesKey  label             `json:"series_key"`
-	RunID      uuid              `json:"run_id,omitempty"`
-	KnownTime  micros            `json:"known_time,omitzero"`
-	TenantID   uuid              `json:"tenant_id"`
-	Annotation optional[prose]   `json:"annotation,omitzero"`
-	Tags       optional[[]label] `json:"tags,omitzero"`
-}
-
-// UpdateValues stores a new version for each update that changes something, all or none, and returns which did.
-func (s *store) UpdateValues(ctx context.Context, c Caller, updates []valueUpdate) (answer json.RawMessage, err error) {
+// UpdateValues stores a new version for each update that changes something, all or none, and returns which did. refs names the
+// series of each.
+func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, updates []map[string]any) (
+	answer json.RawMessage, err error) {
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		refs := make([]seriesRef, len(updates))
-		for i, u := range updates {
-			refs[i] = seriesRef{u.SeriesID, u.SeriesKey}
-		}
 		found, err := findSeries(ctx, c, tx.QueryContext, refs, lastTime)
-		for i, x := range found {
-			updates[i].SeriesID = uuid(x.ID)
-		}
 		if err != nil {
 			return err
+		}
+		for i, x := range found {
+			updates[i]["series_id"] = x.ID
 		}
 		return tx.QueryRowContext(ctx, `SELECT correct_values($1, $2, $3) /* of tenant_id $1 */`,
 			c.tenant, nullable(c.email), asJSON(updates)).Scan((*[]byte)(&answer))
