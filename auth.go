@@ -10,8 +10,7 @@ package main
 // Not defended: whoever reads a key on its way (use TLS) or where the client keeps it has it. Whoever may write to
 // users_table, or controls this process, decides who gets in.
 //
-// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed. Failures are
-// throttled only to spare the log and the database.
+// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed.
 
 import (
 	"context"
@@ -26,22 +25,14 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
 
 const (
 	checksumLength = 6
-
-	// openTenant owns all data while there is no users_table.
-	openTenant = "00000000-0000-0000-0000-000000000000"
-
-	lookupTimeout = 5 * time.Second // to get a connection and the answer; then the request gets 503
-
-	// Bad keys that one address may send in a minute before it gets 429: far above what a mistaken script does.
-	failureBurst = 300
-	maxRateNames = 10_000
+	openTenant     = "00000000-0000-0000-0000-000000000000" // owns all data while there is no users_table
+	lookupTimeout  = 5 * time.Second                        // to get a connection and the answer; then the request gets 503
 )
 
 // A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.
@@ -55,8 +46,7 @@ type Caller struct {
 	readOnly bool
 }
 
-// keyRecord is what the database knows, by its own clock, of the user and the key that has the digest looked up: the
-// user's key, or the one before it, which expires when its grace ends.
+// keyRecord is what the database knows, by its clock, of a user and a key: the current one, or the one before in its grace.
 type keyRecord struct {
 	userID, tenant, email     string
 	digest                    []byte
@@ -79,10 +69,9 @@ type authenticator struct {
 
 	touching atomic.Bool // a last_used_at is being written
 	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
-	badKeys  rate
 }
 
-// authenticate returns whom r acts for. Errors are ready to be sent: 401, 403 and 429 refuse the caller, 503 says that it
+// authenticate returns whom r acts for. Errors are ready to be sent: 401 and 403 refuse the caller, 503 says that it
 // could not be decided. Their reason is for the log alone.
 func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
@@ -102,9 +91,9 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	case len(values) == 0 || len(values) == 1 && values[0] == "":
 		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", "no key"}
 	case len(values) > 1 || !wellFormedKey(values[0]):
-		return a.refuse(r, "malformed key")
+		return refuse("malformed key")
 	}
-	return a.judge(ctx, r, values[0])
+	return a.judge(ctx, values[0])
 }
 
 // openCaller admits r without a key, there being no users_table. A web page must not be able to use the visitor's
@@ -128,7 +117,7 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 }
 
 // judge looks a well-formed key up and decides on what the database says of it.
-func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
+func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
 	k, err := a.keys.LookupKey(ctx, digest[:])
 	if err != nil {
@@ -137,11 +126,11 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 	// The database compared already, but not in constant time and not in code that is read here.
 	switch {
 	case subtle.ConstantTimeCompare(digest[:], k.digest) != 1:
-		return a.refuse(r, "unknown key")
+		return refuse("unknown key")
 	case !k.active:
-		return a.refuse(r, "deactivated key "+keyID(key))
+		return refuse("deactivated key " + keyID(key))
 	case k.expired:
-		return a.refuse(r, "expired key "+keyID(key))
+		return refuse("expired key " + keyID(key))
 	}
 	if k.useIsStale {
 		a.touchLater(k.userID)
@@ -162,32 +151,9 @@ func (a *authenticator) touchLater(userID string) {
 	}()
 }
 
-// refuse answers any key that does not open the door, with the same bytes whatever the reason. X-Forwarded-For is not
-// trusted: anyone can send it.
-func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
-	host, _, _ := net.SplitHostPort(r.RemoteAddr) // which net/http has set
-	if a.badKeys.add(host) > failureBurst {
-		return Caller{}, &apiError{http.StatusTooManyRequests, "Too many failed authentications. Try again in a minute.", reason}
-	}
+// refuse answers any key that does not open the door, with the same bytes whatever the reason.
+func refuse(reason string) (Caller, error) {
 	return Caller{}, &apiError{http.StatusUnauthorized, "Invalid or inactive API key.", reason}
-}
-
-// rate counts events by name within the minute at hand. When there are too many names for its memory it starts anew.
-type rate struct {
-	mu     sync.Mutex
-	minute time.Time
-	counts map[string]int
-}
-
-// add counts an event and returns how many of its name there were in this minute.
-func (r *rate) add(name string) int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if minute := time.Now().Truncate(time.Minute); minute != r.minute || len(r.counts) == maxRateNames {
-		r.minute, r.counts = minute, map[string]int{}
-	}
-	r.counts[name]++
-	return r.counts[name]
 }
 
 // newKey makes a key, and returns its id and digest too: the only source of keys. crypto/rand ends the program if it fails.

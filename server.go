@@ -186,7 +186,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 		}
 		return c, notFound("There is nothing at this path.")
 	}
-	if rt.access == "write" && c.readOnly {
+	if rt.access != "read" && c.readOnly {
 		return c, refusal(http.StatusForbidden, "This API key is read-only.")
 	}
 	do, err := rt.handle(w, r, c)
@@ -337,9 +337,10 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 
 // inWords turns Go's name of a field or type into the contract's.
 var inWords = strings.NewReplacer("*", "", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
-	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "main.number", "finite number or null", "main.uuid", "UUID",
+	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "main.uuid", "UUID",
 	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
-	"main.uploadRow", "object", "map[string]json.RawMessage", "object", "bool", "true or false", "int64", "whole number of at least 1")
+	"main.number", "finite number or null", "main.uploadRow", "object", "map[string]json.RawMessage", "object",
+	"bool", "true or false", "int64", "whole number of at least 1")
 
 // inputError says what is wrong with the input at field. What says so already passes.
 func inputError(field string, err error) error {

@@ -236,8 +236,7 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 	return s.exec(ctx, `UPDATE users_table SET last_used_at = clock_timestamp() WHERE user_id = $1`, userID)
 }
 
-// CreateUser stores u with the digest of its key, and sets u.ID and u.ExpiresAt. expires may be 0: never. A second user of
-// that email in the tenant is an error.
+// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt (expires 0: never). An email is unique in its tenant.
 func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, expires micros) error {
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		return tx.QueryRowContext(ctx, `
@@ -802,8 +801,7 @@ func inBuckets(width micros, agg label, emit emitter) (add emitter, flush func()
 	return add, flush
 }
 
-// UpdateValues stores a new version for each update that changes something, all or none, and returns which did. refs names the
-// series of each.
+// UpdateValues stores a new version for each update that changes something, all or none, and returns which did; refs: whose.
 func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, updates []map[string]any) (
 	answer json.RawMessage, err error) {
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
