@@ -166,20 +166,21 @@ END $timedb$;
 
 -- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
 CREATE TABLE IF NOT EXISTS users_table (
-    user_id          uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
-    tenant_id        uuid        NOT NULL,
-    email            text        NOT NULL,
-    key_id           text        NOT NULL,
-    key_digest       bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
-    previous_digest  bytea       UNIQUE, -- of the key before this one, if it was given a grace
-    previous_ends_at timestamptz,
-    access           text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
-    is_active        boolean     NOT NULL DEFAULT true,
-    expires_at       timestamptz,
-    last_used_at     timestamptz,
-    created_at       timestamptz NOT NULL DEFAULT clock_timestamp()
+    user_id      uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    tenant_id    uuid        NOT NULL,
+    email        text        NOT NULL,
+    key_id       text        NOT NULL,
+    key_digest   bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
+    access       text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
+    is_active    boolean     NOT NULL DEFAULT true,
+    expires_at   timestamptz,
+    last_used_at timestamptz,
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lower(email));
+-- The key before this one, if it was given a grace. Added here, because tables of an earlier version lack it.
+ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
+CREATE UNIQUE INDEX IF NOT EXISTS users_by_previous_digest ON users_table (previous_digest);
 
 -- section: app role
 

@@ -2479,9 +2479,9 @@ func (h *history) upload(user int) error {
 		} else {
 			taken[place] = true
 		}
-		row := map[string]any{"valid_time": iso(t), "value": v.value}
+		row := map[string]any{"valid_time": h.when(t), "value": v.value}
 		if end != 0 {
-			row["valid_time_end"] = iso(end)
+			row["valid_time_end"] = h.when(end)
 		}
 		if x, known := h.series[name]; known && h.rng.Intn(2) == 0 {
 			row["series_id"] = x.id
@@ -2499,9 +2499,8 @@ func (h *history) upload(user int) error {
 			add("a", modelDay+i*hour/60, 0)
 		}
 	}
-	body["value_rows"] = rows
-	text, _ := json.Marshal(body)
-	resp, answer, err := h.s.do("POST", "/upload", h.keys[user], string(text))
+	path, text, header := h.written(body, rows)
+	resp, answer, err := h.s.do("POST", path, h.keys[user], text, header...)
 	var got uploadAnswer
 	if err != nil || resp.StatusCode != 200 || json.Unmarshal([]byte(answer), &got) != nil {
 		return fmt.Errorf("POST /upload %s: %v %v %s", text, resp, err, answer)
@@ -2518,6 +2517,47 @@ func (h *history) upload(user int) error {
 	}
 	h.runs = append(h.runs, run)
 	return err
+}
+
+// when writes a time in one of the ways that mean the same instant.
+func (h *history) when(t int64) string {
+	at := time.UnixMicro(t).In(time.FixedZone("", pick(h.rng, 2*3600, -(3*3600+1800))))
+	return pick(h.rng, iso(t), at.Format(time.RFC3339Nano), at.UTC().Format("2006-01-02 15:04:05.999999"))
+}
+
+// written makes a request of an upload: as JSON or as CSV, packed or not. All must store the same.
+func (h *history) written(run map[string]any, rows []map[string]any) (path, text string, header []string) {
+	path = "/upload"
+	if h.rng.Intn(2) == 0 {
+		run["value_rows"] = rows
+		body, _ := json.Marshal(run)
+		text = string(body)
+	} else {
+		query, lines := url.Values{}, []string{"series_id,valid_time,value,value_key,valid_time_end"}
+		for name, value := range run {
+			query.Set(name, value.(string))
+		}
+		for _, row := range rows {
+			cells := []string{}
+			for _, name := range strings.Split(lines[0], ",") {
+				cell := ""
+				if f, isNumber := row[name].(*float64); isNumber && f != nil {
+					cell = fmt.Sprint(*f)
+				} else if isNumber {
+					cell = pick(h.rng, "", "NaN")
+				} else if row[name] != nil {
+					cell = row[name].(string)
+				}
+				cells = append(cells, cell)
+			}
+			lines = append(lines, strings.Join(cells, ","))
+		}
+		path, text, header = path+"?"+query.Encode(), strings.Join(lines, "\n"), []string{"Content-Type: text/csv"}
+	}
+	if h.rng.Intn(3) == 0 {
+		text, header = gzipped(text), append(header, "Content-Encoding: gzip")
+	}
+	return path, text, header
 }
 
 // later tells whether v counts rather than w, of versions of one series and time.
@@ -2548,9 +2588,9 @@ func (h *history) update(user int) (u modelUpdate, next modelVersion, same bool,
 	if h.rng.Intn(20) == 0 {
 		name = pick(h.rng, "a", "b", "c", "unknown")
 	}
-	u.Time = iso(t)
+	u.Time = h.when(t)
 	if end != 0 {
-		text := iso(end)
+		text := h.when(end)
 		u.End = &text
 	}
 	x, seriesKnown := h.series[name]
@@ -2564,7 +2604,7 @@ func (h *history) update(user int) (u modelUpdate, next modelVersion, same bool,
 	}
 	if named := h.rng.Intn(5); named == 2 || named == 3 {
 		known = pick(h.rng, known, known, known, modelDay-6*hour, modelDay+1)
-		text := iso(known)
+		text := h.when(known)
 		u.Known = &text
 	}
 	raw := func(v any) *json.RawMessage {
