@@ -43,7 +43,9 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -114,7 +116,12 @@ func mustDatabase(t testing.TB) string {
 	admin := mustOpen(t, databaseURL("", nil))
 	name := fmt.Sprintf("timedb_test_%016x", rand.Uint64())
 	mustExec(t, admin, "CREATE DATABASE "+name)
-	t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)") })
+	t.Cleanup(func() {
+		if found := secretsIn(t, databaseURL(name, nil)); found != "" { // S6
+			t.Errorf("a dump of the database holds %s", found)
+		}
+		mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)")
+	})
 	mustExec(t, admin, "ALTER DATABASE "+name+" SET synchronous_commit = off") // nobody needs this data tomorrow
 	appRole.once.Do(func() {
 		appRole.name = fmt.Sprintf("timedb_test_app_%016x", rand.Uint64())
@@ -122,6 +129,40 @@ func mustDatabase(t testing.TB) string {
 		mustExec(t, admin, "CREATE ROLE "+appRole.name+" LOGIN PASSWORD '"+appRole.password+"'")
 	})
 	return databaseURL(name, nil)
+}
+
+// secretsIn looks for whole keys and for passwords in a dump of the database, and says what it found.
+func secretsIn(t testing.TB, dsn string) string {
+	t.Helper()
+	dump, err := exec.Command("pg_dump", dsn).Output()
+	if failed, ok := errors.AsType[*exec.ExitError](err); ok && bytes.Contains(failed.Stderr, []byte("does not exist")) {
+		return "" // the test has dropped what it made
+	}
+	if err != nil {
+		t.Fatalf("pg_dump (of Debian's package postgresql): %v", err)
+	}
+	password, _ := mustParse(t, dsn).User.Password()
+	return secretsOf(string(dump), password)
+}
+
+// secretsOf says whether text holds a whole key, the password or that of the API's role.
+func secretsOf(text, password string) string {
+	switch {
+	case wholeKey.MatchString(text):
+		return "a key"
+	case strings.Contains(text, appRole.password) || password != "" && strings.Contains(text, password):
+		return "a password"
+	}
+	return ""
+}
+
+func mustParse(t testing.TB, text string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(text)
+	if err != nil {
+		t.Fatal("a URL cannot be parsed")
+	}
+	return u
 }
 
 // asAppRole is the same database as the API's role.
@@ -233,8 +274,9 @@ func mustAPI(t testing.TB, dsn string, args ...string) *testServer {
 	}
 	t.Cleanup(func() {
 		s.stop()
-		if text := s.log.String(); strings.Contains(text, appRole.password) || wholeKey.MatchString(text) { // S6
-			t.Error("the server's log holds a key or a password")
+		owner, _ := mustParse(t, dsn).User.Password()
+		if found := secretsOf(s.log.String(), owner); found != "" { // S6
+			t.Errorf("the server's log holds %s", found)
 		}
 	})
 	for s.url == "" {
@@ -893,6 +935,24 @@ func TestMissingTablesAre503UntilTheyAreCreated(t *testing.T) {
 
 // ---- Authentication
 
+func TestSweepFindsSecrets(t *testing.T) { // S6: or finding none would mean nothing
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	key, _, _ := newKey()
+	password, _ := mustParse(t, dsn).User.Password()
+	if password == "" {
+		password = appRole.password
+	}
+	for secret, want := range map[string]string{key: "a key", password: "a password", appRole.password: "a password"} {
+		mustExec(t, db, `CREATE TABLE leak AS SELECT 'x' || $1::text || 'y' AS held`, secret)
+		if found := secretsIn(t, dsn); found != want {
+			t.Errorf("in a database that holds %s the sweep finds %q", want, found)
+		}
+		mustExec(t, db, `DROP TABLE leak`)
+	}
+}
+
 const (
 	noKey  = `{"detail":"API key required. Please provide X-API-Key header."}` + "\n"
 	badKey = `{"detail":"Invalid or inactive API key."}` + "\n"
@@ -974,6 +1034,14 @@ func TestRootAndHealthNeedNoKey(t *testing.T) {
 		if root[field] == nil {
 			t.Errorf("GET / has no %s", field)
 		}
+	}
+	words := map[string]string{"open": "open", "read": "needs an API key", "write": "needs an API key that may write"}
+	endpoints := map[string]any{}
+	for _, rt := range (&server{}).routes() {
+		endpoints[strings.TrimSuffix(rt.pattern, "{$}")] = words[rt.access]
+	}
+	if !reflect.DeepEqual(root["endpoints"], any(endpoints)) || root["version"] != release {
+		t.Errorf("GET / tells of version %v and %v; the routes are %v", root["version"], root["endpoints"], endpoints)
 	}
 	if how, _ := root["authentication"].(map[string]any); how["header"] != "X-API-Key" || how["method"] == nil || how["note"] == nil {
 		t.Errorf("authentication is %v", how)
@@ -1081,34 +1149,169 @@ func TestRevokedKeyIsRefusedOnTheNextRequestOfEveryServer(t *testing.T) {
 	everywhere(200, second, "the new key, activated")
 }
 
-func TestReadOnlyKeyMayOnlyRead(t *testing.T) {
+func TestReadOnlyKeyMayOnlyRead(t *testing.T) { // S17
 	t.Parallel()
 	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "reader@example.com")
-	mustExec(t, s.db, `UPDATE users_table SET access = 'ro'`)
+	text, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-q", "--read-only", "-t", tenantA, "-e", "reader@example.com")
+	key := strings.TrimSpace(text)
 	before := s.stored(t)
-	for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
-		s.must(t, 403, "POST", "/upload?run_start_time=2025-01-01", key, "valid_time,value_key,value\n", "Content-Type: text/csv")
-		s.must(t, 403, "POST", "/upload", key, body)
-		s.must(t, 403, "PUT", "/values", key, body)
-		s.must(t, 403, "POST", "/series", key, body)
-	}
-	for _, path := range []string{"/values", "/list_timeseries"} {
-		s.must(t, 200, "GET", path, key, "")
+	for _, rt := range (&server{}).routes() {
+		method, path, _ := strings.Cut(strings.TrimSuffix(rt.pattern, "{$}"), " ")
+		if rt.access == "open" || rt.access == "read" && method == "GET" {
+			s.must(t, 200, method, path, key, "")
+			continue
+		}
+		for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
+			s.must(t, 403, method, path, key, body)
+			s.must(t, 403, method, path+"?run_start_time=2025-01-01", key, "valid_time,value_key,value\n", "Content-Type: text/csv")
+		}
 	}
 	if s.stored(t) != before {
 		t.Error("a read-only key stored something")
 	}
 }
 
-func TestKeyEndsWhenItExpires(t *testing.T) {
+func TestKeyEndsWhenItExpires(t *testing.T) { // S10
 	t.Parallel()
 	s := mustServer(t)
+	for i, when := range []string{"90d", "12h", "P1DT1H", "1h30m", "2200-01-01", "2199-12-31T23:59:59+05:00"} {
+		email := fmt.Sprintf("user%d@example.com", i)
+		text, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-t", tenantA, "-e", email, "--expires", when)
+		key := strings.TrimPrefix(regexp.MustCompile(`API Key: tdb_\S+`).FindString(text), "API Key: ")
+		const own = `FROM users_table WHERE email = $1`
+		ends := mustQuery(t, s.db, `SELECT to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') `+own, email)
+		if list, _ := mustRun(t, 0, s.dsn, "", "users", "list"); ends == "" || !strings.Contains(list, ends) || !strings.Contains(text, ends) {
+			t.Errorf("--expires %s: %q; the list is\n%s", when, text, list)
+		}
+		s.must(t, 200, "GET", "/list_timeseries", key, "")
+		mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() WHERE email = $1`, email)
+		s.must(t, 401, "GET", "/list_timeseries", key, "")
+		if list, _ := mustRun(t, 0, s.dsn, "", "users", "list"); !regexp.MustCompile(email + `.* expired `).MatchString(list) {
+			t.Errorf("the list does not tell that a key has expired:\n%s", list)
+		}
+	}
+	for _, when := range []string{"", "soon", "2020-01-01", "-1h", "0s", "90", "P1M"} {
+		mustRun(t, 2, s.dsn, "", "users", "create", "-t", tenantA, "-e", "late@example.com", "--expires", when)
+	}
+}
+
+func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
+	t.Parallel()
+	s := mustServer(t)
+	keys := []string{s.mustUser(t, tenantA, "a@example.com")}
+	replace := func(flags ...string) {
+		text, _ := mustRun(t, 0, s.dsn, "", append([]string{"users", "regenerate-key", "-q", "-y", "-e", "a@example.com"}, flags...)...)
+		keys = append(keys, strings.TrimSpace(text))
+	}
+	mustAnswer := func(when string, want ...int) {
+		t.Helper()
+		for i, status := range want {
+			if resp, _, err := s.do("GET", "/list_timeseries", keys[i], ""); err != nil || resp.StatusCode != status {
+				t.Errorf("%s: key %d: %v %v, want %d", when, i, resp, err, status)
+			}
+		}
+	}
+	replace("--grace", "1h")
+	mustAnswer("in its grace", 200, 200)
+	mustExec(t, s.db, `UPDATE users_table SET is_active = false`)
+	mustAnswer("deactivated", 401, 401)
+	mustExec(t, s.db, `UPDATE users_table SET is_active = true, expires_at = clock_timestamp()`)
+	mustAnswer("expired", 401, 401)
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = NULL, previous_ends_at = clock_timestamp()`)
+	mustAnswer("after its grace", 401, 200)
+	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
+	mustAnswer("activated after its grace", 401, 200)
+	replace("--grace", "PT24H")
+	mustAnswer("replaced twice", 401, 200, 200)
+	replace("--grace", "1d")
+	mustAnswer("only one key before has a grace", 401, 401, 200, 200)
+	replace()
+	mustAnswer("replaced without a grace", 401, 401, 401, 401, 200)
+	for _, grace := range []string{"", "-1h", "long", "P1Y"} {
+		mustRun(t, 2, s.dsn, "", "users", "regenerate-key", "-y", "-e", "a@example.com", "--grace", grace)
+	}
+	mustAnswer("after wrong usage", 401, 401, 401, 401, 200)
+}
+
+// Clients hammer two servers of one database while a user is deactivated and activated again. A request that began after
+// deactivate had returned, and was answered before activate was begun, must not have been let in.
+func TestDeactivationHoldsForEveryLaterRequestUnderLoad(t *testing.T) { // S9
+	t.Parallel()
+	s := mustServer(t)
+	servers := []*testServer{s, mustAPI(t, s.dsn)}
 	key := s.mustUser(t, tenantA, "a@example.com")
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() + interval '1 hour'`)
-	s.must(t, 200, "GET", "/list_timeseries", key, "")
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp()`)
-	s.must(t, 401, "GET", "/list_timeseries", key, "")
+	var phase atomic.Int64 // odd while the user is deactivated for certain
+	var refused, admitted, wrong atomic.Int64
+	stop := make(chan struct{})
+	var clients sync.WaitGroup
+	for i := range 6 {
+		clients.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				before := phase.Load()
+				resp, _, err := servers[i%2].do("GET", "/list_timeseries", key, "")
+				if err != nil || resp.StatusCode != 200 && resp.StatusCode != 401 {
+					t.Errorf("%v %v", resp, err)
+					return
+				}
+				if after := phase.Load(); before == after && before%2 == 1 && resp.StatusCode == 200 {
+					wrong.Add(1)
+				}
+				map[int]*atomic.Int64{200: &admitted, 401: &refused}[resp.StatusCode].Add(1)
+			}
+		})
+	}
+	const rounds = 200
+	for range rounds {
+		mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
+		phase.Add(1)
+		for done := refused.Load() + 4; refused.Load() < done && !t.Failed(); {
+			time.Sleep(100 * time.Microsecond)
+		}
+		phase.Add(1)
+		mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
+	}
+	close(stop)
+	clients.Wait()
+	if wrong.Load() != 0 || admitted.Load() < rounds || refused.Load() < rounds {
+		t.Errorf("in %d rounds %d requests were admitted after deactivate had returned (%d admitted, %d refused in all)",
+			rounds, wrong.Load(), admitted.Load(), refused.Load())
+	}
+}
+
+// A command that is interrupted leaves all of it or nothing.
+func TestInterruptedCommandLeavesAllOrNothing(t *testing.T) { // S12
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	full, outcomes := "", map[bool]int{}
+	for round := range 60 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rand.Intn(60))*time.Millisecond)
+		if round == 0 {
+			ctx = context.Background()
+		}
+		env := func(name string) string { return map[string]string{"TIMEDB_DSN": dsn}[name] }
+		var out bytes.Buffer
+		code := run(ctx, []string{"create", "tables", "-y", "--with-users"}, env, strings.NewReader(""), &out, &out)
+		cancel()
+		mustExec(t, db, `SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0))`) // until it has ended
+		got := relations(t, db, "public")
+		if round == 0 {
+			full = got
+		}
+		if got != full && got != "" || code == 0 && got != full {
+			t.Fatalf("exit %d left %q, want nothing or %q", code, got, full)
+		}
+		outcomes[got == full]++
+		mustRun(t, 0, dsn, "", "delete", "tables", "-y")
+	}
+	if outcomes[true] < 2 || outcomes[false] < 2 {
+		t.Errorf("the interruptions came all too early or all too late: %v", outcomes)
+	}
 }
 
 func TestDoubtNeverOpensTheDoor(t *testing.T) {

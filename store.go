@@ -271,7 +271,7 @@ func (s *store) SetActive(ctx context.Context, userID string, active bool) error
 // ReplaceKey gives a user a new key. The old one ends after grace; if that is 0, now.
 func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []byte, grace micros) error {
 	return s.exec(ctx, `
-		UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4 > 0 THEN key_digest END,
+		UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4::bigint > 0 THEN key_digest END,
 		       previous_ends_at = CASE WHEN $4 > 0 THEN clock_timestamp() + $4 * interval '1 microsecond' END
 		WHERE user_id = $1`, userID, keyID, digest, int64(grace))
 }
