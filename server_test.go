@@ -22,13 +22,19 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"database/sql"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/csv"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
@@ -37,6 +43,7 @@ import (
 	"go/token"
 	"io"
 	"math"
+	"math/big"
 	"math/rand"
 	"net"
 	"net/http"
@@ -251,7 +258,7 @@ type testServer struct {
 	client   *http.Client
 }
 
-var servesLine = regexp.MustCompile(`timedb serves (http://\S+)`)
+var servesLine = regexp.MustCompile(`timedb serves (https?://\S+)`)
 
 // mustAPI starts `timedb api` on dsn as the API's role.
 func mustAPI(t testing.TB, dsn string, args ...string) *testServer {
@@ -910,11 +917,95 @@ func TestAPIRefusesToStartUnsafely(t *testing.T) {
 	mustRun(t, 1, "postgresql://u:p@127.0.0.1:1/db", "", "api", "--port", "0") // the database is down
 	mustAPI(t, dsn, "--host", "0.0.0.0", "--allow-anonymous")
 	mustCreateTables(t, dsn, "--with-users")
-	// The operator is told that the network can listen in, and only then.
-	for host, warns := range map[string]bool{"127.0.0.1": false, "0.0.0.0": true} {
-		if s := mustAPI(t, dsn, "--host", host); strings.Contains(s.log.String(), "level=WARN") != warns {
-			t.Errorf("started on %s the log is %q", host, s.log)
+	// The operator is told what weakens the protection, and of nothing else.
+	cert, key := mustCertificate(t)
+	for args, weakness := range map[string]string{"--host 127.0.0.1": "", "--host 0.0.0.0": "plain text", "--host 0.0.0.0 --tls-cert " + cert + " --tls-key " + key: ""} {
+		s := mustAPI(t, dsn, strings.Fields(args)...)
+		if log := s.log.String(); strings.Contains(log, "level=WARN") != (weakness != "") || !strings.Contains(log, weakness) {
+			t.Errorf("started with %s the log is %q, want %q in it", args, log, weakness)
 		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	owner := func(name string) string { return map[string]string{"TIMEDB_DSN": dsn}[name] }
+	var out, log logBuffer
+	done := make(chan int)
+	go func() { done <- run(ctx, []string{"api", "--port", "0"}, owner, strings.NewReader(""), &out, &log) }()
+	for !servesLine.MatchString(out.String()) {
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	if code := <-done; code != 0 || !strings.Contains(log.String(), "may rewrite") { // S19
+		t.Errorf("started as the tables' owner: exit %d, the log is %q", code, log.String())
+	}
+	mustRun(t, 2, dsn, "", "api", "--tls-cert", cert)
+	mustRun(t, 1, asAppRole(dsn), "", "api", "--port", "0", "--tls-cert", key, "--tls-key", cert)
+}
+
+func TestUnverifiedConnectionsToTheDatabaseAreKnown(t *testing.T) { // S28
+	t.Parallel()
+	for dsn, exposed := range map[string]bool{
+		"postgresql://u@127.0.0.1/d": false, "postgresql://u@localhost/d?sslmode=disable": false, "postgresql://u@[::1]/d": false, "host=/run/postgresql user=u": false,
+		"postgresql://u@db.example/d?sslmode=verify-full": false, "postgresql://u@db.example/d": true, "postgresql://u@db.example/d?sslmode=require": true,
+		"postgresql://u@192.0.2.1/d?sslmode=disable": true, "postgresql://u@127.0.0.1.example/d": true, "host=db.example user=u sslmode=verify-ca": true,
+	} {
+		st, err := openStore(dsn, "public", 0)
+		if err != nil || st.exposed != exposed {
+			t.Errorf("%s: exposed is not %v, or %v", dsn, exposed, err)
+			continue
+		}
+		st.db.Close()
+	}
+}
+
+// mustCertificate makes a certificate of 127.0.0.1 and its key, in files.
+func mustCertificate(t testing.TB) (cert, key string) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	about := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	signed, err := x509.CreateCertificate(cryptorand.Reader, about, about, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	encoded, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, key = filepath.Join(t.TempDir(), "cert.pem"), filepath.Join(t.TempDir(), "key.pem")
+	for file, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: signed}, key: {Type: "PRIVATE KEY", Bytes: encoded}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return cert, key
+}
+
+func TestTLSIsSpokenFromVersion12On(t *testing.T) { // S28
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	cert, private := mustCertificate(t)
+	s := mustAPI(t, dsn, "--tls-cert", cert, "--tls-key", private)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	if !strings.HasPrefix(s.url, "https://") {
+		t.Errorf("it serves %s", s.url)
+	}
+	trusted := x509.NewCertPool()
+	if roots, err := os.ReadFile(cert); err != nil || !trusted.AppendCertsFromPEM(roots) {
+		t.Fatal("the certificate cannot be read")
+	}
+	for version, works := range map[uint16]bool{tls.VersionTLS10: false, tls.VersionTLS11: false, tls.VersionTLS12: true, tls.VersionTLS13: true} {
+		s.client = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: trusted, MinVersion: version, MaxVersion: version}}}
+		resp, _, err := s.do("GET", "/list_timeseries", key, "")
+		if works != (err == nil && resp.StatusCode == 200) {
+			t.Errorf("%s: %v %v", tls.VersionName(version), resp, err)
+		}
+	}
+	plain, err := http.Get(strings.Replace(s.url, "https", "http", 1) + "/values")
+	if err != nil || plain.StatusCode != 400 {
+		t.Errorf("plain HTTP on the same port: %v %v", plain, err)
 	}
 }
 
@@ -1462,6 +1553,31 @@ func TestHeadersOver16KiBAreRefused(t *testing.T) {
 	}
 }
 
+func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	var slow []net.Conn
+	for range 1000 {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		io.WriteString(conn, "GET /values HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+		slow = append(slow, conn)
+	}
+	for range 20 {
+		s.must(t, 200, "GET", "/list_timeseries", key, "")
+	}
+	for _, conn := range slow { // readHeaderTimeout ends each; without it this would wait for ever
+		conn.SetReadDeadline(time.Now().Add(10 * readHeaderTimeout))
+		if _, err := io.Copy(io.Discard, conn); err != nil {
+			t.Fatalf("a connection that never sent its header was kept: %v", err)
+		}
+	}
+}
+
 func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
@@ -1568,6 +1684,52 @@ func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
 	}
 }
 
+// SQL is never assembled: wherever it is run, it is a literal, a constant or a parameter of that name; and whoever calls
+// with such a parameter gives one of these. What create and delete tables run comes from schema.sql.
+func TestSQLIsNotAssembled(t *testing.T) { // S18
+	runs := map[string]int{"QueryContext": 1, "ExecContext": 1, "QueryRowContext": 1, "PrepareContext": 1, "query": 1, "exec": 1, "document": 1}
+	seen := 0
+	for _, file := range []string{"store.go", "cli.go", "server.go", "auth.go"} {
+		inspect(t, file, func(n ast.Node) {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return
+			}
+			name := ""
+			switch fn := call.Fun.(type) {
+			case *ast.SelectorExpr:
+				name = fn.Sel.Name
+			case *ast.Ident:
+				name = fn.Name
+			}
+			at, ok := runs[name]
+			if !ok || len(call.Args) <= at {
+				return
+			}
+			seen++
+			switch sql := call.Args[at].(type) {
+			case *ast.BasicLit:
+			case *ast.Ident:
+				prepared := sql.Name == "args" && call.Ellipsis.IsValid() // a statement that was prepared from a query
+				if sql.Name != "query" && !prepared && (file != "cli.go" || sql.Name != "text") {
+					t.Errorf("%s: %s runs %s", file, name, sql.Name)
+				}
+			case *ast.CallExpr:
+				if fn, ok := sql.Fun.(*ast.Ident); !ok || fn.Name != "schemaSections" {
+					t.Errorf("%s: %s runs what another call made", file, name)
+				}
+			case *ast.SelectorExpr: // c.run(c, ctx, st) and the like
+				seen--
+			default:
+				t.Errorf("%s: %s runs a %T", file, name, sql)
+			}
+		})
+	}
+	if seen < 15 {
+		t.Errorf("only %d places were found: does this test still look in the right place?", seen)
+	}
+}
+
 func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 	files, _ := filepath.Glob("*.go")
 	for _, file := range files {
@@ -1650,36 +1812,62 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 		strings.ReplaceAll(strings.ReplaceAll(oneValue, "load", "own"), "known_time", "run_finish_time")))
 	const point = `"valid_time":"2025-01-01T00:00:00Z","value":7}]}`
 	before, aData := s.stored(t), s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "")
-	for _, c := range []struct{ method, path, body, id, never string }{
-		{"GET", "/values?series_id=ID", "", seriesA, nobody},
-		{"GET", "/values?series_key=ID", "", "load", "liad"},
-		{"GET", "/values?mode=overlapping&series_id=" + own.SeriesIDs["own"] + "&series_id=ID", "", seriesA, nobody},
-		{"PUT", "/values", `{"updates":[{"series_id":"ID",` + point, seriesA, nobody},
-		{"PUT", "/values", `{"updates":[{"series_key":"ID",` + point, "load", "liad"},
-		{"PUT", "/values", `{"updates":[{"series_id":"` + seriesA + `","run_id":"ID",` + point, runA, nobody},
-		{"PUT", "/values", `{"updates":[{"series_key":"own","run_id":"ID",` + point, runA, nobody},
-		{"PUT", "/values", `{"updates":[{"series_key":"own","known_time":"ID",` + point, "2025-01-01T00:00:00Z", "2024-05-05T00:00:00Z"},
-		{"POST", "/upload", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID",` + point, seriesA, nobody},
-		{"POST", "/upload", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID","value_key":"load",` + point, seriesA, nobody},
-	} {
-		var answers [2]string
-		for i, id := range []string{c.id, c.never} {
-			text := s.must(t, 404, c.method, strings.ReplaceAll(c.path, "ID", url.QueryEscape(id)), b,
-				strings.ReplaceAll(c.body, "ID", id))
-			answers[i] = strings.ReplaceAll(text, id, "ID")
+	// What each route is asked with an id of tenant A in place of ID, then with one that never existed.
+	type probe struct{ query, body, id, never string }
+	refused := map[string][]probe{
+		"GET /values": {{"?series_id=ID", "", seriesA, nobody}, {"?series_key=ID", "", "load", "liad"},
+			{"?mode=overlapping&series_id=" + own.SeriesIDs["own"] + "&series_id=ID", "", seriesA, nobody}},
+		"PUT /values": {{"", `{"updates":[{"series_id":"ID",` + point, seriesA, nobody},
+			{"", `{"updates":[{"series_key":"ID",` + point, "load", "liad"},
+			{"", `{"updates":[{"series_id":"` + seriesA + `","run_id":"ID",` + point, runA, nobody},
+			{"", `{"updates":[{"series_key":"own","run_id":"ID",` + point, runA, nobody},
+			{"", `{"updates":[{"series_key":"own","known_time":"ID",` + point, "2025-01-01T00:00:00Z", "2024-05-05T00:00:00Z"}},
+		"POST /upload": {{"", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID",` + point, seriesA, nobody},
+			{"", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID","value_key":"load",` + point, seriesA, nobody},
+			{"?run_start_time=2025-01-01", "valid_time,value,series_id\n2025-01-01,1,ID\n", seriesA, nobody}},
+		// These take no id: what they answer, or store, is looked at below.
+		"POST /series": {}, "GET /list_timeseries": {}, "GET /runs": {},
+	}
+	// What tenant B may be answered 200 for must not show anything of tenant A's.
+	shown := map[string][]string{"GET /values": {"", "?mode=overlapping&detail=true", "?format=csv", "?bucket=1d&agg=sum", "?as_of=2100-01-01"},
+		"GET /list_timeseries": {""}, "GET /runs": {"", "?workflow_id=api-workflow", "?start_known=2000-01-01"}}
+	for _, rt := range (&server{}).routes() {
+		method, path, _ := strings.Cut(rt.pattern, " ")
+		probes, known := refused[rt.pattern]
+		if rt.access == "open" {
+			continue
 		}
-		if answers[0] != answers[1] {
-			t.Errorf("%s %s %s: %q for another tenant's, %q for one that never existed", c.method, c.path, c.body, answers[0], answers[1])
+		if !known || rt.access == "read" && shown[rt.pattern] == nil {
+			t.Errorf("%s is not tried with another tenant's ids: add how to this test", rt.pattern)
 		}
-		if s.stored(t) != before {
-			t.Fatalf("%s %s %s stored something", c.method, c.path, c.body)
+		for _, c := range probes {
+			var header []string
+			if !strings.HasPrefix(c.body, "{") {
+				header = []string{"Content-Type: text/csv"}
+			}
+			var answers [2]string
+			for i, id := range []string{c.id, c.never} {
+				text := s.must(t, 404, method, path+strings.ReplaceAll(c.query, "ID", url.QueryEscape(id)), b, strings.ReplaceAll(c.body, "ID", id), header...)
+				answers[i] = strings.ReplaceAll(text, id, "ID")
+			}
+			if answers[0] != answers[1] {
+				t.Errorf("%s %v: %q for another tenant's, %q for one that never existed", rt.pattern, c, answers[0], answers[1])
+			}
+			if s.stored(t) != before {
+				t.Fatalf("%s %v stored something", rt.pattern, c)
+			}
+		}
+		for _, query := range shown[rt.pattern] {
+			if text := s.must(t, 200, method, path+query, b, ""); strings.Contains(text, "load") || strings.Contains(text, runA) ||
+				strings.Contains(text, seriesA) {
+				t.Errorf("%s%s shows another tenant's: %s", rt.pattern, query, text)
+			}
 		}
 	}
-	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true", "/list_timeseries",
-		"/runs", "/values?format=csv"} {
-		if text := s.must(t, 200, "GET", path, b, ""); strings.Contains(text, "load") || strings.Contains(text, runA) ||
-			strings.Contains(text, seriesA) {
-			t.Errorf("GET %s shows another tenant's: %s", path, text)
+	// A series of the same name is another one, whatever its unit.
+	for _, name := range []string{"load", "liad"} {
+		if text := s.must(t, 200, "POST", "/series", b, `{"name":"`+name+`","unit":"kW"}`); !strings.Contains(text, "created") || strings.Contains(text, seriesA) {
+			t.Errorf("tenant B creates %q: %s", name, text)
 		}
 	}
 	// A run_id is the tenant's own: another tenant's choice of the same neither clashes nor tells.
@@ -3552,6 +3740,29 @@ func FuzzUploadCSV(f *testing.F) {
 			}
 		} else if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 422 {
 			t.Errorf("%q: %v, want a refusal with 422", body, err)
+		}
+	})
+}
+
+func FuzzUpdates(f *testing.F) {
+	for _, seed := range []string{`{"valid_time":"2025-01-01","series_key":"a","value":1}`, `{"valid_time":"2025-01-01","series_id":null,"tags":["B","a "]}`,
+		`{"value":null,"value":1}`, `{"valid_time":"2025-01-01T00:00Z","valid_time_end":null,"series_key":"x","annotation":" y "}`, `{"Value":1}`, `[]`, `{`} {
+		f.Add([]byte(`{"updates":[` + seed + `]}`))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var updates []map[string]any
+		err := fields{"updates": each(nil, func(given *map[string]json.RawMessage) error {
+			ref, update, err := decodeUpdate(Caller{tenant: tenantA}, *given)
+			if err == nil && (ref == seriesRef{} || update["valid_time"] == nil || len(update) < 3) {
+				t.Errorf("%q is read as %v %v", body, ref, update)
+			}
+			updates = append(updates, update)
+			return err
+		})}.decodeJSON(body)
+		if err == nil {
+			asJSON(updates) // must not panic
+		} else if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 422 && refused.status != 403 {
+			t.Errorf("%q: %v, want a refusal", body, err)
 		}
 	})
 }

@@ -85,7 +85,9 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 }
 
 // isLoopback tells whether host, a name or an address without port, is this machine.
-func isLoopback(host string) bool { return host == "localhost" || net.ParseIP(host).IsLoopback() }
+func isLoopback(host string) bool {
+	return host == "localhost" || net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
+}
 
 // QueryContext runs query as a statement that database/sql prepares once per connection. That saves planning what every
 // request runs, and lib/pq receives bytea in binary only from prepared statements.
