@@ -682,11 +682,11 @@ type rowWriter struct {
 	w                        *response
 	limit                    int64 // 0: none
 	csv, overlapping, detail bool
-	header                   bool   // the row at hand is a CSV's header
 	quote, null              string // around a time; for NULL
+	opening, ending          string // of a row
 	buf, scratch             []byte
 	count                    int64
-	series                   *series // of the last row, and its texts as they are written
+	series                   *series // of the last row, and its texts as they are written; nil: at a CSV's header
 	id, key, unit            []byte
 }
 
@@ -695,39 +695,34 @@ var errEnough = errors.New("limit reached")
 
 // start writes what stands before the rows.
 func (o *rowWriter) start() {
-	if !o.csv {
-		o.quote, o.null, o.buf = `"`, "null", []byte(`{"data":[`)
+	if o.csv {
+		o.ending = "\n"
+		o.cells(&element{from: &version{}})
 		return
 	}
-	o.header = true
-	o.cells(&element{from: &version{}})
-	o.header = false
+	o.quote, o.null, o.opening, o.ending, o.buf = `"`, "null", "{", "},", []byte(`{"data":[`)
 }
 
 // row writes one row; the limit-th returns errEnough.
 func (o *rowWriter) row(x *series, e *element) error {
+	if len(o.buf) >= flushBytes { // before the row: of the last one finish has to take the comma away
+		if err := o.flush(); err != nil {
+			return err
+		}
+	}
 	if x != o.series {
 		o.series, o.id, o.key, o.unit = x, []byte(o.quote+x.ID+o.quote), o.text(x.Key), o.text(x.Unit)
 	}
 	o.cells(e)
-	var err error
-	if o.count++; len(o.buf) >= flushBytes {
-		err = o.flush()
+	if o.count++; o.count == o.limit {
+		return errEnough
 	}
-	if err == nil && o.count == o.limit {
-		err = errEnough
-	}
-	return err
+	return nil
 }
 
 // cells writes a row. Each cell ends with a comma, and the last one's gives way to the row's end.
 func (o *rowWriter) cells(e *element) {
-	if o.count > 0 && !o.csv {
-		o.buf = append(o.buf, ',')
-	}
-	if !o.csv {
-		o.buf = append(o.buf, '{')
-	}
+	o.buf = append(o.buf, o.opening...)
 	if o.overlapping {
 		o.cell("known_time", o.time(e.from.Known))
 	}
@@ -752,16 +747,13 @@ func (o *rowWriter) cells(e *element) {
 		o.cell("tags", o.text(e.from.Tags))
 		o.cell("version", strconv.AppendInt(nil, int64(e.from.Number), 10))
 	}
-	o.buf[len(o.buf)-1] = '}'
-	if o.csv {
-		o.buf[len(o.buf)-1] = '\n'
-	}
+	o.buf = append(o.buf[:len(o.buf)-1], o.ending...)
 }
 
 // cell writes a member, or of a header its name: in the other rows of a CSV its place tells the name.
 func (o *rowWriter) cell(name string, value []byte) {
 	switch {
-	case o.header:
+	case o.series == nil:
 		value = []byte(name)
 	case !o.csv:
 		o.buf = append(append(append(o.buf, '"'), name...), `":`...)
@@ -789,9 +781,8 @@ func (o *rowWriter) text(v any) []byte {
 	if text == "null" {
 		text = o.null
 	} else if o.csv {
-		cell := text
-		_ = json.Unmarshal([]byte(text), &cell) // a list stays as it is
-		text = `"` + strings.ReplaceAll(cell, `"`, `""`) + `"`
+		_ = json.Unmarshal([]byte(text), &text) // a list stays as it is
+		text = `"` + strings.ReplaceAll(text, `"`, `""`) + `"`
 	}
 	return []byte(text)
 }
@@ -806,7 +797,7 @@ func (o *rowWriter) flush() error {
 // finish ends a complete response.
 func (o *rowWriter) finish() error {
 	if !o.csv {
-		o.buf = fmt.Appendf(o.buf, "],\"count\":%d}\n", o.count)
+		o.buf = fmt.Appendf(bytes.TrimSuffix(o.buf, []byte(",")), "],\"count\":%d}\n", o.count)
 	}
 	return o.flush()
 }
