@@ -213,14 +213,11 @@ func (headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 
 // fail tells the client what it may know of err, unless something was sent already, and returns what the log may know.
 func (w *response) fail(err error) (reason string) {
-	e, said := errors.AsType[*apiError](err)
-	switch {
-	case said:
-	case unavailable(err):
-		e = &apiError{http.StatusServiceUnavailable, "The database is not available.", err.Error()}
-	default:
-		e = &apiError{http.StatusInternalServerError, "Internal server error.", err.Error()}
+	e := &apiError{http.StatusInternalServerError, "Internal server error.", err.Error()}
+	if unavailable(err) {
+		e.status, e.message = http.StatusServiceUnavailable, "The database is not available."
 	}
+	errors.As(err, &e) // unless err is one itself
 	switch e.status {
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "ApiKey")
