@@ -114,31 +114,36 @@ func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
 // response remembers what was answered, and compresses it if the client accepts that and it does not fit one packet.
 type response struct {
 	http.ResponseWriter
-	accepts string // the request's Accept-Encoding
-	status  int    // 0: nothing was sent yet
-	zip     *gzip.Writer
+	accepts string    // the request's Accept-Encoding
+	status  int       // 0: nothing was sent yet
+	body    io.Writer // where send writes pieces: to the client, or to what compresses them
 }
+
+// Only send writes. Of ServeMux's own answer its header is left, which knows what methods a path takes.
+func (*response) WriteHeader(int)             {}
+func (*response) Write(b []byte) (int, error) { return len(b), nil }
 
 var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
 
-// send writes a piece of the answer, for which the client gets a new writeTimeout; before the first one the header.
-func (w *response) send(status int, contentType string, piece []byte) error {
+// send writes a piece of the answer, for which the client gets a new writeTimeout; before the first the header, with the last the end.
+func (w *response) send(status int, contentType string, piece []byte, last bool) error {
 	if w.status == 0 {
 		header := w.Header()
 		header.Set("Content-Type", contentType)
 		header.Set("Vary", "Accept, Accept-Encoding")
+		w.status, w.body = status, w.ResponseWriter
 		if len(piece) > onePacket && gzipAccepted.MatchString(w.accepts) {
 			header.Set("Content-Encoding", "gzip")
-			w.zip, _ = gzip.NewWriterLevel(w.ResponseWriter, gzip.BestSpeed) // it fails on an unknown level only
+			w.body, _ = gzip.NewWriterLevel(w.ResponseWriter, gzip.BestSpeed) // it fails on an unknown level only
 		}
-		w.status = status
-		w.WriteHeader(status)
+		w.ResponseWriter.WriteHeader(status)
 	}
 	err := http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
-	if err == nil && w.zip != nil {
-		_, err = w.zip.Write(piece)
-	} else if err == nil {
-		_, err = w.Write(piece)
+	if err == nil {
+		_, err = w.body.Write(piece)
+	}
+	if zip, zipped := w.body.(*gzip.Writer); zipped && last && err == nil {
+		err = zip.Close()
 	}
 	return err
 }
@@ -180,7 +185,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 		}
 	}
 	if !known {
-		handler.ServeHTTP(headerOnly{w}, r)
+		handler.ServeHTTP(w, r)
 		if methods := w.Header().Get("Allow"); methods != "" {
 			return c, refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
 		}
@@ -199,17 +204,8 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	if err == nil && result != nil {
 		err = sendJSON(w, http.StatusOK, result)
 	}
-	if err == nil && w.zip != nil {
-		err = w.zip.Close()
-	}
 	return c, err
 }
-
-// headerOnly keeps of ServeMux's own answer its header: it knows which methods a path takes.
-type headerOnly struct{ http.ResponseWriter }
-
-func (headerOnly) WriteHeader(int)             {}
-func (headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 
 // fail tells the client what it may know of err, unless something was sent already, and returns what the log may know.
 func (w *response) fail(err error) (reason string) {
@@ -217,7 +213,7 @@ func (w *response) fail(err error) (reason string) {
 	if unavailable(err) {
 		e.status, e.message = http.StatusServiceUnavailable, "The database is not available."
 	}
-	errors.As(err, &e) // unless err is one itself
+	errors.As(err, &e) // an apiError says itself what the client may know
 	switch e.status {
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "ApiKey")
@@ -231,7 +227,7 @@ func (w *response) fail(err error) (reason string) {
 }
 
 func sendJSON(w *response, status int, v any) error {
-	return w.send(status, "application/json", []byte(asJSON(v)+"\n"))
+	return w.send(status, "application/json", []byte(asJSON(v)+"\n"), true)
 }
 
 // readBody returns the body, unpacked, if it is of one of types, and which. Whole: a slow client holds only what it sent.
@@ -703,7 +699,7 @@ func (o *rowWriter) start() {
 // row writes one row; the limit-th returns errEnough.
 func (o *rowWriter) row(x *series, e *element) error {
 	if len(o.buf) >= flushBytes { // before the row: of the last one finish has to take the comma away
-		if err := o.flush(); err != nil {
+		if err := o.flush(false); err != nil {
 			return err
 		}
 	}
@@ -785,8 +781,8 @@ func (o *rowWriter) text(v any) []byte {
 }
 
 // flush sends what is buffered.
-func (o *rowWriter) flush() error {
-	err := o.w.send(http.StatusOK, map[bool]string{true: "text/csv; charset=utf-8", false: "application/json"}[o.csv], o.buf)
+func (o *rowWriter) flush(last bool) error {
+	err := o.w.send(http.StatusOK, map[bool]string{true: "text/csv; charset=utf-8", false: "application/json"}[o.csv], o.buf, last)
 	o.buf = o.buf[:0]
 	return err
 }
@@ -796,7 +792,7 @@ func (o *rowWriter) finish() error {
 	if !o.csv {
 		o.buf = fmt.Appendf(bytes.TrimSuffix(o.buf, []byte(",")), "],\"count\":%d}\n", o.count)
 	}
-	return o.flush()
+	return o.flush(true)
 }
 
 // ---- Types of values in requests. They know what they accept, wherever it stands: JSON, query, CSV or command line.
