@@ -936,28 +936,22 @@ func (n *number) UnmarshalJSON(b []byte) error {
 
 // UnmarshalText takes nothing and NaN for NULL.
 func (n *number) UnmarshalText(text []byte) error {
-	f, err, s := math.NaN(), error(nil), string(text)
-	if s != "" && s != "NaN" {
-		if f, err = strconv.ParseFloat(s, 64); math.IsNaN(f) {
-			err = strconv.ErrSyntax // another spelling of it
-		}
-	}
+	s := cmp.Or(string(text), "NaN")
+	f, err := strconv.ParseFloat(s, 64)
 	*n = number(f)
-	return expect[number](err == nil && !math.IsInf(f, 0) && !strings.ContainsAny(s, "xX"), text) // no hexadecimal
+	misspelt := math.IsNaN(f) && s != "NaN" || strings.ContainsAny(s, "xX") // nan, or hexadecimal
+	return expect[number](err == nil && !math.IsInf(f, 0) && !misspelt, text)
 }
 
 // appendNumber writes f so that it reads as a float: 20.0, not 20. NaN is written as null says.
 func appendNumber(b []byte, f float64, null string) []byte {
-	n := len(b)
-	abs := math.Abs(f)
-	switch {
+	switch abs := math.Abs(f); {
 	case math.IsNaN(f):
 		return append(b, null...)
 	case abs != 0 && (abs < 1e-4 || abs >= 1e16):
 		return strconv.AppendFloat(b, f, 'e', -1, 64)
+	case f == math.Trunc(f):
+		return append(strconv.AppendFloat(b, f, 'f', -1, 64), ".0"...)
 	}
-	if b = strconv.AppendFloat(b, f, 'f', -1, 64); !bytes.ContainsRune(b[n:], '.') {
-		b = append(b, '.', '0')
-	}
-	return b
+	return strconv.AppendFloat(b, f, 'f', -1, 64)
 }
