@@ -649,7 +649,7 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 		if err := s.store.Read(ctx, c, q, out.row); err != nil && err != errEnough {
 			return nil, err
 		}
-		return nil, out.finish()
+		return nil, out.flush(true)
 	}, cmp.Or(err, checkRead(q, mode, format, out.detail))
 }
 
@@ -698,7 +698,7 @@ func (o *rowWriter) start() {
 
 // row writes one row; the limit-th returns errEnough.
 func (o *rowWriter) row(x *series, e *element) error {
-	if len(o.buf) >= flushBytes { // before the row: of the last one finish has to take the comma away
+	if len(o.buf) >= flushBytes { // before the row: of the last one flush has to take the comma away
 		if err := o.flush(false); err != nil {
 			return err
 		}
@@ -780,19 +780,14 @@ func (o *rowWriter) text(v any) []byte {
 	return []byte(text)
 }
 
-// flush sends what is buffered.
+// flush sends what is buffered; at last with what stands after the rows of a complete response.
 func (o *rowWriter) flush(last bool) error {
+	if last && !o.csv {
+		o.buf = fmt.Appendf(bytes.TrimSuffix(o.buf, []byte(",")), "],\"count\":%d}\n", o.count)
+	}
 	err := o.w.send(http.StatusOK, map[bool]string{true: "text/csv; charset=utf-8", false: "application/json"}[o.csv], o.buf, last)
 	o.buf = o.buf[:0]
 	return err
-}
-
-// finish ends a complete response.
-func (o *rowWriter) finish() error {
-	if !o.csv {
-		o.buf = fmt.Appendf(bytes.TrimSuffix(o.buf, []byte(",")), "],\"count\":%d}\n", o.count)
-	}
-	return o.flush(true)
 }
 
 // ---- Types of values in requests. They know what they accept, wherever it stands: JSON, query, CSV or command line.
