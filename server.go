@@ -304,11 +304,8 @@ func (f fields) decodeJSON(body []byte) error {
 		}
 		return inputError(name, dec.Decode(into))
 	})
-	if err == nil {
-		if _, err = dec.Token(); err == io.EOF {
-			return nil
-		}
-		err = cmp.Or(err, errors.New("expected nothing after the object"))
+	if _, end := dec.Token(); err == nil && end != io.EOF {
+		err = cmp.Or(end, errors.New("expected nothing after the object"))
 	}
 	return inputError("body", err)
 }
@@ -375,15 +372,11 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 	f["tenant_id"] = &tenant
 	for name, values := range query {
 		into := f[name]
-		take, isList := into.(list)
-		if into == nil || len(values) > 1 && !isList {
+		if _, isList := into.(list); into == nil || len(values) > 1 && !isList {
 			return invalid("%s: unknown parameter, or given twice", name)
 		}
-		if !isList {
-			take = func(decode func(any) error) error { return decode(into) }
-		}
 		for _, value := range values {
-			if err := take(func(into any) error { return setField(into, value) }); err != nil {
+			if err := setField(into, value); err != nil {
 				return inputError(name, err)
 			}
 		}
@@ -391,9 +384,11 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 	return checkTenant(c, tenant)
 }
 
-// setField parses the text of a query parameter or of a cell into what the pointer points to.
+// setField parses the text of a query parameter or of a cell into what the pointer points to, or for the list.
 func setField(into any, text string) (err error) {
 	switch into := into.(type) {
+	case list:
+		return into(func(element any) error { return setField(element, text) })
 	case encoding.TextUnmarshaler:
 		return into.UnmarshalText([]byte(text))
 	case *bool:
