@@ -90,8 +90,9 @@ type server struct {
 	mux   *http.ServeMux
 }
 
-func (s *server) routes() []route {
-	return []route{
+func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
+	s := &server{st, auth, log, http.NewServeMux()}
+	for _, rt := range []route{
 		{"GET /{$}", "open", s.getRoot},
 		{"GET /healthz", "open", s.getHealth},
 		{"POST /upload", "write", s.postUpload},
@@ -100,12 +101,7 @@ func (s *server) routes() []route {
 		{"POST /series", "write", s.postSeries},
 		{"GET /list_timeseries", "read", s.getSeries},
 		{"GET /runs", "read", s.getRuns},
-	}
-}
-
-func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
-	s := &server{st, auth, log, http.NewServeMux()}
-	for _, rt := range s.routes() {
+	} {
 		s.mux.Handle(rt.pattern, rt)
 	}
 	return s
