@@ -90,9 +90,8 @@ type server struct {
 	mux   *http.ServeMux
 }
 
-func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
-	s := &server{st, auth, log, http.NewServeMux()}
-	for _, rt := range []route{
+func (s *server) routes() []route {
+	return []route{
 		{"GET /{$}", "open", s.getRoot},
 		{"GET /healthz", "open", s.getHealth},
 		{"POST /upload", "write", s.postUpload},
@@ -101,7 +100,12 @@ func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
 		{"POST /series", "write", s.postSeries},
 		{"GET /list_timeseries", "read", s.getSeries},
 		{"GET /runs", "read", s.getRuns},
-	} {
+	}
+}
+
+func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
+	s := &server{st, auth, log, http.NewServeMux()}
+	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, rt)
 	}
 	return s
