@@ -132,23 +132,18 @@ func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
 	case k.expired:
 		return refuse("expired key " + keyID(key))
 	}
-	if k.useIsStale {
-		a.touchLater(k.userID)
+	if k.useIsStale && a.touching.CompareAndSwap(false, true) {
+		go a.noteUse(k.userID)
 	}
 	return Caller{tenant: k.tenant, email: k.email, keyID: keyID(key), readOnly: k.readOnly}, nil
 }
 
-// touchLater notes the use of a key beside the request, one at a time; what it misses, a later request notes.
-func (a *authenticator) touchLater(userID string) {
-	if !a.touching.CompareAndSwap(false, true) {
-		return
-	}
-	go func() {
-		defer a.touching.Store(false)
-		ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
-		defer cancel()
-		_ = a.touch(ctx, userID) // best effort: a database that fails shows where it matters
-	}()
+// noteUse notes the use of a key beside the request, one at a time; what it misses, a later request notes.
+func (a *authenticator) noteUse(userID string) {
+	defer a.touching.Store(false)
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	defer cancel()
+	_ = a.touch(ctx, userID) // best effort: a database that fails shows where it matters
 }
 
 // refuse answers any key that does not open the door, with the same bytes whatever the reason.
