@@ -194,14 +194,8 @@ func (c *cli) confirm(question string, args ...any) error {
 }
 
 func (c *cli) createTables(ctx context.Context, st *store) error {
-	sections := []string{"begin", "tables"}
-	if c.withUsers {
-		sections = append(sections, "users")
-	}
-	if c.appRole != "" {
-		sections = append(sections, "app role")
-	}
-	text := schemaSections(c.schema, c.appRole, sections...)
+	wanted := map[string]bool{"begin": true, "tables": true, "users": c.withUsers, "app role": c.appRole != ""}
+	text := schemaSections(c.schema, c.appRole, wanted)
 	if c.dryRun {
 		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", text)
 	}
@@ -232,7 +226,7 @@ func (c *cli) deleteTables(ctx context.Context, st *store) error {
 	if err := c.confirm("Delete %s in schema %q, with ALL data?", names, c.schema); err != nil {
 		return err
 	}
-	return c.report(st.exec(ctx, schemaSections(c.schema, "", "delete")), "deleted  %s\n", names)
+	return c.report(st.exec(ctx, schemaSections(c.schema, "", map[string]bool{"delete": true})), "deleted  %s\n", names)
 }
 
 func (c *cli) usersCreate(ctx context.Context, st *store) error {

@@ -179,11 +179,11 @@ func unavailable(err error) bool {
 		slices.Contains([]string{"42P01", "42883", "42501", "25006", "3D000", "55000", "55006", "0A000"}, state)
 }
 
-// schemaSections returns the sections of schema.sql that are named, with the placeholders replaced by quoted identifiers.
-func schemaSections(schema, role string, names ...string) string {
+// schemaSections returns the sections of schema.sql that are wanted, with the placeholders replaced by quoted identifiers.
+func schemaSections(schema, role string, wanted map[string]bool) string {
 	text := ""
 	for _, section := range strings.Split(schemaSQL, "-- section: ")[1:] {
-		if name, body, _ := strings.Cut(section, "\n"); slices.Contains(names, name) {
+		if name, body, _ := strings.Cut(section, "\n"); wanted[name] {
 			text += "\n" + strings.TrimSpace(body) + "\n"
 		}
 	}
