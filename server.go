@@ -425,7 +425,7 @@ func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
 	return func(ctx context.Context) (any, error) {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
-		_, err := s.store.relations(ctx)
+		_, _, err := s.store.relations(ctx)
 		return map[string]string{"status": "ok"}, err
 	}, nil
 }

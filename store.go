@@ -190,19 +190,20 @@ func schemaSections(schema, role string, wanted map[string]bool) string {
 	return strings.NewReplacer(":schema", pq.QuoteIdentifier(schema), ":app_role", pq.QuoteIdentifier(role)).Replace(text)
 }
 
-// relations lists which tables and views of timedb exist in the store's schema. It reads the catalog, which does not
-// hide what this role may not use: a name that is not in the answer is proven absent.
-func (s *store) relations(ctx context.Context) ([]string, error) {
-	rows, err := s.QueryContext(ctx, `
-		SELECT c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-		WHERE n.nspname = $1 AND c.relname IN ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')
-		ORDER BY c.relname`, s.schema)
-	return scanAll(rows, err, func(name *string) []any { return []any{name} })
+// relations lists which tables and views of timedb exist in the store's schema. It reads the catalog, which does not hide what
+// this role may not use: a name that is not in the answer is proven absent. rewrites: the role could change or delete stored data.
+func (s *store) relations(ctx context.Context) (names pq.StringArray, rewrites bool, err error) {
+	err = s.db.QueryRowContext(ctx, `
+		SELECT array_agg(c.relname::text ORDER BY c.relname), coalesce(bool_or(has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE'))
+		       FILTER (WHERE c.relname IN ('runs_table', 'series_table', 'values_table')), false)
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1
+		AND c.relname IN ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`, s.schema).Scan(&names, &rewrites)
+	return names, rewrites, err
 }
 
 // usersTableExists: true is present, false is proven absent, an error is neither.
 func (s *store) usersTableExists(ctx context.Context) (bool, error) {
-	names, err := s.relations(ctx)
+	names, _, err := s.relations(ctx)
 	return slices.Contains(names, "users_table"), err
 }
 
@@ -276,15 +277,6 @@ func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []b
 		UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4::bigint > 0 THEN key_digest END,
 		       previous_ends_at = CASE WHEN $4 > 0 THEN clock_timestamp() + $4 * interval '1 microsecond' END
 		WHERE user_id = $1`, userID, keyID, digest, int64(grace))
-}
-
-// mayRewrite tells whether the connected role could change or delete stored data.
-func (s *store) mayRewrite(ctx context.Context) (may bool, err error) {
-	err = s.db.QueryRowContext(ctx, `
-		SELECT coalesce(bool_or(has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE')), false)
-		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-		WHERE n.nspname = $1 AND c.relname IN ('runs_table', 'series_table', 'values_table')`, s.schema).Scan(&may)
-	return may, err
 }
 
 type series struct{ ID, Key, Unit string }
