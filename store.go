@@ -142,11 +142,6 @@ func (s *store) exec(ctx context.Context, query string, args ...any) error {
 	})
 }
 
-// nullable is the bound argument of an optional text: NULL when it is empty.
-func nullable[T ~string](s T) sql.NullString {
-	return sql.NullString{String: string(s), Valid: s != ""}
-}
-
 // asJSON is v, which json.Marshal can marshal: also as a bound argument that SQL unpacks.
 func asJSON(v any) string {
 	text, err := json.Marshal(v)
@@ -259,8 +254,8 @@ func (s *store) Users(ctx context.Context, tenant, email string) ([]user, error)
 		SELECT user_id, tenant_id, email, key_id, access, is_active,
 		       CASE WHEN NOT is_active THEN 'inactive' WHEN expires_at <= clock_timestamp() THEN 'expired' ELSE 'active' END,
 		       expires_at, last_used_at, created_at
-		FROM users_table WHERE ($1::uuid IS NULL OR tenant_id = $1) AND ($2::text IS NULL OR lower(email) = lower($2))
-		ORDER BY tenant_id, lower(email)`, nullable(tenant), nullable(email))
+		FROM users_table WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid) AND ($2 = '' OR lower(email) = lower($2))
+		ORDER BY tenant_id, lower(email)`, tenant, email)
 	return scanAll(rows, err, func(u *user) []any {
 		return []any{&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active, &u.Status, &u.ExpiresAt, &u.LastUsed, &u.CreatedAt}
 	})
@@ -409,11 +404,11 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 	err = tx.QueryRowContext(ctx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time, known_time, run_params,
 		                        rows_inserted, request_digest, changed_by, inserted_at)
-		SELECT $1::uuid, coalesce($2, gen_random_uuid()), $3, $4::timestamptz, $5::timestamptz, coalesce($6::timestamptz, now),
-		       $7::jsonb, $8::integer, $9::bytea, $10, now FROM clock_timestamp() AS now
+		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3, $4::timestamptz, $5::timestamptz,
+		       coalesce($6::timestamptz, now), nullif($7, '')::jsonb, $8::integer, $9::bytea, nullif($10, ''), now
+		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
-		c.tenant, nullable(u.runID), u.workflowID, u.start, u.finish, u.known, nullable(string(u.params)), u.rows, u.digest[:],
-		nullable(c.email)).Scan(&u.runID)
+		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, string(u.params), u.rows, u.digest[:], c.email).Scan(&u.runID)
 	if state := sqlState(err); strings.HasPrefix(state, "22") || state == "54001" {
 		// Every other argument was checked: only run_params can hold what jsonb refuses (\u0000, numbers out of range).
 		return false, invalid("run_params holds something that PostgreSQL cannot store as jsonb")
@@ -806,8 +801,8 @@ func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, up
 		for i, x := range found {
 			updates[i]["series_id"] = x.ID
 		}
-		return tx.QueryRowContext(ctx, `SELECT correct_values($1, $2, $3) /* of tenant_id $1 */`,
-			c.tenant, nullable(c.email), asJSON(updates)).Scan((*[]byte)(&answer))
+		return tx.QueryRowContext(ctx, `SELECT correct_values($1, nullif($2, ''), $3) /* of tenant_id $1 */`,
+			c.tenant, c.email, asJSON(updates)).Scan((*[]byte)(&answer))
 	})
 	if e := pq.As(err); e != nil && strings.HasPrefix(string(e.Code), "TD") {
 		status, _ := strconv.Atoi(string(e.Code[2:]))
@@ -838,6 +833,6 @@ func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end m
 			       iso_time(known_time) AS known_time, run_params, changed_by, iso_time(inserted_at) AS inserted_at,
 			       rows_inserted AS rows
 			FROM runs_table t
-			WHERE tenant_id = $1 AND ($2::text IS NULL OR workflow_id = $2) AND t.known_time >= $3 AND t.known_time < $4
-			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, nullable(workflow), start, end, limit)
+			WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2) AND t.known_time >= $3 AND t.known_time < $4
+			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, workflow, start, end, limit)
 }
