@@ -376,17 +376,14 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		if err != nil {
 			return err
 		}
-		isNew, err := insertRun(ctx, c, tx, u)
-		if err != nil {
-			return err
-		}
 		points := map[string][]point{}
 		for i, x := range found {
 			ids[x.Key] = x.ID
 			points[x.ID] = append(points[x.ID], *u.points[refs[i]]...) // two refs may name one series
 		}
-		if !isNew {
-			return nil
+		isNew, err := insertRun(ctx, c, tx, u)
+		if err != nil || !isNew {
+			return err
 		}
 		blocks, err := cutBlocks(points)
 		for batch := range slices.Chunk(blocks, blocksPerStatement) {
@@ -453,15 +450,10 @@ func cutBlocks(bySeries map[string][]point) ([]block, error) {
 
 // insertBlocks stores blocks in one statement: all values end to end in three arrays, and a list of which stretch is whose.
 func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, runID uuid, blocks []block) error {
-	type stretch struct {
-		SeriesID string `json:"series_id"`
-		First    int    `json:"first"` // positions in the arrays, from 1
-		Last     int    `json:"last"`
-	}
-	var list []stretch
+	var stretches []map[string]any // by positions in the arrays, from 1
 	var times, ends, values []uint64
 	for _, b := range blocks {
-		list = append(list, stretch{b.seriesID, len(times) + 1, len(times) + len(b.points)})
+		stretches = append(stretches, map[string]any{"series_id": b.seriesID, "first": len(times) + 1, "last": len(times) + len(b.points)})
 		for _, p := range b.points {
 			times = append(times, uint64(p.time-pgEpoch))
 			ends = append(ends, uint64(p.end-pgEpoch))
@@ -481,7 +473,7 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, runID uuid, blocks 
 		FROM runs_table r, (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[]) AS a (times, ends, "values"),
 		     json_to_recordset($6) AS b (series_id uuid, first integer, last integer)
 		WHERE r.tenant_id = $1 AND r.run_id = $2`, c.tenant, runID, encodeArray(oidTimestamptz, times, nullTime), wireEnds,
-		encodeArray(oidFloat8, values, nullFloat), asJSON(list))
+		encodeArray(oidFloat8, values, nullFloat), asJSON(stretches))
 	return err
 }
 
