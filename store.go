@@ -16,7 +16,6 @@ import (
 	"net"
 	"os"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -492,9 +491,7 @@ const (
 // encodeArray returns bits as an array of the element type oid; elements equal to null are sent as NULL.
 func encodeArray(oid uint32, bits []uint64, null uint64) []byte {
 	wire := make([]byte, 0, arrayHeader+12*len(bits))
-	for _, field := range []uint32{1, 1, oid, uint32(len(bits)), 1} {
-		wire = binary.BigEndian.AppendUint32(wire, field)
-	}
+	wire, _ = binary.Append(wire, binary.BigEndian, []uint32{1, 1, oid, uint32(len(bits)), 1}) // it fails on other types only
 	for _, b := range bits {
 		if b == null {
 			wire = binary.BigEndian.AppendUint32(wire, math.MaxUint32)
@@ -593,10 +590,9 @@ func (m *merger) add(block []element) {
 	if len(block) == 0 {
 		return
 	}
-	cut := sort.Search(len(m.open), func(i int) bool { return m.compare(&m.open[i], &block[0]) >= 0 })
-	rest := append(m.spare[:0], m.open[cut:]...)
-	m.spare = rest
-	out := m.open[:cut]
+	cut, _ := slices.BinarySearchFunc(m.open, block[0], func(a, b element) int { return m.compare(&a, &b) })
+	m.spare = append(m.spare[:0], m.open[cut:]...)
+	out, rest := m.open[:cut], m.spare
 	for i := range block {
 		e := &block[i]
 		for len(rest) > 0 && m.compare(&rest[0], e) < 0 {
@@ -615,7 +611,7 @@ func (m *merger) add(block []element) {
 
 // flush emits the open elements before bound, which no later block can touch.
 func (m *merger) flush(bound micros, emit func(*element) error) error {
-	n := sort.Search(len(m.open), func(i int) bool { return m.open[i].time >= bound })
+	n, _ := slices.BinarySearchFunc(m.open, bound, func(e element, t micros) int { return cmp.Compare(e.time, t) })
 	for i := range m.open[:n] {
 		if err := emit(&m.open[i]); err != nil {
 			return err
@@ -725,9 +721,8 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, 
 	v = &version{}
 	err = rows.Scan(&number, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
 		&d.wire[0], &d.wire[1], &d.wire[2], &d.wire[3])
-	d.ends = d.ends[:0]
 	for i, into := range []*[]uint64{&d.stamps, &d.times, &d.ends, &d.values} {
-		if err == nil && d.wire[i] != nil {
+		if err == nil { // a NULL, of ends, gives none
 			*into, err = decodeArray((*into)[:0], d.wire[i], []uint64{nullTime, nullTime, nullTime, nullFloat}[i])
 		}
 	}
