@@ -17,7 +17,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base32"
 	"encoding/base64"
 	"encoding/binary"
 	"hash/crc32"
@@ -153,10 +152,10 @@ func refuse(reason string) (Caller, error) {
 
 // newKey makes a key, and returns its id and digest too: the only source of keys. crypto/rand ends the program if it fails.
 func newKey() (key, id string, digest []byte) {
-	random := make([]byte, 5+32)
-	rand.Read(random)
-	id = strings.ToLower(base32.StdEncoding.EncodeToString(random[:5]))
-	body := "tdb_" + id + "_" + base64.RawURLEncoding.EncodeToString(random[5:])
+	secret := make([]byte, 32)
+	rand.Read(secret)
+	id = strings.ToLower(rand.Text()[:8]) // rand.Text writes base32
+	body := "tdb_" + id + "_" + base64.RawURLEncoding.EncodeToString(secret)
 	key = body + checksum(body)
 	sum := sha256.Sum256([]byte(key))
 	return key, id, sum[:]

@@ -230,10 +230,8 @@ func (c *cli) deleteTables(ctx context.Context, st *store) error {
 }
 
 func (c *cli) usersCreate(ctx context.Context, st *store) error {
-	access := map[bool]string{true: "ro", false: "rw"}[c.readOnly]
-	u := &user{Tenant: string(c.tenant), Email: c.email, Access: access}
 	key, id, digest := newKey()
-	u.KeyID = id
+	u := &user{Tenant: string(c.tenant), Email: c.email, KeyID: id, Access: map[bool]string{true: "ro", false: "rw"}[c.readOnly]}
 	return c.showKey(st.CreateUser(ctx, u, digest, micros(c.expires)), u, key)
 }
 
