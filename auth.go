@@ -53,18 +53,15 @@ type keyRecord struct {
 	useIsStale                bool // last_used_at is due
 }
 
-// keyLookup finds a user, in whatever state, by a key's SHA-256 digest; if there is none, a record without a digest.
-type keyLookup interface {
-	LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
-}
-
 // authenticator decides for every request; it lives as long as the server.
 type authenticator struct {
-	keys             keyLookup
 	usersTableExists func(context.Context) (bool, error) // false: proven absent; an error: unknown
-	touch            func(ctx context.Context, userID string) error
-	requireAuth      bool   // refuse everyone, rather than admit everyone, while there is no users_table
-	host             string // the host that the server was told to listen on
+	// lookup finds a user, in whatever state, by a key's SHA-256 digest; if there is none, a record without a digest.
+	lookup func(ctx context.Context, digest []byte) (keyRecord, error)
+	touch  func(ctx context.Context, userID string) error
+
+	requireAuth bool   // refuse everyone, rather than admit everyone, while there is no users_table
+	host        string // the host that the server was told to listen on
 
 	touching atomic.Bool // a last_used_at is being written
 	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
@@ -118,7 +115,7 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 // judge looks a well-formed key up and decides on what the database says of it.
 func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
-	k, err := a.keys.LookupKey(ctx, digest[:])
+	k, err := a.lookup(ctx, digest[:])
 	if err != nil {
 		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", "key lookup: " + err.Error()}
 	}

@@ -302,7 +302,8 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 
 func (c *cli) api(ctx context.Context, st *store) error {
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
-	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
+	auth := &authenticator{usersTableExists: st.usersTableExists, lookup: st.LookupKey, touch: st.TouchKey,
+		requireAuth: c.requireAuth, host: c.host}
 	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err
 	}
