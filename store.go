@@ -88,8 +88,7 @@ func isLoopback(host string) bool {
 	return host == "localhost" || net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
 }
 
-// QueryContext runs query as a statement that database/sql prepares once per connection. That saves planning what every
-// request runs, and lib/pq receives bytea in binary only from prepared statements.
+// QueryContext prepares query once per connection: that saves planning it, and only so does lib/pq receive bytea in binary.
 func (s *store) QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error) {
 	st, known := s.statements.Load(query)
 	if !known {
@@ -187,11 +186,12 @@ func schemaSections(schema, role string, wanted map[string]bool) string {
 // relations lists which tables and views of timedb exist in the store's schema. It reads the catalog, which does not hide what
 // this role may not use: a name that is not in the answer is proven absent. rewrites: the role could change or delete stored data.
 func (s *store) relations(ctx context.Context) (names pq.StringArray, rewrites bool, err error) {
-	err = s.db.QueryRowContext(ctx, `
+	rows, err := s.QueryContext(ctx, `
 		SELECT array_agg(c.relname::text ORDER BY c.relname), coalesce(bool_or(has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE'))
 		       FILTER (WHERE c.relname IN ('runs_table', 'series_table', 'values_table')), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1
-		AND c.relname IN ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`, s.schema).Scan(&names, &rewrites)
+		AND c.relname IN ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`, s.schema)
+	_, err = scanAll(rows, err, func(*struct{}) []any { return []any{&names, &rewrites} }) // it is one row
 	return names, rewrites, err
 }
 
