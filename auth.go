@@ -53,15 +53,18 @@ type keyRecord struct {
 	useIsStale                bool // last_used_at is due
 }
 
+// keyLookup finds a user, in whatever state, by a key's SHA-256 digest; if there is none, a record without a digest.
+type keyLookup interface {
+	LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
+}
+
 // authenticator decides for every request; it lives as long as the server.
 type authenticator struct {
+	keys             keyLookup
 	usersTableExists func(context.Context) (bool, error) // false: proven absent; an error: unknown
-	// lookup finds a user, in whatever state, by a key's SHA-256 digest; if there is none, a record without a digest.
-	lookup func(ctx context.Context, digest []byte) (keyRecord, error)
-	touch  func(ctx context.Context, userID string) error
-
-	requireAuth bool   // refuse everyone, rather than admit everyone, while there is no users_table
-	host        string // the host that the server was told to listen on
+	touch            func(ctx context.Context, userID string) error
+	requireAuth      bool   // refuse everyone, rather than admit everyone, while there is no users_table
+	host             string // the host that the server was told to listen on
 
 	touching atomic.Bool // a last_used_at is being written
 	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
@@ -75,7 +78,7 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	if !a.latched.Load() {
 		exists, err := a.usersTableExists(ctx)
 		if err != nil {
-			return Caller{}, &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", "users_table: " + err.Error()}
+			return Caller{}, &apiError{http.StatusServiceUnavailable, "The database is not available.", "users_table: " + err.Error()}
 		}
 		if !exists {
 			return a.openCaller(r)
@@ -115,9 +118,9 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 // judge looks a well-formed key up and decides on what the database says of it.
 func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
-	k, err := a.lookup(ctx, digest[:])
+	k, err := a.keys.LookupKey(ctx, digest[:])
 	if err != nil {
-		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database cannot be reached.", "key lookup: " + err.Error()}
+		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database is not available.", "key lookup: " + err.Error()}
 	}
 	// The database compared already, but not in constant time and not in code that is read here.
 	switch {

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	_ "embed"
 	"encoding"
 	"encoding/json"
@@ -57,7 +58,7 @@ var commands = []command{
 	{"users list", "d,dsn s,schema t,tenant-id include-inactive json", 0, (*cli).usersList},
 	{"users deactivate", "d,dsn s,schema e,email! t,tenant-id y,yes", 0, (*cli).changeUser},
 	{"users activate", "d,dsn s,schema e,email! t,tenant-id", 0, (*cli).changeUser},
-	{"users regenerate-key", "d,dsn s,schema e,email! t,tenant-id grace q,quiet y,yes", 0, (*cli).changeUser},
+	{"users regenerate-key", "d,dsn s,schema e,email! t,tenant-id grace expires q,quiet y,yes", 0, (*cli).changeUser},
 	{"api", "d,dsn s,schema host port tls-cert tls-key require-auth allow-anonymous", statementTimeout, (*cli).api},
 	{"version", "", 0, func(c *cli, _ context.Context, _ *store) error { return c.report(nil, "timedb %s\n", release) }},
 }
@@ -232,7 +233,7 @@ func (c *cli) deleteTables(ctx context.Context, st *store) error {
 func (c *cli) usersCreate(ctx context.Context, st *store) error {
 	key, id, digest := newKey()
 	u := &user{Tenant: string(c.tenant), Email: c.email, KeyID: id, Access: map[bool]string{true: "ro", false: "rw"}[c.readOnly]}
-	return c.showKey(st.CreateUser(ctx, u, digest, micros(c.expires)), u, key)
+	return c.showKey(st.CreateUser(ctx, u, digest, c.expires), u, key)
 }
 
 // showKey prints a new key, once: it is stored nowhere. err tells why there is none.
@@ -289,6 +290,9 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	if c.name == "users activate" {
 		return c.report(st.SetActive(ctx, u.ID, true), "Activated %s.\n", u.Email)
 	}
+	if c.name == "users regenerate-key" && u.Status == "expired" && c.expires == (expiry{}) {
+		return errors.New("the user has expired, and with it any key: pass --expires")
+	}
 	verb := map[string]string{"users deactivate": "Deactivate", "users regenerate-key": "Replace the key of"}[c.name]
 	if err := c.confirm("%s %s of tenant %s?", verb, u.Email, u.Tenant); err != nil {
 		return err
@@ -297,13 +301,12 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 		return c.report(st.SetActive(ctx, u.ID, false), "Deactivated %s. The key is refused from now on.\n", u.Email)
 	}
 	key, id, digest := newKey()
-	return c.showKey(st.ReplaceKey(ctx, u.ID, id, digest, micros(c.grace)), u, key)
+	return c.showKey(st.ReplaceKey(ctx, u, id, digest, c.grace, c.expires), u, key)
 }
 
 func (c *cli) api(ctx context.Context, st *store) error {
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
-	auth := &authenticator{usersTableExists: st.usersTableExists, lookup: st.LookupKey, touch: st.TouchKey,
-		requireAuth: c.requireAuth, host: c.host}
+	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
 	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err
 	}
@@ -318,7 +321,12 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	}
 	scheme, serve := "http", srv.Serve
 	if c.tlsCert != "" { // crypto/tls takes no less than TLS 1.2
-		scheme, serve = "https", func(l net.Listener) error { return srv.ServeTLS(l, c.tlsCert, c.tlsKey) }
+		pair, err := tls.LoadX509KeyPair(c.tlsCert, c.tlsKey)
+		if err != nil {
+			return err
+		}
+		srv.TLSConfig = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
+		scheme, serve = "https", func(l net.Listener) error { return srv.ServeTLS(l, "", "") }
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- serve(listener) }()
@@ -355,6 +363,6 @@ func (c *cli) checkStart(ctx context.Context, st *store, auth *authenticator, lo
 	warnIf(!exists, "there is no users_table: everyone is served, or with --require-auth refused")
 	warnIf(!local && c.tlsCert == "", "keys and data cross the network in plain text: use --tls-cert, or put a TLS proxy in front")
 	warnIf(st.exposed, "whoever is between here and the database can listen in: use sslmode=verify-full")
-	warnIf(rewrites, "the database role may rewrite what is stored: use one that has what create tables --app-role grants")
+	warnIf(rewrites, "the database role may rewrite data or users: use one that has what create tables --app-role grants")
 	return nil
 }

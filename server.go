@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"mime"
 	"net/http"
@@ -47,7 +48,9 @@ const (
 	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
 	maxBody           = 64 << 20         // some 600,000 rows, of 24 bytes each once decoded
 	maxUpdates        = 10_000           // per PUT /values: they hold their tenant's lock together
+	maxTags           = 100              // of one value
 	maxParams         = 16 << 10
+	maxLine           = 4 << 10  // of a CSV
 	maxRuns           = 10_000   // per GET /runs: they are collected in memory
 	flushBytes        = 64 << 10 // of a stream at a time
 	onePacket         = 1400     // bytes
@@ -240,15 +243,16 @@ func readBody(w http.ResponseWriter, r *http.Request, types ...string) (body []b
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "", "identity":
 	case "gzip":
-		unpacked, err := gzip.NewReader(in)
-		if err != nil {
-			return nil, "", inputError("body", err)
+		var unpacked *gzip.Reader
+		if unpacked, err = gzip.NewReader(in); err == nil {
+			in = http.MaxBytesReader(w, unpacked, maxBody)
 		}
-		in = http.MaxBytesReader(w, unpacked, maxBody)
 	default:
 		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
 	}
-	body, err = io.ReadAll(in)
+	if err == nil {
+		body, err = io.ReadAll(in)
+	}
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		err = refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
 	} else if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -269,6 +273,8 @@ func readJSON(w http.ResponseWriter, r *http.Request, c Caller, f fields) error 
 // fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer. What is
 // not given keeps its value. In place of the pointer a list takes the elements of an array, or a repeated parameter.
 type fields map[string]any
+
+func (f fields) names() string { return strings.Join(slices.Sorted(maps.Keys(f)), ", ") }
 
 // list gets elements one by one. decode decodes the one at hand; other errors of a list name a member of it.
 type list func(decode func(into any) error) error
@@ -298,7 +304,7 @@ func (f fields) decodeJSON(body []byte) error {
 		delete(f, name)
 		switch into := into.(type) {
 		case nil:
-			return invalid("%s: unknown field, or given twice", name)
+			return invalid("%s: unknown field, or given twice; there are also %s", name, f.names())
 		case list:
 			return inputError(name, walk(dec, '[', func(i int) error { return elementError(name, i, into(dec.Decode)) }))
 		}
@@ -326,7 +332,7 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 }
 
 // inWords turns Go's name of a field or type into the contract's.
-var inWords = strings.NewReplacer("*", "", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
+var inWords = strings.NewReplacer("*", "", "[]main.label", "list of texts", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
 	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "main.uuid", "UUID",
 	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
 	"main.number", "finite number or null", "main.uploadRow", "object", "map[string]json.RawMessage", "object",
@@ -339,7 +345,7 @@ func inputError(field string, err error) error {
 	}
 	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
 		field = strings.TrimSuffix(field+"."+inWords.Replace(e.Field), ".")
-		return invalid("%s: expected %s, not %.40s", field, inWords.Replace(e.Type.String()), e.Value)
+		return invalid("%s: expected %s, not %.40q", field, inWords.Replace(e.Type.String()), e.Value)
 	}
 	if e, ok := errors.AsType[*csv.ParseError](err); ok {
 		return invalid("line %d: %s", e.Line, e.Err)
@@ -373,7 +379,7 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 	for name, values := range query {
 		into := f[name]
 		if _, isList := into.(list); into == nil || len(values) > 1 && !isList {
-			return invalid("%s: unknown parameter, or given twice", name)
+			return invalid("%s: unknown parameter, or given twice; there are %s", name, f.names())
 		}
 		for _, value := range values {
 			if err := setField(into, value); err != nil {
@@ -501,6 +507,12 @@ func checkPlace(time, end micros, ref seriesRef, keyField string) error {
 
 // decodeCSV takes rows under a header line, in which the columns may have any order.
 func (u *upload) decodeCSV(body []byte) error {
+	body = bytes.TrimPrefix(body, []byte("\ufeff")) // by which Excel marks UTF-8
+	for line := range bytes.Lines(body) {
+		if len(line) > maxLine { // encoding/csv takes some hundred bytes for each comma of a record
+			return invalid("body: expected lines of at most %d bytes", maxLine)
+		}
+	}
 	in := csv.NewReader(bytes.NewReader(body))
 	in.ReuseRecord = true
 	record, err := in.Read()
@@ -513,9 +525,12 @@ func (u *upload) decodeCSV(body []byte) error {
 	header, into := slices.Clone(record), make([]any, len(record))
 	for i, name := range header {
 		if into[i] = columns[name]; into[i] == nil {
-			return invalid("header: %.40q is no column, or given twice", name)
+			return invalid("header: %.40q is no column, or given twice; there are %s", name, columns.names())
 		}
 		delete(columns, name)
+	}
+	if columns["valid_time"] != nil || columns["value"] != nil || columns["value_key"] != nil && columns["series_id"] != nil {
+		return invalid("header: expected valid_time, value, and value_key or series_id")
 	}
 	for {
 		record, err := in.Read()
@@ -532,7 +547,7 @@ func (u *upload) decodeCSV(body []byte) error {
 			err = u.add(&row)
 		}
 		if err != nil {
-			return elementError("row", u.rows, err)
+			return elementError("line", u.rows+2, err) // after the header, and counted from 1
 		}
 	}
 }
@@ -551,7 +566,7 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 		f["tenant_id"], f["value_rows"] = &tenant, each(emptyRow, u.add)
 		err = cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
 	}
-	u.digest = sha256.Sum256(append(body, kind+"?"+r.URL.RawQuery...))
+	u.digest = sha256.Sum256(append(body, kind+"?"+r.URL.Query().Encode()...))
 	return func(ctx context.Context) (any, error) {
 		ids, err := s.store.Upload(ctx, c, u)
 		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
@@ -602,6 +617,9 @@ func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, up
 			update[name] = into
 		}
 	}
+	if len(tags) > maxTags || slices.Contains(tags, "") { // a null among them
+		return ref, nil, invalid("tags: expected at most %d texts", maxTags)
+	}
 	for i, tag := range tags {
 		tags[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
 	}
@@ -627,6 +645,9 @@ func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error)
 }
 
 func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error) {
+	if !r.ProtoAtLeast(1, 1) {
+		return nil, refusal(http.StatusHTTPVersionNotSupported, "HTTP/1.0 cannot tell a broken answer from a complete one: use HTTP/1.1.")
+	}
 	q, out := anyValue, &rowWriter{w: w}
 	mode, format := label("flat"), label("json")
 	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
@@ -871,16 +892,19 @@ func (d *span) UnmarshalText(text []byte) error {
 	return expect[span](err == nil && *d >= 0 && days <= 100_000, text)
 }
 
-// expiry is a time to come: a timestamp, or a span from now on.
-type expiry micros
+// expiry is a time to come: a timestamp, or a span from the moment on when the database learns of it. Zero is never.
+type expiry struct {
+	at    micros
+	after span
+}
 
 func (e *expiry) UnmarshalText(text []byte) error {
-	now, after := unixEpoch+micros(time.Now().UnixMicro()), span(0)
-	err := after.UnmarshalText(text)
-	if *e = expiry(now + micros(after)); err != nil {
-		err = (*micros)(e).UnmarshalText(text)
+	err := e.after.UnmarshalText(text)
+	if err == nil && e.after > 0 {
+		return nil
 	}
-	return expect[expiry](err == nil && micros(*e) > now, text)
+	err = e.at.UnmarshalText(text)
+	return expect[expiry](err == nil && e.at.utc().After(time.Now()), text)
 }
 
 // uuid is in lower case.
@@ -929,7 +953,7 @@ func (n *number) UnmarshalText(text []byte) error {
 	s := cmp.Or(string(text), "NaN")
 	f, err := strconv.ParseFloat(s, 64)
 	*n = number(f)
-	misspelt := math.IsNaN(f) && s != "NaN" || strings.ContainsAny(s, "xX") // nan, or hexadecimal
+	misspelt := math.IsNaN(f) && s != "NaN" || strings.ContainsAny(s, "xX_") // nan, hexadecimal, or 1_000
 	return expect[number](err == nil && !math.IsInf(f, 0) && !misspelt, text)
 }
 

@@ -79,7 +79,8 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	db.SetMaxOpenConns(poolSize)
 	db.SetMaxIdleConns(poolSize)
 	db.SetConnMaxLifetime(connMaxLifetime)
-	exposed := cfg.SSLMode != pq.SSLModeVerifyFull && !isLoopback(cfg.Host) && !strings.HasPrefix(cfg.Host, "/") // a socket
+	near := isLoopback(cfg.Host) || strings.HasPrefix(cfg.Host, "/") // a socket
+	exposed := cfg.SSLMode != pq.SSLModeVerifyFull && (!near || len(cfg.Multi) > 0 || cfg.Hostaddr.IsValid() && !cfg.Hostaddr.IsLoopback())
 	return &store{db: db, schema: schema, exposed: exposed}, nil
 }
 
@@ -187,8 +188,10 @@ func schemaSections(schema, role string, wanted map[string]bool) string {
 // this role may not use: a name that is not in the answer is proven absent. rewrites: the role could change or delete stored data.
 func (s *store) relations(ctx context.Context) (names pq.StringArray, rewrites bool, err error) {
 	rows, err := s.QueryContext(ctx, `
-		SELECT array_agg(c.relname::text ORDER BY c.relname), coalesce(bool_or(has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE'))
-		       FILTER (WHERE c.relname IN ('runs_table', 'series_table', 'values_table')), false)
+		SELECT array_agg(c.relname::text ORDER BY c.relname), coalesce(bool_or(has_table_privilege(c.oid, 'DELETE, TRUNCATE')
+		       OR CASE c.relname WHEN 'users_table' THEN has_table_privilege(c.oid, 'INSERT, UPDATE')
+		                         ELSE has_any_column_privilege(c.oid, 'UPDATE') END)
+		       FILTER (WHERE c.relname LIKE '%table'), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1
 		AND c.relname IN ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`, s.schema)
 	_, err = scanAll(rows, err, func(*struct{}) []any { return []any{&names, &rewrites} }) // it is one row
@@ -219,7 +222,7 @@ type user struct {
 func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error) {
 	rows, err := s.QueryContext(ctx, `
 		SELECT user_id, tenant_id, email, access = 'ro', is_active, CASE key_digest WHEN $1 THEN key_digest ELSE previous_digest END,
-		       coalesce(least(expires_at, CASE WHEN key_digest <> $1 THEN previous_ends_at END) <= clock_timestamp(), false),
+		       coalesce(least(expires_at, CASE WHEN key_digest <> $1 THEN coalesce(previous_ends_at, '-infinity') END) <= clock_timestamp(), false),
 		       coalesce(last_used_at < clock_timestamp() - interval '5 minutes', true)
 		FROM users_table WHERE key_digest = $1 OR previous_digest = $1`, digest)
 	found, err := scanAll(rows, err, func(k *keyRecord) []any {
@@ -233,12 +236,13 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 	return s.exec(ctx, `UPDATE users_table SET last_used_at = clock_timestamp() WHERE user_id = $1`, userID)
 }
 
-// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt (expires 0: never). An email is unique in its tenant.
-func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, expires micros) error {
+// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in its tenant.
+func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends expiry) error {
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		return tx.QueryRowContext(ctx, `
-			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
-			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, expires).Scan(&u.ID, &u.ExpiresAt)
+			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5,
+			        coalesce($6::timestamptz, clock_timestamp() + nullif($7::bigint, 0) * interval '1 microsecond'))
+			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, ends.at, int64(ends.after)).Scan(&u.ID, &u.ExpiresAt)
 	})
 	if sqlState(err) == "23505" {
 		//lint:ignore ST1005 the contract quotes this sentence
@@ -260,17 +264,22 @@ func (s *store) Users(ctx context.Context, tenant, email string) ([]user, error)
 	})
 }
 
-// SetActive deactivates or activates a user; from its return on every server sees it.
+// SetActive deactivates or activates a user; from its return on every server sees it. What was in its grace then has ended.
 func (s *store) SetActive(ctx context.Context, userID string, active bool) error {
-	return s.exec(ctx, `UPDATE users_table SET is_active = $2 WHERE user_id = $1`, userID, active)
+	return s.exec(ctx, `
+		UPDATE users_table SET is_active = $2, previous_digest = CASE WHEN $2 THEN previous_digest END
+		WHERE user_id = $1`, userID, active)
 }
 
-// ReplaceKey gives a user a new key. The old one ends after grace; if that is 0, now.
-func (s *store) ReplaceKey(ctx context.Context, userID, keyID string, digest []byte, grace micros) error {
-	return s.exec(ctx, `
-		UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4::bigint > 0 THEN key_digest END,
-		       previous_ends_at = CASE WHEN $4 > 0 THEN clock_timestamp() + $4 * interval '1 microsecond' END
-		WHERE user_id = $1`, userID, keyID, digest, int64(grace))
+// ReplaceKey gives u a new key. The old one ends after grace; if that is 0, now. The expiry changes if ends is given.
+func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []byte, grace span, ends expiry) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		return tx.QueryRowContext(ctx, `
+			UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4::bigint > 0 THEN key_digest END,
+			       previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
+			       expires_at = coalesce($5::timestamptz, clock_timestamp() + nullif($6::bigint, 0) * interval '1 microsecond', expires_at)
+			WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), ends.at, int64(ends.after)).Scan(&u.ExpiresAt)
+	})
 }
 
 type series struct{ ID, Key, Unit string }
@@ -315,7 +324,8 @@ func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, u
 	found []series, created int64, err error) {
 	result, err := tx.ExecContext(ctx, `
 		INSERT INTO series_table (tenant_id, series_key, unit, description)
-		SELECT $1::uuid, n.key, $2, nullif($4::json ->> n.key, '') FROM json_to_recordset($3) AS n (id text, key text)
+		SELECT $1::uuid, n.key, $2, nullif(d.value, '') FROM json_to_recordset($3) AS n (id text, key text)
+		LEFT JOIN json_each_text(coalesce(nullif($4, 'null'), '{}')::json) AS d ON d.key = n.key
 		WHERE n.id = '' AND NOT EXISTS (SELECT FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key)
 		ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING`, c.tenant, unit, asJSON(refs), asJSON(about))
 	if err != nil {
