@@ -10,7 +10,8 @@ package main
 // Not defended: whoever reads a key on its way (use TLS) or where the client keeps it has it. Whoever may write to
 // users_table, or controls this process, decides who gets in.
 //
-// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed.
+// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed. Failures are
+// throttled only to spare the log and the database.
 
 import (
 	"context"
@@ -22,8 +23,10 @@ import (
 	"hash/crc32"
 	"net"
 	"net/http"
+	"net/url"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -32,6 +35,8 @@ const (
 	checksumLength = 6
 	openTenant     = "00000000-0000-0000-0000-000000000000" // owns all data while there is no users_table
 	lookupTimeout  = 5 * time.Second                        // to get a connection and the answer; then the request gets 503
+	failureBurst   = 300                                    // bad keys of one address in a minute; then 429. No mistake in a script does that
+	maxAddresses   = 10_000
 )
 
 // A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.
@@ -66,12 +71,31 @@ type authenticator struct {
 	requireAuth      bool   // refuse everyone, rather than admit everyone, while there is no users_table
 	host             string // the host that the server was told to listen on
 
+	failures failures
 	touching atomic.Bool // a last_used_at is being written
 	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
 }
 
-// authenticate returns whom r acts for. Errors are ready to be sent: 401 and 403 refuse the caller, 503 says that it
-// could not be decided. Their reason is for the log alone.
+// failures counts refused keys by address within a minute. With maxAddresses it begins anew, so that memory is bounded.
+type failures struct {
+	sync.Mutex
+	minute    time.Time
+	byAddress map[string]int
+}
+
+// add counts one from remote, an address with port, and returns how many that makes. X-Forwarded-For is not trusted.
+func (f *failures) add(remote string) int {
+	host, _, _ := net.SplitHostPort(remote) // as net/http has made it
+	f.Lock()
+	defer f.Unlock()
+	if minute := time.Now().Truncate(time.Minute); minute != f.minute || len(f.byAddress) == maxAddresses {
+		f.minute, f.byAddress = minute, map[string]int{}
+	}
+	f.byAddress[host]++
+	return f.byAddress[host]
+}
+
+// authenticate returns whom r acts for, or an apiError: 401, 403 and 429 refuse the caller, 503 says that it is not known.
 func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
 	defer cancel()
@@ -90,9 +114,9 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	case len(values) == 0 || len(values) == 1 && values[0] == "":
 		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", "no key"}
 	case len(values) > 1 || !wellFormedKey(values[0]):
-		return refuse("malformed key")
+		return a.refuse(r, "malformed key")
 	}
-	return a.judge(ctx, values[0])
+	return a.judge(ctx, r, values[0])
 }
 
 // openCaller admits r without a key, there being no users_table. A web page must not be able to use the visitor's
@@ -101,10 +125,7 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 	if a.requireAuth {
 		return Caller{}, &apiError{http.StatusServiceUnavailable, "Authentication is required but not set up.", "no users_table"}
 	}
-	host, _, err := net.SplitHostPort(r.Host)
-	if err != nil {
-		host = strings.Trim(r.Host, "[]")
-	}
+	host := (&url.URL{Host: r.Host}).Hostname()
 	anyAddress := net.ParseIP(a.host).IsUnspecified() && net.ParseIP(host) != nil // an address cannot be rebound
 	if !isLoopback(host) && host != a.host && !anyAddress {
 		return Caller{}, &apiError{http.StatusForbidden, "The Host header names another host than this server.", "foreign host"}
@@ -116,7 +137,7 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 }
 
 // judge looks a well-formed key up and decides on what the database says of it.
-func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
+func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
 	k, err := a.keys.LookupKey(ctx, digest[:])
 	if err != nil {
@@ -125,11 +146,11 @@ func (a *authenticator) judge(ctx context.Context, key string) (Caller, error) {
 	// The database compared already, but not in constant time and not in code that is read here.
 	switch {
 	case subtle.ConstantTimeCompare(digest[:], k.digest) != 1:
-		return refuse("unknown key")
+		return a.refuse(r, "unknown key")
 	case !k.active:
-		return refuse("deactivated key " + keyID(key))
+		return a.refuse(r, "deactivated key "+keyID(key))
 	case k.expired:
-		return refuse("expired key " + keyID(key))
+		return a.refuse(r, "expired key "+keyID(key))
 	}
 	if k.useIsStale && a.touching.CompareAndSwap(false, true) {
 		go a.noteUse(k.userID)
@@ -145,8 +166,11 @@ func (a *authenticator) noteUse(userID string) {
 	_ = a.touch(ctx, userID) // best effort: a database that fails shows where it matters
 }
 
-// refuse answers any key that does not open the door, with the same bytes whatever the reason.
-func refuse(reason string) (Caller, error) {
+// refuse answers any key that does not open the door, with the same bytes whatever the reason, until it was too often.
+func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
+	if a.failures.add(r.RemoteAddr) > failureBurst {
+		return Caller{}, &apiError{http.StatusTooManyRequests, "Too many failed authentications. Try again in a minute.", reason}
+	}
 	return Caller{}, &apiError{http.StatusUnauthorized, "Invalid or inactive API key.", reason}
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	_ "embed"
 	"encoding"
 	"encoding/json"
@@ -23,10 +22,8 @@ import (
 
 const release = "0.9.0" // what `timedb version` and GET / tell
 
-// usage is the manual: an overview, and for each command a section.
-//
 //go:embed docs/usage.txt
-var usage string
+var usage string // the manual: an overview, and for each command a section
 
 // cli is one invocation: what it is to do, where it reads and writes, and the values of its flags.
 type cli struct {
@@ -290,7 +287,7 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	if c.name == "users activate" {
 		return c.report(st.SetActive(ctx, u.ID, true), "Activated %s.\n", u.Email)
 	}
-	if c.name == "users regenerate-key" && u.Status == "expired" && c.expires == (expiry{}) {
+	if c.name == "users regenerate-key" && u.Status == "expired" && c.expires == 0 {
 		return errors.New("the user has expired, and with it any key: pass --expires")
 	}
 	verb := map[string]string{"users deactivate": "Deactivate", "users regenerate-key": "Replace the key of"}[c.name]
@@ -321,12 +318,7 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	}
 	scheme, serve := "http", srv.Serve
 	if c.tlsCert != "" { // crypto/tls takes no less than TLS 1.2
-		pair, err := tls.LoadX509KeyPair(c.tlsCert, c.tlsKey)
-		if err != nil {
-			return err
-		}
-		srv.TLSConfig = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
-		scheme, serve = "https", func(l net.Listener) error { return srv.ServeTLS(l, "", "") }
+		scheme, serve = "https", func(l net.Listener) error { return srv.ServeTLS(l, c.tlsCert, c.tlsKey) }
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- serve(listener) }()

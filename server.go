@@ -27,28 +27,28 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
 )
 
-// rootJSON is what GET / answers.
-//
 //go:embed web/root.json
-var rootJSON string
+var rootJSON string // what GET / answers
 
 const (
-	// readTimeout lets a slow line send a full body. writeTimeout begins anew with each piece of a stream.
 	readHeaderTimeout = 10 * time.Second
-	readTimeout       = 2 * time.Minute
-	writeTimeout      = 30 * time.Second
+	readTimeout       = 2 * time.Minute  // lets a slow line send a full body
+	writeTimeout      = 30 * time.Second // anew for each piece of a stream
 	idleTimeout       = 2 * time.Minute
 	drainTimeout      = 30 * time.Second // for running requests after SIGTERM
 	requestTimeout    = statementTimeout // for all of a request; what moves as it should ends long before
 	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
 	maxBody           = 64 << 20         // some 600,000 rows, of 24 bytes each once decoded
-	maxUpdates        = 10_000           // per PUT /values: they hold their tenant's lock together
-	maxTags           = 100              // of one value
+	largeBody         = 1 << 20
+	maxLarge          = 16     // large requests at once: fewer than the pool has connections, so small ones find one
+	maxUpdates        = 10_000 // per PUT /values: they hold their tenant's lock together
+	maxTags           = 100    // of one value
 	maxParams         = 16 << 10
 	maxLine           = 4 << 10  // of a CSV
 	maxRuns           = 10_000   // per GET /runs: they are collected in memory
@@ -69,9 +69,7 @@ func (e *apiError) Error() string { return e.message }
 func refusal(status int, format string, args ...any) error {
 	return &apiError{status, fmt.Sprintf("%.1000s", fmt.Sprintf(format, args...)), ""} // whatever a client put into it
 }
-func invalid(format string, args ...any) error  { return refusal(422, format, args...) }
-func notFound(format string, args ...any) error { return refusal(404, format, args...) }
-func conflict(format string, args ...any) error { return refusal(409, format, args...) }
+func invalid(format string, args ...any) error { return refusal(422, format, args...) }
 
 // route is one line of the route table. handle reads the request, all of it, and returns what answers it.
 type route struct {
@@ -91,6 +89,7 @@ type server struct {
 	auth  *authenticator
 	log   *slog.Logger
 	mux   *http.ServeMux
+	large atomic.Int64 // requests with a large body or a long answer that are being served
 }
 
 func (s *server) routes() []route {
@@ -107,7 +106,7 @@ func (s *server) routes() []route {
 }
 
 func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
-	s := &server{st, auth, log, http.NewServeMux()}
+	s := &server{store: st, auth: auth, log: log, mux: http.NewServeMux()}
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, rt)
 	}
@@ -117,9 +116,23 @@ func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
 // response remembers what was answered, and compresses it if the client accepts that and it does not fit one packet.
 type response struct {
 	http.ResponseWriter
-	accepts string    // the request's Accept-Encoding
-	status  int       // 0: nothing was sent yet
-	body    io.Writer // where send writes pieces: to the client, or to what compresses them
+	accepts string        // the request's Accept-Encoding
+	large   *atomic.Int64 // how many large requests there are
+	claimed bool          // this is one of them
+	status  int           // 0: nothing was sent yet
+	body    io.Writer     // where send writes pieces: to the client, or to what compresses them
+}
+
+var errBusy = &apiError{http.StatusServiceUnavailable, "The server is busy with other large requests.", ""}
+
+// claim counts this request among the large ones, unless there are too many.
+func (w *response) claim() bool {
+	if w.claimed || w.large.Add(1) <= maxLarge {
+		w.claimed = true
+	} else {
+		w.large.Add(-1)
+	}
+	return w.claimed
 }
 
 // Only send writes. Of ServeMux's own answer its header is left, which knows what methods a path takes.
@@ -154,14 +167,20 @@ func (w *response) send(status int, contentType string, piece []byte, last bool)
 // ServeHTTP answers and logs one request. A response that fails after it began breaks the connection: it is not complete.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
-	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding")}
+	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding"), large: &s.large}
 	c, err := s.serve(w, r)
 	broken, level, reason := err != nil && w.status != 0, slog.LevelInfo, ""
 	if err != nil {
 		reason = w.fail(err)
 	}
+	if w.claimed {
+		s.large.Add(-1)
+	}
 	if w.status >= 500 || broken {
 		level = slog.LevelError
+	}
+	if w.status == http.StatusTooManyRequests {
+		return // so that failures are logged at a bounded rate
 	}
 	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", r.URL.Path, "status", w.status, "broken", broken,
 		"reason", reason, "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
@@ -192,7 +211,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 		if methods := w.Header().Get("Allow"); methods != "" {
 			return c, refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
 		}
-		return c, notFound("There is nothing at this path.")
+		return c, refusal(404, "There is nothing at this path.")
 	}
 	if rt.access != "read" && c.readOnly {
 		return c, refusal(http.StatusForbidden, "This API key is read-only.")
@@ -220,7 +239,7 @@ func (w *response) fail(err error) (reason string) {
 	switch e.status {
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "ApiKey")
-	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
+	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 	}
 	if w.status == 0 {
@@ -234,10 +253,13 @@ func sendJSON(w *response, status int, v any) error {
 }
 
 // readBody returns the body, unpacked, if it is of one of types, and which. Whole: a slow client holds only what it sent.
-func readBody(w http.ResponseWriter, r *http.Request, types ...string) (body []byte, kind string, err error) {
+func readBody(w *response, r *http.Request, types ...string) (body []byte, kind string, err error) {
 	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
 		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
+	}
+	if (r.ContentLength < 0 || r.ContentLength > largeBody) && !w.claim() {
+		return nil, "", errBusy
 	}
 	in := http.MaxBytesReader(w, r.Body, maxBody)
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
@@ -262,7 +284,7 @@ func readBody(w http.ResponseWriter, r *http.Request, types ...string) (body []b
 }
 
 // readJSON reads the body and the query string of a request that takes nothing but JSON.
-func readJSON(w http.ResponseWriter, r *http.Request, c Caller, f fields) error {
+func readJSON(w *response, r *http.Request, c Caller, f fields) error {
 	body, _, err := readBody(w, r, "application/json")
 	if err != nil {
 		return err
@@ -649,10 +671,7 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 		return nil, refusal(http.StatusHTTPVersionNotSupported, "HTTP/1.0 cannot tell a broken answer from a complete one: use HTTP/1.1.")
 	}
 	q, out := anyValue, &rowWriter{w: w}
-	mode, format := label("flat"), label("json")
-	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
-		format = "csv"
-	}
+	mode, format := label("flat"), map[bool]label{true: "csv", false: "json"}[strings.Contains(r.Header.Get("Accept"), "text/csv")]
 	err := fields{"start_valid": &q.start, "end_valid": &q.end, "start_known": &q.startKnown, "end_known": &q.endKnown,
 		"mode": &mode, "all_versions": &q.allVersions, "as_of": &q.asOf, "lead": &q.lead, "bucket": &q.bucket, "agg": &q.agg,
 		"series_id":  each(uuid(""), func(id *uuid) error { return q.add(seriesRef{ID: *id}) }),
@@ -699,8 +718,7 @@ type rowWriter struct {
 	id, key, unit            []byte
 }
 
-// errEnough ends a read whose limit is reached.
-var errEnough = errors.New("limit reached")
+var errEnough = errors.New("limit reached") // which ends a read
 
 // start writes what stands before the rows.
 func (o *rowWriter) start() {
@@ -715,6 +733,9 @@ func (o *rowWriter) start() {
 // row writes one row; the limit-th returns errEnough.
 func (o *rowWriter) row(x *series, e *element) error {
 	if len(o.buf) >= flushBytes { // before the row: of the last one flush has to take the comma away
+		if !o.w.claim() {
+			return errBusy
+		}
 		if err := o.flush(false); err != nil {
 			return err
 		}
@@ -839,8 +860,7 @@ func (m micros) append(b []byte) []byte {
 	return append(b, "+00:00"...)
 }
 
-func (m micros) String() string { return string(m.append(nil)) }
-
+func (m micros) String() string               { return string(m.append(nil)) }
 func (m micros) MarshalText() ([]byte, error) { return m.append(nil), nil }
 
 // Value is m as a bound argument.
@@ -892,19 +912,16 @@ func (d *span) UnmarshalText(text []byte) error {
 	return expect[span](err == nil && *d >= 0 && days <= 100_000, text)
 }
 
-// expiry is a time to come: a timestamp, or a span from the moment on when the database learns of it. Zero is never.
-type expiry struct {
-	at    micros
-	after span
-}
+// expiry is a time to come: a timestamp, or a span from now on. Zero is never.
+type expiry micros
 
 func (e *expiry) UnmarshalText(text []byte) error {
-	err := e.after.UnmarshalText(text)
-	if err == nil && e.after > 0 {
-		return nil
+	now, after := unixEpoch+micros(time.Now().UnixMicro()), span(0)
+	err := after.UnmarshalText(text)
+	if *e = expiry(now + micros(after)); err != nil {
+		err = (*micros)(e).UnmarshalText(text)
 	}
-	err = e.at.UnmarshalText(text)
-	return expect[expiry](err == nil && e.at.utc().After(time.Now()), text)
+	return expect[expiry](err == nil && micros(*e) > now, text)
 }
 
 // uuid is in lower case.

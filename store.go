@@ -32,12 +32,11 @@ const (
 	// bytes) vanish beside them; 32 days bound how far before a window the read of that window must start.
 	maxBlockValues     = 1000
 	maxBlockSpan       = micros(32 * 24 * time.Hour / time.Microsecond)
-	blocksPerStatement = 250 // so that the parameters of one INSERT stay within some megabytes
-	// poolSize connections keep a database of a dozen cores busy; several servers fit PostgreSQL's default of 100.
-	poolSize         = 24
-	connMaxLifetime  = 30 * time.Minute // retires a connection that went bad
-	connectTimeout   = 5 * time.Second
-	statementTimeout = 5 * time.Minute // PostgreSQL ends a statement of the API then, whatever became of its server
+	blocksPerStatement = 250              // so that the parameters of one INSERT stay within some megabytes
+	poolSize           = 24               // keeps a dozen cores busy; several servers fit PostgreSQL's default of 100
+	connMaxLifetime    = 30 * time.Minute // retires a connection that went bad
+	connectTimeout     = 5 * time.Second
+	statementTimeout   = 5 * time.Minute // PostgreSQL ends a statement of the API then, whatever became of its server
 )
 
 // store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx and binds its tenant.
@@ -79,9 +78,8 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	db.SetMaxOpenConns(poolSize)
 	db.SetMaxIdleConns(poolSize)
 	db.SetConnMaxLifetime(connMaxLifetime)
-	near := isLoopback(cfg.Host) || strings.HasPrefix(cfg.Host, "/") // a socket
-	exposed := cfg.SSLMode != pq.SSLModeVerifyFull && (!near || len(cfg.Multi) > 0 || cfg.Hostaddr.IsValid() && !cfg.Hostaddr.IsLoopback())
-	return &store{db: db, schema: schema, exposed: exposed}, nil
+	near := (isLoopback(cfg.Host) || strings.HasPrefix(cfg.Host, "/")) && len(cfg.Multi) == 0 && !cfg.Hostaddr.IsValid() // "/": a socket
+	return &store{db: db, schema: schema, exposed: !near && cfg.SSLMode != pq.SSLModeVerifyFull}, nil
 }
 
 // isLoopback tells whether host, a name or an address without port, is this machine.
@@ -158,8 +156,7 @@ func sqlState(err error) string {
 	return ""
 }
 
-// unavailable tells whether err means that the database cannot serve now, rather than that timedb has a bug.
-// Codes: https://www.postgresql.org/docs/15/errcodes-appendix.html
+// unavailable: the database cannot serve now; not a bug of timedb's. https://www.postgresql.org/docs/15/errcodes-appendix.html
 func unavailable(err error) bool {
 	state := sqlState(err)
 	if state == "" {
@@ -222,7 +219,7 @@ type user struct {
 func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error) {
 	rows, err := s.QueryContext(ctx, `
 		SELECT user_id, tenant_id, email, access = 'ro', is_active, CASE key_digest WHEN $1 THEN key_digest ELSE previous_digest END,
-		       coalesce(least(expires_at, CASE WHEN key_digest <> $1 THEN coalesce(previous_ends_at, '-infinity') END) <= clock_timestamp(), false),
+		       coalesce(least(expires_at, CASE WHEN key_digest <> $1 THEN previous_ends_at END) <= clock_timestamp(), key_digest <> $1),
 		       coalesce(last_used_at < clock_timestamp() - interval '5 minutes', true)
 		FROM users_table WHERE key_digest = $1 OR previous_digest = $1`, digest)
 	found, err := scanAll(rows, err, func(k *keyRecord) []any {
@@ -240,9 +237,8 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends expiry) error {
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		return tx.QueryRowContext(ctx, `
-			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5,
-			        coalesce($6::timestamptz, clock_timestamp() + nullif($7::bigint, 0) * interval '1 microsecond'))
-			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, ends.at, int64(ends.after)).Scan(&u.ID, &u.ExpiresAt)
+			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
+			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, micros(ends)).Scan(&u.ID, &u.ExpiresAt)
 	})
 	if sqlState(err) == "23505" {
 		//lint:ignore ST1005 the contract quotes this sentence
@@ -277,8 +273,8 @@ func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []
 		return tx.QueryRowContext(ctx, `
 			UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4::bigint > 0 THEN key_digest END,
 			       previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
-			       expires_at = coalesce($5::timestamptz, clock_timestamp() + nullif($6::bigint, 0) * interval '1 microsecond', expires_at)
-			WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), ends.at, int64(ends.after)).Scan(&u.ExpiresAt)
+			       expires_at = coalesce($5::timestamptz, expires_at)
+			WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), micros(ends)).Scan(&u.ExpiresAt)
 	})
 }
 
@@ -309,7 +305,7 @@ func findSeries(ctx context.Context, c Caller, query func(context.Context, strin
 		ref := refs[i]
 		if x.ID == "" {
 			field := map[bool]string{true: "series_id", false: "series_key"}[ref.ID != ""]
-			return nil, notFound("%s: there is no series %q", field, cmp.Or(string(ref.ID), string(ref.Key)))
+			return nil, refusal(404, "%s: there is no series %q", field, cmp.Or(string(ref.ID), string(ref.Key)))
 		}
 		if ref.Key != "" && string(ref.Key) != x.Key {
 			return nil, invalid("series_id: %s is not the series %q", ref.ID, ref.Key)
@@ -344,7 +340,7 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, des
 			return err
 		}
 		if found[0].Unit != string(unit) {
-			return conflict("unit: the series %q exists with the unit %q", key, found[0].Unit)
+			return refusal(409, "unit: the series %q exists with the unit %q", key, found[0].Unit)
 		}
 		id, created = found[0].ID, n == 1
 		return nil
@@ -426,7 +422,7 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 	err = tx.QueryRowContext(ctx, `SELECT request_digest = $3 FROM runs_table WHERE tenant_id = $1 AND run_id = $2`,
 		c.tenant, u.runID, u.digest[:]).Scan(&same)
 	if err == nil && !same {
-		err = conflict("run_id %s was already used for a different request", u.runID)
+		err = refusal(409, "run_id %s was already used for a different request", u.runID)
 	}
 	return false, err
 }
