@@ -123,8 +123,6 @@ type response struct {
 	body    io.Writer     // where send writes pieces: to the client, or to what compresses them
 }
 
-var errBusy = &apiError{http.StatusServiceUnavailable, "The server is busy with other large requests.", ""}
-
 // claim counts this request among the large ones, unless there are too many.
 func (w *response) claim() bool {
 	if w.claimed || w.large.Add(1) <= maxLarge {
@@ -140,6 +138,7 @@ func (*response) WriteHeader(int)             {}
 func (*response) Write(b []byte) (int, error) { return len(b), nil }
 
 var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
+var errBusy = &apiError{http.StatusServiceUnavailable, "The server is busy with other large requests.", ""}
 
 // send writes a piece of the answer, for which the client gets a new writeTimeout; before the first the header, with the last the end.
 func (w *response) send(status int, contentType string, piece []byte, last bool) error {
@@ -182,8 +181,9 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if w.status == http.StatusTooManyRequests {
 		return // so that failures are logged at a bounded rate
 	}
-	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", r.URL.Path, "status", w.status, "broken", broken,
-		"reason", reason, "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
+	hide := func(text string) string { return keyPattern.ReplaceAllLiteralString(text, "(a key)") } // wherever it was pasted
+	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hide(r.URL.Path), "status", w.status, "broken", broken,
+		"reason", hide(reason), "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
 		"duration", time.Since(begin).Round(time.Microsecond))
 	if broken {
 		panic(http.ErrAbortHandler)

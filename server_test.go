@@ -1318,10 +1318,24 @@ func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
 	mustAnswer("only one key before has a grace", 401, 401, 200, 200)
 	replace()
 	mustAnswer("replaced without a grace", 401, 401, 401, 401, 200)
+	replace("--grace", "30d")
+	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
+	mustAnswer("deactivated in a grace", 401, 401, 401, 401, 401, 401)
+	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
+	mustAnswer("activated in a grace that deactivation has ended", 401, 401, 401, 401, 401, 200)
+	mustExec(t, s.db, `UPDATE users_table SET previous_digest = sha256($1::bytea), previous_ends_at = NULL`, []byte(keys[4]))
+	mustAnswer("a key before without an end", 401, 401, 401, 401, 401, 200)
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp()`)
+	_, stderr := mustRun(t, 1, s.dsn, "", "users", "regenerate-key", "-q", "-y", "-e", "a@example.com")
+	if !strings.Contains(stderr, "--expires") {
+		t.Errorf("a new key for an expired user: %q", stderr)
+	}
+	replace("--expires", "90d", "--grace", "1h")
+	mustAnswer("replaced with a new expiry", 401, 401, 401, 401, 401, 200, 200)
 	for _, grace := range []string{"", "-1h", "long", "P1Y"} {
 		mustRun(t, 2, s.dsn, "", "users", "regenerate-key", "-y", "-e", "a@example.com", "--grace", grace)
 	}
-	mustAnswer("after wrong usage", 401, 401, 401, 401, 200)
+	mustAnswer("after wrong usage", 401, 401, 401, 401, 401, 200, 200)
 }
 
 // Clients hammer two servers of one database while a user is deactivated and activated again. A request that began after
@@ -1553,6 +1567,103 @@ func TestHeadersOver16KiBAreRefused(t *testing.T) {
 	}
 }
 
+func TestTooManyBadKeysAreThrottledAndValidOnesAreNot(t *testing.T) { // S31, S27
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	unknown, _, _ := newKey()
+	statuses := map[int]int{}
+	const tries = 3 * failureBurst
+	for i := range tries {
+		// Who sends is who connects, whatever the request says.
+		resp, body, err := s.do("GET", "/values", pick(rand.New(rand.NewSource(int64(i))), "x", unknown), "", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i%200))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if statuses[resp.StatusCode]++; resp.StatusCode == 401 && body != badKey || resp.StatusCode == 429 && !strings.Contains(body, "minute") {
+			t.Fatalf("%v %q", resp, body)
+		}
+		if i%100 == 0 {
+			s.must(t, 200, "GET", "/list_timeseries", key, "")
+			s.must(t, 401, "GET", "/list_timeseries", "", "") // no key is no bad key
+		}
+	}
+	if statuses[401] < failureBurst || statuses[429] == 0 || statuses[401]+statuses[429] != tries { // a minute may have turned
+		t.Errorf("%d bad keys were answered %v", tries, statuses)
+	}
+	s.stop()
+	if lines := strings.Count(s.log.String(), "status=401"); strings.Contains(s.log.String(), "status=429") || lines > statuses[401]+tries/100 {
+		t.Errorf("%d refusals are in the log, and those that were throttled too", lines)
+	}
+}
+
+func TestMemoryOfTheThrottleIsBounded(t *testing.T) { // S31
+	t.Parallel()
+	var f failures
+	for i := range 3 * maxAddresses {
+		if n := f.add(fmt.Sprintf("[2001:db8::%x]:%d", i, 1+i%1000)); n != 1 {
+			t.Fatalf("the first failure of an address counts as %d", n)
+		}
+		if len(f.byAddress) > maxAddresses {
+			t.Fatalf("%d addresses are remembered", len(f.byAddress))
+		}
+	}
+	for want := 1; want <= 5; want++ {
+		if n := f.add(fmt.Sprintf("192.0.2.1:%d", want)); n != want && n != 1 { // a minute may have turned
+			t.Errorf("failure %d of an address counts as %d", want, n)
+		}
+	}
+}
+
+// As many clients as there are places for large requests read slowly, or send slowly: one more of their kind is told so at
+// once, and small requests are served.
+func TestLargeRequestsLeaveRoomForSmallOnes(t *testing.T) { // S23
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	mustManyValues(t, s, key, 400_000)
+	address := strings.TrimPrefix(s.url, "http://")
+	var held []net.Conn
+	hold := func(request string) {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+		io.WriteString(conn, request)
+		held = append(held, conn)
+	}
+	header := "Host: x\r\nX-API-Key: " + key + "\r\n"
+	read := "GET /values HTTP/1.1\r\n" + header + "\r\n" // whose answer is never read
+	for range maxLarge / 2 {
+		hold(read)
+		hold("POST /upload HTTP/1.1\r\n" + header + "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
+	}
+	refused := func() bool {
+		resp, _, err := s.do("GET", "/values", key, "")
+		return err == nil && resp.StatusCode == 503 && resp.Header.Get("Retry-After") != ""
+	}
+	for !refused() { // this question may have had the place of one of them
+		hold(read)
+	}
+	if resp, _, err := s.do("POST", "/upload", key, runWith("", at("2030-01-01", "1"))+strings.Repeat(" ", 2*largeBody)); err != nil || resp.StatusCode != 503 {
+		t.Errorf("a large body beside them: %v %v, want 503", resp, err)
+	}
+	for range 20 {
+		s.must(t, 200, "GET", "/values?limit=10", key, "")
+		s.must(t, 200, "POST", "/upload", key, oneValue)
+		s.must(t, 200, "GET", "/healthz", "", "")
+	}
+	for _, conn := range held {
+		conn.Close()
+	}
+	for refused() { // and then there is room again
+		time.Sleep(time.Millisecond)
+	}
+	s.must(t, 200, "POST", "/upload", key, runWith("", at("2030-01-02", "1"))+strings.Repeat(" ", 2*largeBody))
+}
+
 func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20
 	t.Parallel()
 	s := mustServer(t)
@@ -1595,6 +1706,9 @@ func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
 	}
 	s.must(t, 422, "GET", "/values?series_key=a%0d%0alevel=INFO%20msg=forged&nope=1", key, "")
 	s.must(t, 401, "GET", "/"+unknown[:12]+"%0d%0aforged", "x", "")
+	s.must(t, 404, "GET", "/"+key, key, "") // a key that is pasted into the wrong place
+	s.must(t, 404, "GET", "/values?series_key="+key, key, "")
+	s.must(t, 422, "GET", "/values?"+key+"=1", key, "")
 	s.stop()
 	text := s.log.String()
 	for line := range strings.Lines(text) {
@@ -2085,6 +2199,14 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 	} {
 		refused(422, c.want, "/upload?"+c.query, c.body, "Content-Type: text/csv")
 	}
+	for body, want := range map[string]string{
+		"value\n": "value_key", "valid_time,value_key\n": "value", "value_key,value\n2025,x\n": "valid_time", "valid_time,value\n": "series_id",
+		"valid_time,value_key,value\n2025-02-01,load,1_0\n": "line[2].value", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01,load,x\n": "line[3].value",
+		"valid_time;value_key;value\n": "there are series_id, valid_time", strings.Repeat(",", 1<<20): "lines of at most",
+		"valid_time,value_key,value\n2025-02-01,load,1" + strings.Repeat(",", 1<<20): "lines of at most",
+	} {
+		refused(422, want, "/upload?run_start_time=2025-01-01", body, "Content-Type: text/csv")
+	}
 	body := runWith("", good)
 	for _, header := range []string{"Content-Type: text/plain",
 		"Content-Type: application/x-www-form-urlencoded",
@@ -2302,17 +2424,18 @@ func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
 	s.must(t, 200, "POST", path, key, named(csv, "csv"), "Content-Type: text/csv; charset=UTF-8")
 	s.must(t, 200, "POST", path, key, named(strings.Replace(csv, "NaN", "", 1), "empty"), "Content-Type: text/csv")
 	s.must(t, 200, "POST", path, key, gzipped(named(csv, "both")), "Content-Type: text/csv", "Content-Encoding: gzip")
+	s.must(t, 200, "POST", path, key, "\ufeff"+named(csv, "excel"), "Content-Type: text/csv")
 	want := s.valuesOf(t, key, "load")
 	if strings.Count(want, `"value":`) != 4 || !strings.Contains(want, `"value":null`) {
 		t.Errorf("JSON stores %s", want)
 	}
-	for _, name := range []string{"zipped", "csv", "empty", "both"} {
+	for _, name := range []string{"zipped", "csv", "empty", "both", "excel"} {
 		if got := s.valuesOf(t, key, name); got != want {
 			t.Errorf("%s stores %s\nJSON stores %s", name, got, want)
 		}
 	}
-	if got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`); got != "3" {
-		t.Errorf("%s of 3 CSV uploads have their run_params", got)
+	if got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`); got != "4" {
+		t.Errorf("%s of 4 CSV uploads have their run_params", got)
 	}
 }
 
@@ -2711,6 +2834,13 @@ func TestLongResponsesAreCompleteOrVisiblyBroken(t *testing.T) {
 		if err == nil {
 			t.Errorf("GET /values%s ended after %d bytes as if it were complete", query, size)
 		}
+	}
+	if line := s.mustRaw(t, "GET /values HTTP/1.0\r\nHost: x\r\nX-API-Key: "+key+"\r\n\r\n"); !strings.Contains(line, " 505 ") {
+		t.Errorf("HTTP/1.0, whose client could not see that an answer is broken: %q", line)
+	}
+	long := s.must(t, 422, "GET", "/values?"+strings.Repeat("%C3%A9", 2000)+"=1", key, "", "Accept-Encoding: identity")
+	if _, zipped, err := s.do("GET", "/values?"+strings.Repeat("%C3%A9", 2000)+"=1", key, "", "Accept-Encoding: gzip"); err != nil || mustUnzip(t, zipped) != long {
+		t.Error("a refusal that was compressed is not whole")
 	}
 	s.must(t, 200, "GET", window+"&limit=1", key, "") // what is broken is not used again
 	if !strings.Contains(s.log.String(), "broken=true") {
@@ -3430,7 +3560,8 @@ func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
 		{one + `"series_key":"price","run_id":"` + runs[0] + `","annotation":"x"}`, 422, "value"}, {one + `"series_key":"load"}`, 422, "updates[1]"}, {one + `"value":1}`, 422, "series"},
 		{`{"series_key":"load","value":1}`, 422, "valid_time"}, {`{"valid_time":"soon","series_key":"load","value":1}`, 422, "valid_time"}, {one + `"series_key":"load","value":"1"}`, 422, "value"},
 		{one + `"series_key":"load","value":1e999}`, 422, "value"}, {one + `"series_key":"load","value":NaN}`, 422, "updates[1]"}, {one + `"series_key":"load","value":1,"extra":1}`, 422, "extra"},
-		{one + `"series_key":"load","tags":"x"}`, 422, "tags"}, {one + `"series_key":"load","tags":[5]}`, 422, "tags"}, {one + `"series_key":"load","tags":["a\u0000"]}`, 422, "tags"},
+		{one + `"series_key":"load","tags":"x"}`, 422, "tags"}, {one + `"series_key":"load","tags":[5]}`, 422, "tags"}, {one + `"series_key":"load","tags":[null,"x"]}`, 422, "tags"},
+		{one + `"series_key":"load","tags":["x"` + strings.Repeat(`,"x"`, maxTags) + `]}`, 422, "tags"}, {one + `"series_key":"load","tags":"x"}`, 422, "list of texts"}, {one + `"series_key":"load","tags":["a\u0000"]}`, 422, "tags"},
 		{one + `"series_key":"load","annotation":5}`, 422, "annotation"}, {one + `"series_key":"load","annotation":"\u0000"}`, 422, "annotation"}, {one + `"series_key":"load","run_id":"x","value":1}`, 422, "run_id"},
 		{one + `"series_key":"wind","series_id":"` + series["load"] + `","value":1}`, 422, "wind"}, {one + `"series_key":"load","valid_time_end":"2025-01-01","value":1}`, 422, "valid_time_end"},
 		{one + `"series_key":"load","known_time":"x","value":1}`, 422, "known_time"}, {one + `"series_key":"load","tenant_id":"` + tenantB + `","value":1}`, 403, "tenant_id"}, {`5`, 422, "updates[1]"}, {`null`, 422, "updates[1]"},

@@ -460,8 +460,8 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, runID uuid, blocks 
 	for _, b := range blocks {
 		stretches = append(stretches, map[string]any{"series_id": b.seriesID, "first": len(times) + 1, "last": len(times) + len(b.points)})
 		for _, p := range b.points {
-			times = append(times, uint64(p.time-pgEpoch))
-			ends = append(ends, uint64(p.end-pgEpoch))
+			times = append(times, uint64(p.time-pgEpoch)) // #nosec G115 -- bits of a signed number
+			ends = append(ends, uint64(p.end-pgEpoch))    // #nosec G115 -- the same
 			values = append(values, math.Float64bits(p.value))
 		}
 	}
@@ -497,7 +497,7 @@ const (
 // encodeArray returns bits as an array of the element type oid; elements equal to null are sent as NULL.
 func encodeArray(oid uint32, bits []uint64, null uint64) []byte {
 	wire := make([]byte, 0, arrayHeader+12*len(bits))
-	wire, _ = binary.Append(wire, binary.BigEndian, []uint32{1, 1, oid, uint32(len(bits)), 1}) // it fails on other types only
+	wire, _ = binary.Append(wire, binary.BigEndian, []uint32{1, 1, oid, uint32(len(bits)), 1}) // #nosec G115 -- at most maxBody
 	for _, b := range bits {
 		if b == null {
 			wire = binary.BigEndian.AppendUint32(wire, math.MaxUint32)
@@ -735,15 +735,15 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, 
 	if err != nil {
 		return 0, nil, nil, err
 	}
-	v.Known, v.Change, d.from = micros(d.stamps[0])+pgEpoch, micros(d.stamps[1])+pgEpoch, micros(d.stamps[2])+pgEpoch
+	v.Known, v.Change, d.from = micros(d.stamps[0])+pgEpoch, micros(d.stamps[1])+pgEpoch, micros(d.stamps[2])+pgEpoch // #nosec G115 -- bits
 	d.out = d.out[:0]
 	for i, bits := range d.times { // the table checks that the arrays have one length
-		p := point{time: micros(bits) + pgEpoch, value: math.Float64frombits(d.values[i])}
+		p := point{time: micros(bits) + pgEpoch, value: math.Float64frombits(d.values[i])} // #nosec G115 -- bits
 		if p.time-v.Known < micros(lead) {
 			continue
 		}
 		if len(d.ends) > 0 {
-			p.end = micros(d.ends[i]) + pgEpoch
+			p.end = micros(d.ends[i]) + pgEpoch // #nosec G115 -- bits
 		}
 		d.out = append(d.out, element{p, v})
 	}
