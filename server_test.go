@@ -42,11 +42,13 @@ import (
 	"go/parser"
 	"go/token"
 	"io"
+	"log/slog"
 	"math"
 	"math/big"
 	"math/rand"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
@@ -525,6 +527,28 @@ func TestMisplacedDSNIsNotRepeated(t *testing.T) {
 		code, stdout, stderr := runIn(nil, "", args...)
 		if code != 2 || stderr == "" || strings.Contains(stdout+stderr, "hunter2") {
 			t.Errorf("%q: exit %d, printed %q", args, code, stdout+stderr)
+		}
+	}
+}
+
+func TestPasswordMayStandInAFile(t *testing.T) { // S29
+	dsn := mustDatabase(t)
+	u := mustParse(t, dsn)
+	password, _ := u.User.Password()
+	file := filepath.Join(t.TempDir(), "pgpass")
+	if err := os.WriteFile(file, []byte("*:*:*:*:"+password+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PGPASSFILE", file)
+	u.User = url.User(u.User.Username())
+	mustRun(t, 0, u.String(), "", "create", "tables", "-y")
+	t.Setenv("PGPASSFILE", filepath.Join(t.TempDir(), "none"))
+	if password != "" {
+		mustRun(t, 1, u.String(), "", "create", "tables", "-y")
+	}
+	for _, word := range []string{"ps", "TIMEDB_DSN", "PGPASSFILE"} {
+		if !strings.Contains(usage, word) {
+			t.Errorf("the help does not tell of %s", word)
 		}
 	}
 }
@@ -1567,6 +1591,42 @@ func TestHeadersOver16KiBAreRefused(t *testing.T) {
 	}
 }
 
+func TestBugIsA500ThatExplainsNothing(t *testing.T) { // S11, S25
+	var log logBuffer
+	absent := func(context.Context) (bool, error) { return false, nil }
+	s := httptest.NewServer(newServer(nil, &authenticator{usersTableExists: absent}, slog.New(slog.NewTextHandler(&log, nil))))
+	defer s.Close()
+	resp, err := http.Get(s.URL + "/list_timeseries") // without a store the handler panics
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if resp.StatusCode != 500 || string(body) != `{"detail":"Internal server error."}`+"\n" || !strings.Contains(log.String(), "nil pointer") {
+		t.Errorf("a panic: %v %q, log %q", resp, body, log.String())
+	}
+}
+
+func TestSlowReaderIsCutOff(t *testing.T) { // S20
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	mustManyValues(t, s, key, 250_000)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	fmt.Fprintf(conn, "GET /values HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n\r\n", key)
+	for wait := 0; !strings.Contains(s.log.String(), "broken=true"); wait++ {
+		if wait > 1200 {
+			t.Fatal("a client that does not read its answer is served for ever")
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
 func TestTooManyBadKeysAreThrottledAndValidOnesAreNot(t *testing.T) { // S31, S27
 	t.Parallel()
 	s := mustServer(t)
@@ -1845,6 +1905,17 @@ func TestSQLIsNotAssembled(t *testing.T) { // S18
 }
 
 func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
+	limits, compares := map[string]bool{}, 0
+	defer func() {
+		for _, name := range []string{"ReadHeaderTimeout", "ReadTimeout", "WriteTimeout", "IdleTimeout", "MaxHeaderBytes"} {
+			if !limits[name] {
+				t.Errorf("the server has no %s", name)
+			}
+		}
+		if compares != 1 {
+			t.Errorf("digests are compared in constant time in %d places", compares)
+		}
+	}()
 	files, _ := filepath.Glob("*.go")
 	for _, file := range files {
 		if strings.HasSuffix(file, "_test.go") {
@@ -1860,7 +1931,20 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 				if id, ok := n.X.(*ast.Ident); ok && id.Name == "os" && n.Sel.Name == "Exit" && file != "main.go" {
 					t.Errorf("%s calls os.Exit", file)
 				}
+			case *ast.KeyValueExpr: // S20
+				if id, ok := n.Key.(*ast.Ident); ok && file == "cli.go" {
+					limits[id.Name] = true
+				}
+			case *ast.CallExpr: // S5, S7
+				if fn, ok := n.Fun.(*ast.SelectorExpr); ok && fn.Sel.Name == "ConstantTimeCompare" {
+					compares++
+				} else if id, ok := n.Fun.(*ast.Ident); ok && id.Name == "newKey" && file != "cli.go" {
+					t.Errorf("%s makes keys", file)
+				}
 			case *ast.ImportSpec:
+				if path := n.Path.Value; strings.HasSuffix(path, `/rand"`) && (path != `"crypto/rand"` || file != "auth.go") {
+					t.Errorf("%s imports %s", file, path)
+				}
 				if path := n.Path.Value; (path == `"database/sql"` || strings.Contains(path, "lib/pq")) && file == "auth.go" ||
 					path == `"net/http"` && file == "store.go" {
 					t.Errorf("%s imports %s", file, path)
@@ -1884,6 +1968,42 @@ func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
 	}
 	if n, _ := strconv.Atoi(mustQuery(t, db, `SELECT count(*) FROM `+of)); n < 9 {
 		t.Errorf("only %d keys were found", n)
+	}
+}
+
+// docs/SECURITY.md names for each item the functions that enforce it and the tests; they must exist.
+func TestSecurityDocumentNamesWhatThereIs(t *testing.T) { // S32
+	text, err := os.ReadFile("docs/SECURITY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	declared := map[string]bool{}
+	for _, file := range []string{"auth.go", "server.go", "store.go", "cli.go", "main.go", "server_test.go"} {
+		source, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?m)^(?:func (?:\([^)]*\) )?|\t|var |type )([A-Za-z0-9]+)`).FindAllStringSubmatch(string(source), -1) {
+			declared[file+":"+m[1]] = true
+		}
+	}
+	for i := 1; i <= 32; i++ {
+		row := regexp.MustCompile(fmt.Sprintf(`(?m)^\| S%d \|.*$`, i)).FindString(string(text))
+		tests := regexp.MustCompile("Test[A-Za-z0-9]+").FindAllString(row, -1)
+		places := regexp.MustCompile("`([a-z_]+\\.go):([A-Za-z0-9]+)`").FindAllStringSubmatch(row, -1)
+		if len(tests) == 0 || len(places) == 0 && !strings.Contains(row, "schema.sql") && !strings.Contains(row, "docs/") {
+			t.Errorf("S%d: %q names no place or no test", i, row)
+		}
+		for _, name := range tests {
+			if !declared["server_test.go:"+name] {
+				t.Errorf("S%d: there is no %s", i, name)
+			}
+		}
+		for _, place := range places {
+			if !declared[place[1]+":"+place[2]] {
+				t.Errorf("S%d: there is no %s in %s", i, place[2], place[1])
+			}
+		}
 	}
 }
 
