@@ -153,15 +153,15 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 		return a.refuse(r, "expired key "+keyID(key))
 	}
 	if k.useIsStale && a.touching.CompareAndSwap(false, true) {
-		go a.noteUse(k.userID)
+		go a.noteUse(context.WithoutCancel(ctx), k.userID)
 	}
 	return Caller{tenant: k.tenant, email: k.email, keyID: keyID(key), readOnly: k.readOnly}, nil
 }
 
 // noteUse notes the use of a key beside the request, one at a time; what it misses, a later request notes.
-func (a *authenticator) noteUse(userID string) {
+func (a *authenticator) noteUse(ctx context.Context, userID string) {
 	defer a.touching.Store(false)
-	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
 	_ = a.touch(ctx, userID) // best effort: a database that fails shows where it matters
 }
