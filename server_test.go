@@ -949,6 +949,13 @@ func TestAPIRefusesToStartUnsafely(t *testing.T) {
 			t.Errorf("started with %s the log is %q, want %q in it", args, log, weakness)
 		}
 	}
+	for _, grant := range []string{`UPDATE (annotation) ON values_table`, `DELETE ON runs_table`, `INSERT ON users_table`} {
+		mustExec(t, mustOpen(t, dsn), `GRANT `+grant+` TO `+appRole.name)
+		if s := mustAPI(t, dsn); !strings.Contains(s.log.String(), "may rewrite") {
+			t.Errorf("the role has %s, and nothing is said", grant)
+		}
+		mustExec(t, mustOpen(t, dsn), `REVOKE `+grant+` FROM `+appRole.name)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	owner := func(name string) string { return map[string]string{"TIMEDB_DSN": dsn}[name] }
 	var out, log logBuffer
@@ -1049,6 +1056,19 @@ func TestMissingTablesAre503UntilTheyAreCreated(t *testing.T) {
 }
 
 // ---- Authentication
+
+func TestEveryKeyIsAnother(t *testing.T) { // S5
+	seen := map[string]bool{}
+	for range 10_000 {
+		key, id, digest := newKey()
+		sum := sha256.Sum256([]byte(key))
+		secret := key[len("tdb_")+8+1:][:43]
+		if !wellFormedKey(key) || !strings.HasPrefix(key, "tdb_"+id+"_") || !bytes.Equal(digest, sum[:]) || seen[secret] || strings.Contains(secret, "AAAAAAAA") {
+			t.Fatalf("newKey returns %q, %q, %x", key, id, digest)
+		}
+		seen[secret] = true
+	}
+}
 
 func TestSweepFindsSecrets(t *testing.T) { // S6: or finding none would mean nothing
 	t.Parallel()
@@ -1509,6 +1529,11 @@ func TestUnknownStateOfUsersTableIsNotOpen(t *testing.T) {
 	dsn := mustDatabase(t)
 	mustCreateTables(t, dsn)
 	s := mustAPI(t, dsn)
+	s.must(t, 200, "GET", "/list_timeseries", "", "")
+	mustExec(t, s.db, `REVOKE SELECT ON pg_catalog.pg_class FROM PUBLIC`) // the data can be read; whether there are users, not
+	s.must(t, 503, "GET", "/list_timeseries", "", "")
+	s.must(t, 503, "POST", "/upload", "", oneValue)
+	mustExec(t, s.db, `GRANT SELECT ON pg_catalog.pg_class TO PUBLIC`)
 	s.must(t, 200, "GET", "/list_timeseries", "", "")
 	admin, name := mustOpen(t, databaseURL("", nil)), mustQuery(t, s.db, `SELECT current_database()`)
 	mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS false; SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = '`+name+`'`)
