@@ -44,7 +44,7 @@ const (
 	drainTimeout      = 30 * time.Second // for running requests after SIGTERM
 	requestTimeout    = statementTimeout // for all of a request; what moves as it should ends long before
 	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
-	maxBody           = 64 << 20         // some 600,000 rows, of 24 bytes each once decoded
+	maxBody           = 64 << 20         // some 600,000 rows as JSON, of 24 bytes each once decoded
 	largeBody         = 1 << 20
 	maxLarge          = 16     // large requests at once: fewer than the pool has connections, so small ones find one
 	maxUpdates        = 10_000 // per PUT /values: they hold their tenant's lock together
