@@ -10,8 +10,7 @@ package main
 // Not defended: whoever reads a key on its way (use TLS) or where the client keeps it has it. Whoever may write to
 // users_table, or controls this process, decides who gets in.
 //
-// A key is 256 random bits, so one fast SHA-256 is the right digest: a slow hash protects what can be guessed. Failures are
-// throttled only to spare the log and the database.
+// A key is 256 random bits: one fast SHA-256 is the right digest of it, and failures are throttled only to spare the log.
 
 import (
 	"context"
@@ -37,6 +36,7 @@ const (
 	lookupTimeout  = 5 * time.Second                        // to get a connection and the answer; then the request gets 503
 	failureBurst   = 300                                    // bad keys of one address in a minute; then 429. No mistake in a script does that
 	maxAddresses   = 10_000
+	unlogged       = "not logged" // the reason of a failure beyond those that the log takes
 )
 
 // A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.
@@ -83,16 +83,16 @@ type failures struct {
 	byAddress map[string]int
 }
 
-// add counts one from remote, an address with port, and returns how many that makes. X-Forwarded-For is not trusted.
-func (f *failures) add(remote string) int {
+// add counts one of kind from remote, an address with port, and returns how many that makes. X-Forwarded-For is not trusted.
+func (f *failures) add(kind, remote string) int {
 	host, _, _ := net.SplitHostPort(remote) // as net/http has made it
 	f.Lock()
 	defer f.Unlock()
 	if minute := time.Now().Truncate(time.Minute); minute != f.minute || len(f.byAddress) == maxAddresses {
 		f.minute, f.byAddress = minute, map[string]int{}
 	}
-	f.byAddress[host]++
-	return f.byAddress[host]
+	f.byAddress[kind+host]++
+	return f.byAddress[kind+host]
 }
 
 // authenticate returns whom r acts for, or an apiError: 401, 403 and 429 refuse the caller, 503 says that it is not known.
@@ -112,7 +112,8 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	values := r.Header.Values("X-API-Key")
 	switch {
 	case len(values) == 0 || len(values) == 1 && values[0] == "":
-		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", "no key"}
+		reason := map[bool]string{true: unlogged, false: "no key"}[a.failures.add("no key ", r.RemoteAddr) > failureBurst]
+		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", reason}
 	case len(values) > 1 || !wellFormedKey(values[0]):
 		return a.refuse(r, "malformed key")
 	}
@@ -168,7 +169,9 @@ func (a *authenticator) noteUse(ctx context.Context, userID string) {
 
 // refuse answers any key that does not open the door, with the same bytes whatever the reason, until it was too often.
 func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
-	if a.failures.add(r.RemoteAddr) > failureBurst {
+	count := a.failures.add("", r.RemoteAddr)
+	reason = map[bool]string{true: unlogged, false: reason}[count > failureBurst+1]
+	if count > failureBurst {
 		return Caller{}, &apiError{http.StatusTooManyRequests, "Too many failed authentications. Try again in a minute.", reason}
 	}
 	return Caller{}, &apiError{http.StatusUnauthorized, "Invalid or inactive API key.", reason}

@@ -40,8 +40,7 @@ type cli struct {
 	port                                                                              int
 }
 
-// command is one line of the command table. A "!" marks flags that must be given. What has flags gets a store, whose
-// statements the database ends after timeout; 0 is never.
+// command is one line of the command table. "!" marks flags that must be given; the database ends statements after timeout (0: never).
 type command struct {
 	name, flagNames string
 	timeout         time.Duration

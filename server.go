@@ -123,14 +123,14 @@ type response struct {
 	body    io.Writer     // where send writes pieces: to the client, or to what compresses them
 }
 
-// claim counts this request among the large ones, unless there are too many.
-func (w *response) claim() bool {
-	if w.claimed || w.large.Add(1) <= maxLarge {
-		w.claimed = true
-	} else {
+// claimIf counts this request among the large ones if it is one, unless there are too many: then it is a 503.
+func (w *response) claimIf(large bool) error {
+	if large && !w.claimed && w.large.Add(1) > maxLarge {
 		w.large.Add(-1)
+		return errBusy
 	}
-	return w.claimed
+	w.claimed = w.claimed || large
+	return nil
 }
 
 // Only send writes. Of ServeMux's own answer its header is left, which knows what methods a path takes.
@@ -178,8 +178,8 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if w.status >= 500 || broken {
 		level = slog.LevelError
 	}
-	if w.status == http.StatusTooManyRequests {
-		return // so that failures are logged at a bounded rate
+	if reason == unlogged {
+		return
 	}
 	hide := func(text string) string { return keyPattern.ReplaceAllLiteralString(text, "(a key)") } // wherever it was pasted
 	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hide(r.URL.Path), "status", w.status, "broken", broken,
@@ -258,9 +258,6 @@ func readBody(w *response, r *http.Request, types ...string) (body []byte, kind 
 	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
 		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
 	}
-	if (r.ContentLength < 0 || r.ContentLength > largeBody) && !w.claim() {
-		return nil, "", errBusy
-	}
 	in := http.MaxBytesReader(w, r.Body, maxBody)
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "", "identity":
@@ -272,15 +269,20 @@ func readBody(w *response, r *http.Request, types ...string) (body []byte, kind 
 	default:
 		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
 	}
-	if err == nil {
-		body, err = io.ReadAll(in)
+	var read bytes.Buffer
+	for err == nil {
+		if _, err = io.CopyN(&read, in, largeBody); err == nil { // there may be more
+			err = w.claimIf(true)
+		}
 	}
-	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); err == io.EOF {
+		err = nil
+	} else if tooLarge {
 		err = refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
 	} else if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = refusal(http.StatusRequestTimeout, "The body did not arrive in time.")
 	}
-	return body, kind, inputError("body", err)
+	return read.Bytes(), kind, inputError("body", err)
 }
 
 // readJSON reads the body and the query string of a request that takes nothing but JSON.
@@ -531,8 +533,8 @@ func checkPlace(time, end micros, ref seriesRef, keyField string) error {
 func (u *upload) decodeCSV(body []byte) error {
 	body = bytes.TrimPrefix(body, []byte("\ufeff")) // by which Excel marks UTF-8
 	for line := range bytes.Lines(body) {
-		if len(line) > maxLine { // encoding/csv takes some hundred bytes for each comma of a record
-			return invalid("body: expected lines of at most %d bytes", maxLine)
+		if len(line) > maxLine || bytes.Count(line, []byte{'"'})%2 != 0 { // encoding/csv takes some hundred bytes for each comma
+			return invalid("body: expected lines of at most %d bytes, and no line break in a cell", maxLine)
 		}
 	}
 	in := csv.NewReader(bytes.NewReader(body))
@@ -663,7 +665,7 @@ func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error)
 		refs, updates = append(refs, ref), append(updates, update)
 		return err
 	})})
-	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, refs, updates) }, err
+	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, refs, updates) }, cmp.Or(err, w.claimIf(true))
 }
 
 func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error) {
@@ -685,7 +687,7 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 			return nil, err
 		}
 		return nil, out.flush(true)
-	}, cmp.Or(err, checkRead(q, mode, format, out.detail))
+	}, cmp.Or(err, checkRead(q, mode, format, out.detail), w.claimIf(q.bucket > 0 || q.lead >= 0)) // which read much to say little
 }
 
 // checkRead refuses parameters that cannot be meant, or not together.
@@ -733,8 +735,8 @@ func (o *rowWriter) start() {
 // row writes one row; the limit-th returns errEnough.
 func (o *rowWriter) row(x *series, e *element) error {
 	if len(o.buf) >= flushBytes { // before the row: of the last one flush has to take the comma away
-		if !o.w.claim() {
-			return errBusy
+		if err := o.w.claimIf(true); err != nil {
+			return err
 		}
 		if err := o.flush(false); err != nil {
 			return err

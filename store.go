@@ -235,11 +235,9 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 
 // CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in its tenant.
 func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends expiry) error {
-	err := s.inTx(ctx, func(tx *sql.Tx) error {
-		return tx.QueryRowContext(ctx, `
-			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
-			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, micros(ends)).Scan(&u.ID, &u.ExpiresAt)
-	})
+	err := s.db.QueryRowContext(ctx, `
+		INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
+		RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, micros(ends)).Scan(&u.ID, &u.ExpiresAt)
 	if sqlState(err) == "23505" {
 		//lint:ignore ST1005 the contract quotes this sentence
 		return fmt.Errorf("User with email '%s' already exists for this tenant.", u.Email)
@@ -267,15 +265,13 @@ func (s *store) SetActive(ctx context.Context, userID string, active bool) error
 		WHERE user_id = $1`, userID, active)
 }
 
-// ReplaceKey gives u a new key. The old one ends after grace; if that is 0, now. The expiry changes if ends is given.
+// ReplaceKey gives u a new key. The old one, unless it is dead already, ends after grace; if that is 0, now. ends 0: as before.
 func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []byte, grace span, ends expiry) error {
-	return s.inTx(ctx, func(tx *sql.Tx) error {
-		return tx.QueryRowContext(ctx, `
-			UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = CASE WHEN $4::bigint > 0 THEN key_digest END,
-			       previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
-			       expires_at = coalesce($5::timestamptz, expires_at)
-			WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), micros(ends)).Scan(&u.ExpiresAt)
-	})
+	return s.db.QueryRowContext(ctx, `
+		UPDATE users_table SET key_id = $2, key_digest = $3, previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
+		       previous_digest = CASE WHEN $4::bigint > 0 AND is_active AND coalesce(expires_at > clock_timestamp(), true)
+		                         THEN key_digest END, expires_at = coalesce($5::timestamptz, expires_at)
+		WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), micros(ends)).Scan(&u.ExpiresAt)
 }
 
 type series struct{ ID, Key, Unit string }
