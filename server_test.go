@@ -61,6 +61,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -1836,6 +1837,39 @@ func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
 		if strings.Contains(text, secret) {
 			t.Error("the log holds a key")
 		}
+	}
+}
+
+// The program itself, in another time zone than UTC, stopped by a signal.
+func TestProgramLogsInUTCAndStopsOnSIGTERM(t *testing.T) { // S27, S30
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	binary := filepath.Join(t.TempDir(), "timedb")
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v %s", err, out)
+	}
+	cmd := exec.Command(binary, "api", "--port", "0")
+	cmd.Env = append(os.Environ(), "TZ=Asia/Tokyo", "TIMEDB_DSN="+asAppRole(dsn))
+	var out, log logBuffer
+	cmd.Stdout, cmd.Stderr = &out, &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for !servesLine.MatchString(out.String()) {
+		time.Sleep(time.Millisecond)
+	}
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("stopped by SIGTERM: %v", err)
+	}
+	for line := range strings.Lines(log.String()) {
+		if !regexp.MustCompile(`^time=\S+Z level=`).MatchString(line) {
+			t.Errorf("a line that is not in UTC: %q", line)
+		}
+	}
+	if !strings.Contains(log.String(), "stopping") {
+		t.Errorf("the log is %q", log.String())
 	}
 }
 
