@@ -137,12 +137,13 @@ func (c *cli) parse(args []string) error {
 func (c *cli) check() error {
 	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
 	c.email = strings.TrimSpace(c.email)
+	user, domain, _ := strings.Cut(c.email, "@")
 	switch {
 	case c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"):
 		return errors.New("--tenant-id is required")
 	case c.email == "" && strings.Contains(c.flagNames, "email!"):
 		return errors.New("--email is required")
-	case c.name == "users create" && (!strings.Contains(c.email, "@") || new(label).UnmarshalText([]byte(c.email)) != nil):
+	case c.name == "users create" && (user == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil):
 		return errors.New("--email: expected an address such as alice@example.com")
 	case (c.tlsCert == "") != (c.tlsKey == ""):
 		return errors.New("--tls-cert and --tls-key: expected both or none")

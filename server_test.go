@@ -596,7 +596,7 @@ func TestExitCodeOfWrongUsageIsTwo(t *testing.T) {
 	} {
 		mustRun(t, 2, down, "", strings.Fields(line)...)
 	}
-	for _, email := range []string{" ", "a\nb@example.com", "a@example.com\x1b[2J", "a@exa\xffmple.com"} {
+	for _, email := range []string{" ", "a@", "@example.com", "@", "a\nb@example.com", "a@example.com\x1b[2J", "a@exa\xffmple.com"} {
 		mustRun(t, 2, down, "", "users", "create", "-t", tenantA, "-e", email)
 	}
 }
