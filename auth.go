@@ -100,11 +100,10 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
 	defer cancel()
 	if !a.latched.Load() {
-		exists, err := a.usersTableExists(ctx)
-		if err != nil {
+		switch exists, err := a.usersTableExists(ctx); {
+		case err != nil:
 			return Caller{}, &apiError{http.StatusServiceUnavailable, "The database is not available.", "users_table: " + err.Error()}
-		}
-		if !exists {
+		case !exists:
 			return a.openCaller(r)
 		}
 		a.latched.Store(true)
