@@ -31,16 +31,15 @@ import (
 )
 
 const (
-	checksumLength = 6
-	openTenant     = "00000000-0000-0000-0000-000000000000" // owns all data while there is no users_table
-	lookupTimeout  = 5 * time.Second                        // to get a connection and the answer; then the request gets 503
-	failureBurst   = 300                                    // bad keys of one address in a minute; then 429. No mistake in a script does that
-	maxAddresses   = 10_000
-	unlogged       = "not logged" // the reason of a failure beyond those that the log takes
+	openTenant    = "00000000-0000-0000-0000-000000000000" // owns all data while there is no users_table
+	lookupTimeout = 5 * time.Second                        // to get a connection and the answer; then the request gets 503
+	failureBurst  = 300                                    // bad keys of one address in a minute; then 429. No mistake in a script does that
+	maxAddresses  = 10_000
+	unlogged      = "not logged" // the reason of a failure beyond those that the log takes
 )
 
 // A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.
-var keyPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43}[A-Za-z0-9_-]{6}`)
+var keyPattern = regexp.MustCompile(`(tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43})[A-Za-z0-9_-]{6}`)
 
 // Caller is whom a request acts for. Only this file makes one; every method of store that touches tenant data takes it.
 type Caller struct {
@@ -181,19 +180,19 @@ func newKey() (key, id string, digest []byte) {
 	secret := make([]byte, 32)
 	rand.Read(secret)
 	id = strings.ToLower(rand.Text()[:8]) // rand.Text writes base32
-	body := "tdb_" + id + "_" + base64.RawURLEncoding.EncodeToString(secret)
-	key = body + checksum(body)
+	key = withChecksum("tdb_" + id + "_" + base64.RawURLEncoding.EncodeToString(secret))
 	sum := sha256.Sum256([]byte(key))
 	return key, id, sum[:]
 }
 
-func checksum(body string) string {
-	return base64.RawURLEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, crc32.ChecksumIEEE([]byte(body))))
+func withChecksum(body string) string {
+	return body + base64.RawURLEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, crc32.ChecksumIEEE([]byte(body))))
 }
 
 // wellFormedKey tells whether key could be one of ours. It is no control: anyone can compute a checksum.
 func wellFormedKey(key string) bool {
-	return key != "" && keyPattern.FindString(key) == key && checksum(key[:len(key)-checksumLength]) == key[len(key)-checksumLength:]
+	found := keyPattern.FindStringSubmatch(key)
+	return found != nil && withChecksum(found[1]) == key
 }
 
 // keyID returns the part of a well-formed key that may be shown.
