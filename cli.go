@@ -14,7 +14,6 @@ import (
 	"net"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -312,7 +311,7 @@ func (c *cli) api(ctx context.Context, st *store) error {
 		ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: readTimeout + writeTimeout, IdleTimeout: idleTimeout,
 		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort(c.host, strconv.Itoa(c.port)))
+	listener, err := net.Listen("tcp", net.JoinHostPort(c.host, fmt.Sprint(c.port)))
 	if err != nil {
 		return err
 	}
