@@ -47,14 +47,14 @@ type command struct {
 }
 
 var commands = []command{
-	{"create tables", "d,dsn s,schema with-users app-role dry-run y,yes", 0, (*cli).createTables},
-	{"delete tables", "d,dsn s,schema y,yes", 0, (*cli).deleteTables},
-	{"users create", "d,dsn s,schema t,tenant-id! e,email! read-only expires q,quiet", 0, (*cli).usersCreate},
-	{"users list", "d,dsn s,schema t,tenant-id include-inactive json", 0, (*cli).usersList},
-	{"users deactivate", "d,dsn s,schema e,email! t,tenant-id y,yes", 0, (*cli).changeUser},
-	{"users activate", "d,dsn s,schema e,email! t,tenant-id", 0, (*cli).changeUser},
-	{"users regenerate-key", "d,dsn s,schema e,email! t,tenant-id grace expires q,quiet y,yes", 0, (*cli).changeUser},
-	{"api", "d,dsn s,schema host port tls-cert tls-key require-auth allow-anonymous", statementTimeout, (*cli).api},
+	{"create tables", "d dsn s schema with-users app-role dry-run y yes", 0, (*cli).createTables},
+	{"delete tables", "d dsn s schema y yes", 0, (*cli).deleteTables},
+	{"users create", "d dsn s schema t tenant-id! e email! read-only expires q quiet", 0, (*cli).usersCreate},
+	{"users list", "d dsn s schema t tenant-id include-inactive json", 0, (*cli).usersList},
+	{"users deactivate", "d dsn s schema e email! t tenant-id y yes", 0, (*cli).changeUser},
+	{"users activate", "d dsn s schema e email! t tenant-id", 0, (*cli).changeUser},
+	{"users regenerate-key", "d dsn s schema e email! t tenant-id grace expires q quiet y yes", 0, (*cli).changeUser},
+	{"api", "d dsn s schema host port tls-cert tls-key require-auth allow-anonymous", statementTimeout, (*cli).api},
 	{"version", "", 0, func(c *cli, _ context.Context, _ *store) error { return c.report(nil, "timedb %s\n", release) }},
 }
 
@@ -66,20 +66,18 @@ func (c *cli) flags() *flag.FlagSet {
 		"tls-key": &c.tlsKey, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
 	set := flag.NewFlagSet("", flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	for _, names := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
-		spellings := strings.Split(names, ",")
-		name := spellings[len(spellings)-1]
-		for _, spelling := range spellings {
-			switch field := fields[name].(type) {
-			case *string:
-				set.StringVar(field, spelling, *field, "")
-			case *bool:
-				set.BoolVar(field, spelling, *field, "")
-			case *int:
-				set.IntVar(field, spelling, *field, "")
-			case encoding.TextUnmarshaler:
-				set.Func(spelling, "", func(text string) error { return inputError("--"+name, field.UnmarshalText([]byte(text))) })
-			}
+	long := map[string]string{"d": "dsn", "s": "schema", "t": "tenant-id", "e": "email", "y": "yes", "q": "quiet"}
+	for _, spelling := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
+		name := cmp.Or(long[spelling], spelling)
+		switch field := fields[name].(type) {
+		case *string:
+			set.StringVar(field, spelling, *field, "")
+		case *bool:
+			set.BoolVar(field, spelling, *field, "")
+		case *int:
+			set.IntVar(field, spelling, *field, "")
+		case encoding.TextUnmarshaler:
+			set.Func(spelling, "", func(text string) error { return inputError("--"+name, field.UnmarshalText([]byte(text))) })
 		}
 	}
 	return set
