@@ -181,11 +181,10 @@ func (c *cli) confirm(question string, args ...any) error {
 	}
 	fmt.Fprintf(c.stderr, question+" [y/N] ", args...)
 	answer := ""
-	_, err := fmt.Fscanln(c.stdin, &answer)
-	if answer = strings.ToLower(answer); err != nil || answer != "y" && answer != "yes" {
-		return errors.New("not confirmed; nothing was changed. Pass -y to do it without asking")
+	if _, err := fmt.Fscanln(c.stdin, &answer); err == nil && slices.Contains([]string{"y", "yes"}, strings.ToLower(answer)) {
+		return nil
 	}
-	return nil
+	return errors.New("not confirmed; nothing was changed. Pass -y to do it without asking")
 }
 
 func (c *cli) createTables(ctx context.Context, st *store) error {
