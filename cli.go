@@ -273,18 +273,17 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	for _, u := range users {
 		tenants += "\n  " + u.Tenant
 	}
-	if len(users) == 0 {
+	switch {
+	case len(users) == 0:
 		return fmt.Errorf("no user has the email '%s'", c.email)
-	}
-	if len(users) > 1 {
+	case len(users) > 1:
 		return fmt.Errorf("the email '%s' exists in several tenants; nothing was changed. Pass --tenant-id, one of:%s", c.email, tenants)
+	case c.name == "users regenerate-key" && users[0].Status == "expired" && c.expires == 0:
+		return errors.New("the user has expired, and with it any key: pass --expires")
 	}
 	u := &users[0]
 	if c.name == "users activate" {
 		return c.report(st.SetActive(ctx, u.ID, true), "Activated %s.\n", u.Email)
-	}
-	if c.name == "users regenerate-key" && u.Status == "expired" && c.expires == 0 {
-		return errors.New("the user has expired, and with it any key: pass --expires")
 	}
 	verb := map[string]string{"users deactivate": "Deactivate", "users regenerate-key": "Replace the key of"}[c.name]
 	if err := c.confirm("%s %s of tenant %s?", verb, u.Email, u.Tenant); err != nil {
