@@ -62,9 +62,9 @@ CREATE TABLE IF NOT EXISTS values_table (
     changed_by      text,
     annotation      text,
     tags            text[],
-    valid_times     timestamptz[] NOT NULL,  -- ascending
-    valid_time_ends timestamptz[],           -- NULL when every value is a point
-    "values"        float8[]      NOT NULL,
+    valid_times     timestamptz[] COMPRESSION lz4 NOT NULL,  -- ascending; lz4 takes a fifth of the default's time
+    valid_time_ends timestamptz[] COMPRESSION lz4,           -- NULL when every value is a point
+    "values"        float8[]      COMPRESSION lz4 NOT NULL,
     PRIMARY KEY (tenant_id, series_id, valid_from, value_id),
     FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table,
     FOREIGN KEY (tenant_id, series_id) REFERENCES series_table,

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"compress/gzip"
@@ -13,6 +14,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"log/slog"
 	"maps"
@@ -252,46 +254,71 @@ func sendJSON(w *response, status int, v any) error {
 	return w.send(status, "application/json", []byte(asJSON(v)+"\n"), true)
 }
 
-// readBody returns the body, unpacked, if it is of one of types, and which. Whole: a slow client holds only what it sent.
-func readBody(w *response, r *http.Request, types ...string) (body []byte, kind string, err error) {
+// body is what a request sends, unpacked. It is decoded while it arrives: a slow client holds only what it sent, as rows.
+type body struct {
+	io.Reader
+	w      *response
+	kind   string // its media type
+	size   int    // bytes read so far
+	digest hash.Hash
+	err    error // why the rest cannot be read
+}
+
+// openBody returns the body if it is of one of types.
+func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
-		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
+		return nil, refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
 	}
-	in := http.MaxBytesReader(w, r.Body, maxBody)
+	b := &body{Reader: http.MaxBytesReader(w, r.Body, maxBody), w: w, kind: kind, digest: sha256.New()}
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "", "identity":
 	case "gzip":
-		var unpacked *gzip.Reader
-		if unpacked, err = gzip.NewReader(in); err == nil {
-			in = http.MaxBytesReader(w, unpacked, maxBody)
+		unpacked, err := gzip.NewReader(b.Reader)
+		if err != nil {
+			return nil, inputError("body", err)
 		}
+		b.Reader = http.MaxBytesReader(w, unpacked, maxBody)
 	default:
-		return nil, "", refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
+		return nil, refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
 	}
-	var read bytes.Buffer
-	for err == nil {
-		if _, err = io.CopyN(&read, in, largeBody); err == nil { // there may be more
-			err = w.claimIf(true)
-		}
-	}
-	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); err == io.EOF {
-		err = nil
-	} else if tooLarge {
+	return b, nil
+}
+
+func (b *body) Read(p []byte) (n int, err error) {
+	n, err = b.Reader.Read(p)
+	b.digest.Write(p[:n])
+	b.size += n
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		err = refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
 	} else if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = refusal(http.StatusRequestTimeout, "The body did not arrive in time.")
+	} else if err == nil {
+		err = b.w.claimIf(b.size > largeBody)
 	}
-	return read.Bytes(), kind, inputError("body", err)
+	if err != io.EOF {
+		b.err = inputError("body", err)
+	}
+	return n, err
 }
 
-// readJSON reads the body and the query string of a request that takes nothing but JSON.
-func readJSON(w *response, r *http.Request, c Caller, f fields) error {
-	body, _, err := readBody(w, r, "application/json")
+// end takes the error of what decoded the body and returns why the body is refused. It reads what is left: a client that
+// is still sending would not see the answer.
+func (b *body) end(decoded error) error {
+	if b.err != nil {
+		return b.err
+	}
+	_, _ = io.Copy(io.Discard, b) // its error would say no more than decoded
+	return decoded
+}
+
+// decodeJSON decodes the body of a request that takes nothing but JSON.
+func decodeJSON(w *response, r *http.Request, c Caller, f fields) error {
+	b, err := openBody(w, r, "application/json")
 	if err != nil {
 		return err
 	}
-	return cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
+	return b.end(cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c)))
 }
 
 // fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer. What is
@@ -315,8 +342,8 @@ func each[T any](empty T, take func(*T) error) list {
 }
 
 // decodeJSON reads one JSON object and no more. Unlike encoding/json it refuses a member given twice or in another case.
-func (f fields) decodeJSON(body []byte) error {
-	dec := json.NewDecoder(bytes.NewReader(body))
+func (f fields) decodeJSON(in io.Reader) error {
+	dec := json.NewDecoder(in)
 	dec.DisallowUnknownFields()
 	err := walk(dec, '{', func(int) error {
 		token, err := dec.Token()
@@ -372,7 +399,10 @@ func inputError(field string, err error) error {
 		return invalid("%s: expected %s, not %.40q", field, inWords.Replace(e.Type.String()), e.Value)
 	}
 	if e, ok := errors.AsType[*csv.ParseError](err); ok {
-		return invalid("line %d: %s", e.Line, e.Err)
+		err = e.Err // of line 1: each is read by itself
+	}
+	if errors.Is(err, bufio.ErrTooLong) {
+		return invalid("%s: expected lines of at most %d bytes", field, maxLine)
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return invalid("%s: the input ends too early", field)
@@ -406,7 +436,7 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 			return invalid("%s: unknown parameter, or given twice; there are %s", name, f.names())
 		}
 		for _, value := range values {
-			if err := setField(into, value); err != nil {
+			if err := setField(into, []byte(value)); err != nil {
 				return inputError(name, err)
 			}
 		}
@@ -415,20 +445,20 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 }
 
 // setField parses the text of a query parameter or of a cell into what the pointer points to, or for the list.
-func setField(into any, text string) (err error) {
+func setField(into any, text []byte) (err error) {
 	switch into := into.(type) {
 	case list:
 		return into(func(element any) error { return setField(element, text) })
 	case encoding.TextUnmarshaler:
-		return into.UnmarshalText([]byte(text))
+		return into.UnmarshalText(text)
 	case *bool:
-		*into, err = strconv.ParseBool(text)
-		return expect[bool](err == nil, []byte(text))
+		*into, err = strconv.ParseBool(string(text))
+		return expect[bool](err == nil, text)
 	case *int64:
-		*into, err = strconv.ParseInt(text, 10, 64)
-		return expect[int64](err == nil && *into >= 1, []byte(text))
+		*into, err = strconv.ParseInt(string(text), 10, 64)
+		return expect[int64](err == nil && *into >= 1, text)
 	}
-	return json.Unmarshal([]byte(text), into)
+	return json.Unmarshal(text, into)
 }
 
 // checkRange refuses a range of valid or known times that nothing can lie in.
@@ -462,7 +492,7 @@ func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
 
 func (s *server) postSeries(w *response, r *http.Request, c Caller) (work, error) {
 	name, unit, description := label(""), label(defaultUnit), prose("")
-	err := readJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
+	err := decodeJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
 	if err == nil && name == "" {
 		err = invalid("name is required")
 	}
@@ -530,67 +560,84 @@ func checkPlace(time, end micros, ref seriesRef, keyField string) error {
 }
 
 // decodeCSV takes rows under a header line, in which the columns may have any order.
-func (u *upload) decodeCSV(body []byte) error {
-	body = bytes.TrimPrefix(body, []byte("\ufeff")) // by which Excel marks UTF-8
-	for line := range bytes.Lines(body) {
-		if len(line) > maxLine || bytes.Count(line, []byte{'"'})%2 != 0 { // encoding/csv takes some hundred bytes for each comma
-			return invalid("body: expected lines of at most %d bytes, and no line break in a cell", maxLine)
-		}
-	}
-	in := csv.NewReader(bytes.NewReader(body))
-	in.ReuseRecord = true
-	record, err := in.Read()
-	if err != nil {
-		return inputError("header", err)
-	}
+func (u *upload) decodeCSV(in io.Reader) error {
 	var row uploadRow
 	columns := fields{"valid_time": &row.ValidTime, "value_key": &row.ValueKey, "value": &row.Value,
 		"valid_time_end": &row.ValidTimeEnd, "series_id": &row.SeriesID}
-	header, into := slices.Clone(record), make([]any, len(record))
-	for i, name := range header {
-		if into[i] = columns[name]; into[i] == nil {
+	lines := bufio.NewScanner(in)
+	lines.Buffer(nil, maxLine+1)
+	if !lines.Scan() {
+		return inputError("header", cmp.Or(lines.Err(), io.EOF))
+	}
+	cells, err := appendCells(nil, bytes.TrimPrefix(lines.Bytes(), []byte("\ufeff"))) // by which Excel marks UTF-8
+	if err != nil {
+		return inputError("header", err)
+	}
+	header, into := make([]string, len(cells)), make([]any, len(cells))
+	for i, name := range cells {
+		header[i] = string(name)
+		if into[i] = columns[header[i]]; into[i] == nil {
 			return invalid("header: %.40q is no column, or given twice; there are %s", name, columns.names())
 		}
-		delete(columns, name)
+		delete(columns, header[i])
 	}
 	if columns["valid_time"] != nil || columns["value"] != nil || columns["value_key"] != nil && columns["series_id"] != nil {
 		return invalid("header: expected valid_time, value, and value_key or series_id")
 	}
-	for {
-		record, err := in.Read()
-		if err == io.EOF {
-			return nil
+	for n := 2; err == nil && lines.Scan(); n++ {
+		if len(lines.Bytes()) == 0 {
+			continue
+		}
+		cells, err = appendCells(cells[:0], lines.Bytes())
+		if err == nil && len(cells) != len(header) {
+			err = fmt.Errorf("expected %d cells, as in the header", len(header))
 		}
 		row = emptyRow
-		for i, text := range record {
-			if err == nil && (text != "" || header[i] == "value") { // an empty value is NULL, another empty cell not given
-				err = inputError(header[i], setField(into[i], text))
+		for i := 0; err == nil && i < len(cells); i++ {
+			if len(cells[i]) > 0 || header[i] == "value" { // an empty value is NULL, another empty cell not given
+				err = inputError(header[i], setField(into[i], cells[i]))
 			}
 		}
 		if err == nil {
 			err = u.add(&row)
 		}
-		if err != nil {
-			return elementError("line", u.rows+2, err) // after the header, and counted from 1
-		}
+		err = elementError("line", n, err)
 	}
+	return inputError("body", cmp.Or(err, lines.Err()))
+}
+
+// appendCells appends the cells of a line of CSV. Quotes, which are rare, it leaves to encoding/csv.
+func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
+	quotes := bytes.Count(line, []byte{'"'})
+	if quotes == 0 {
+		return slices.AppendSeq(cells, bytes.SplitSeq(line, []byte{','})), nil
+	}
+	if quotes%2 != 0 {
+		return nil, errors.New("expected no line break in a cell")
+	}
+	record, err := csv.NewReader(bytes.NewReader(line)).Read()
+	for _, text := range record {
+		cells = append(cells, []byte(text))
+	}
+	return cells, err
 }
 
 func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
 	u, tenant := &upload{workflowID: "api-workflow", points: map[seriesRef]*[]point{}}, uuid("")
 	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
 		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
-	body, kind, err := readBody(w, r, "application/json", "text/csv")
+	b, err := openBody(w, r, "application/json", "text/csv")
 	switch {
 	case err != nil:
 		return nil, err
-	case kind == "text/csv":
-		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(body))
+	case b.kind == "text/csv":
+		err = b.end(cmp.Or(f.decodeQuery(r, c), u.decodeCSV(b)))
 	default:
 		f["tenant_id"], f["value_rows"] = &tenant, each(emptyRow, u.add)
-		err = cmp.Or(f.decodeJSON(body), fields{}.decodeQuery(r, c))
+		err = b.end(cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c)))
 	}
-	u.digest = sha256.Sum256(append(body, kind+"?"+r.URL.Query().Encode()...))
+	fmt.Fprintf(b.digest, "%s?%s", b.kind, r.URL.Query().Encode())
+	b.digest.Sum(u.digest[:0])
 	return func(ctx context.Context) (any, error) {
 		ids, err := s.store.Upload(ctx, c, u)
 		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
@@ -657,7 +704,7 @@ func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, up
 
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
 	refs, updates := []seriesRef{}, []map[string]any{}
-	err := readJSON(w, r, c, fields{"updates": each(nil, func(given *map[string]json.RawMessage) error {
+	err := decodeJSON(w, r, c, fields{"updates": each(nil, func(given *map[string]json.RawMessage) error {
 		if len(updates) == maxUpdates {
 			return invalid("expected at most %d updates", maxUpdates)
 		}

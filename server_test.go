@@ -3914,19 +3914,47 @@ func TestAbandonedAndTruncatedUploadsStoreNothing(t *testing.T) {
 
 // ---- Benchmarks
 
-func BenchmarkUpload100k(b *testing.B) {
+// uploadBodies are rows as the notebooks' pandas writes them: ten series, one after the other, in quarters of an hour.
+func uploadBodies(rows int) (asJSON, asCSV string) {
+	var list []string
+	csv := []byte("valid_time,value_key,value\n")
+	for i := range rows {
+		at := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC).Add(time.Duration(i%(rows/10)) * 15 * time.Minute)
+		key, value := fmt.Sprintf("series_%d", i/(rows/10)), 80+float64(i*7919%40_000)/1000
+		list = append(list, fmt.Sprintf(`{"valid_time":%q,"value_key":%q,"value":%g}`, at.Format("2006-01-02T15:04:05+00:00"), key, value))
+		csv = fmt.Appendf(csv, "%s,%s,%g\n", at.Format("2006-01-02 15:04:05+00:00"), key, value)
+	}
+	return runWith("", list...), string(csv)
+}
+
+func benchmarkUpload(b *testing.B, rows int, path, body string, header ...string) {
 	s := mustServer(b)
 	key := s.mustUser(b, tenantA, "a@example.com")
-	rows := make([]string, 100_000)
-	for i := range rows {
-		rows[i] = fmt.Sprintf(`{"valid_time":%q,"value_key":"load","value":%d.25}`, iso(modelDay+int64(i)*hour/60), i%1000)
-	}
-	body := runWith("", rows...)
 	b.SetBytes(int64(len(body)))
+	b.ReportAllocs()
 	for b.Loop() {
-		s.must(b, 200, "POST", "/upload", key, body)
+		s.must(b, 200, "POST", path, key, body, header...)
 	}
-	b.ReportMetric(float64(len(rows)*b.N)/b.Elapsed().Seconds(), "values/s")
+	b.ReportMetric(float64(rows*b.N)/b.Elapsed().Seconds(), "values/s")
+}
+
+func BenchmarkUploadJSON(b *testing.B) {
+	body, _ := uploadBodies(100_000)
+	benchmarkUpload(b, 100_000, "/upload", body)
+}
+
+func BenchmarkUploadCSV(b *testing.B) {
+	_, body := uploadBodies(100_000)
+	benchmarkUpload(b, 100_000, "/upload?run_start_time=2025-01-01", body, "Content-Type: text/csv")
+}
+
+// BenchmarkUploadSensors uploads one value of each of a thousand series.
+func BenchmarkUploadSensors(b *testing.B) {
+	body := []byte("valid_time,value_key,value\n")
+	for i := range 1000 {
+		body = fmt.Appendf(body, "2025-01-01 00:00:00+00:00,sensor_%d,%d.5\n", i, i)
+	}
+	benchmarkUpload(b, 1000, "/upload?run_start_time=2025-01-01", string(body), "Content-Type: text/csv")
 }
 
 func BenchmarkReadFlat1M(b *testing.B) {
@@ -3957,6 +3985,7 @@ func BenchmarkReadRevisions(b *testing.B) {
 
 // benchmarkRead reads all that there is, which considers n stored values.
 func benchmarkRead(b *testing.B, s *testServer, key string, n int) {
+	b.ReportAllocs()
 	for b.Loop() {
 		r, _ := http.NewRequest("GET", s.url+"/values", nil)
 		r.Header.Set("X-API-Key", key)
@@ -3979,6 +4008,7 @@ func BenchmarkSmallRead(b *testing.B) {
 	s := mustServer(b)
 	key := s.mustUser(b, tenantA, "a@example.com")
 	mustManyValues(b, s, key, 100_000)
+	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
@@ -4066,7 +4096,7 @@ func FuzzUploadCSV(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		u := &upload{points: map[seriesRef]*[]point{}}
-		err := u.decodeCSV(body)
+		err := u.decodeCSV(bytes.NewReader(body))
 		if err == nil {
 			if all, err := csv.NewReader(bytes.NewReader(body)).ReadAll(); err != nil || len(all) != u.rows+1 {
 				t.Fatalf("%d rows of %q, encoding/csv finds %d lines: %v", u.rows, body, len(all), err)
@@ -4091,7 +4121,7 @@ func FuzzUpdates(f *testing.F) {
 			}
 			updates = append(updates, update)
 			return err
-		})}.decodeJSON(body)
+		})}.decodeJSON(bytes.NewReader(body))
 		if err == nil {
 			asJSON(updates) // must not panic
 		} else if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 422 && refused.status != 403 {
@@ -4145,7 +4175,7 @@ func FuzzKey(f *testing.F) {
 func decodeUpload(body []byte) (*upload, error) {
 	u := &upload{points: map[seriesRef]*[]point{}}
 	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
-		"series_descriptions": &u.descriptions, "value_rows": each(emptyRow, u.add)}.decodeJSON(body)
+		"series_descriptions": &u.descriptions, "value_rows": each(emptyRow, u.add)}.decodeJSON(bytes.NewReader(body))
 	return u, err
 }
 

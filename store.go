@@ -318,8 +318,7 @@ func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, u
 		INSERT INTO series_table (tenant_id, series_key, unit, description)
 		SELECT $1::uuid, n.key, $2, nullif(d.value, '') FROM json_to_recordset($3) AS n (id text, key text)
 		LEFT JOIN json_each_text(coalesce(nullif($4, 'null'), '{}')::json) AS d ON d.key = n.key
-		WHERE n.id = '' AND NOT EXISTS (SELECT FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key)
-		ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING`, c.tenant, unit, asJSON(refs), asJSON(about))
+		WHERE n.id = '' ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING`, c.tenant, unit, asJSON(refs), asJSON(about))
 	if err != nil {
 		return nil, 0, err
 	}
