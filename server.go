@@ -668,13 +668,11 @@ func (u *upload) check() error {
 // decodeUpdate reads one of updates: whose value it corrects, and the members as correct_values takes them. Absent keeps what
 // is there and null clears it, so what is absent stays absent. Tags get the form in which they are stored.
 func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, update map[string]any, err error) {
-	var time, end, known micros
-	var run, tenant uuid
-	var value number
-	var annotation prose
+	var time, end micros
+	var tenant uuid
 	var tags []label
-	members := fields{"valid_time": &time, "valid_time_end": &end, "known_time": &known, "run_id": &run, "tenant_id": &tenant,
-		"series_id": &ref.ID, "series_key": &ref.Key, "value": &value, "annotation": &annotation, "tags": &tags}
+	members := fields{"valid_time": &time, "valid_time_end": &end, "known_time": new(micros), "run_id": new(uuid), "tenant_id": &tenant,
+		"series_id": &ref.ID, "series_key": &ref.Key, "value": new(number), "annotation": new(prose), "tags": &tags}
 	update = map[string]any{}
 	for name, text := range given {
 		into := members[name]
@@ -684,7 +682,7 @@ func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, up
 		if err := json.Unmarshal(text, into); err != nil {
 			return ref, nil, inputError(name, err)
 		}
-		if string(text) != "null" || into == &value || into == &annotation || into == &tags {
+		if string(text) != "null" || name == "value" || name == "annotation" || name == "tags" {
 			update[name] = into
 		}
 	}
