@@ -805,7 +805,8 @@ func (o *rowWriter) cells(e *element) {
 	}
 	o.cell("valid_time", o.time(e.time))
 	o.cell("series_id", o.id)
-	o.cell("value", o.number(e.value))
+	o.scratch = appendNumber(o.scratch[:0], e.value, o.null)
+	o.cell("value", o.scratch)
 	o.cell("series_key", o.key)
 	o.cell("series_unit", o.unit)
 	if o.detail {
@@ -838,17 +839,12 @@ func (o *rowWriter) cell(name string, value []byte) {
 	o.buf = append(append(o.buf, value...), ',')
 }
 
-// time returns t as it is written, until it or number is called again.
+// time returns t as it is written, until scratch is used again.
 func (o *rowWriter) time(t micros) []byte {
 	if t == 0 {
 		return []byte(o.null)
 	}
 	o.scratch = append(t.append(append(o.scratch[:0], o.quote...)), o.quote...)
-	return o.scratch
-}
-
-func (o *rowWriter) number(f float64) []byte {
-	o.scratch = appendNumber(o.scratch[:0], f, o.null)
 	return o.scratch
 }
 
