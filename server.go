@@ -170,19 +170,17 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
 	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding"), large: &s.large}
 	c, err := s.serve(w, r)
-	broken, level, reason := err != nil && w.status != 0, slog.LevelInfo, ""
+	broken, reason := err != nil && w.status != 0, ""
 	if err != nil {
 		reason = w.fail(err)
 	}
 	if w.claimed {
 		s.large.Add(-1)
 	}
-	if w.status >= 500 || broken {
-		level = slog.LevelError
-	}
 	if reason == unlogged {
 		return
 	}
+	level := map[bool]slog.Level{true: slog.LevelError, false: slog.LevelInfo}[broken || w.status >= 500]
 	hide := func(text string) string { return keyPattern.ReplaceAllLiteralString(text, "(a key)") } // wherever it was pasted
 	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hide(r.URL.Path), "status", w.status, "broken", broken,
 		"reason", hide(reason), "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
