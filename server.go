@@ -129,7 +129,7 @@ type response struct {
 func (w *response) claimIf(large bool) error {
 	if large && !w.claimed && w.large.Add(1) > maxLarge {
 		w.large.Add(-1)
-		return errBusy
+		return refusal(http.StatusServiceUnavailable, "The server is busy with other large requests.")
 	}
 	w.claimed = w.claimed || large
 	return nil
@@ -140,7 +140,6 @@ func (*response) WriteHeader(int)             {}
 func (*response) Write(b []byte) (int, error) { return len(b), nil }
 
 var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
-var errBusy = &apiError{http.StatusServiceUnavailable, "The server is busy with other large requests.", ""}
 
 // send writes a piece of the answer, for which the client gets a new writeTimeout; before the first the header, with the last the end.
 func (w *response) send(status int, contentType string, piece []byte, last bool) error {
