@@ -32,7 +32,6 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode"
-	"unicode/utf8"
 )
 
 //go:embed web/root.json
@@ -983,7 +982,7 @@ func (l *label) UnmarshalText(text []byte) error {
 }
 
 // unprintable is true of control characters and of what stands for bytes that are not UTF-8.
-func unprintable(r rune) bool { return r == utf8.RuneError || unicode.IsControl(r) }
+func unprintable(r rune) bool { return r == unicode.ReplacementChar || unicode.IsControl(r) }
 
 // prose is a description or annotation, without white space around it.
 type prose string
