@@ -72,6 +72,14 @@ func refusal(status int, format string, args ...any) error {
 }
 func invalid(format string, args ...any) error { return refusal(422, format, args...) }
 
+// invalidIf is for rules that stand in a list: the first that is broken is the answer.
+func invalidIf(broken bool, format string, args ...any) error {
+	if broken {
+		return invalid(format, args...)
+	}
+	return nil
+}
+
 // route is one line of the route table. handle reads the request, all of it, and returns what answers it.
 type route struct {
 	pattern string
@@ -459,10 +467,7 @@ func setField(into any, text []byte) (err error) {
 
 // checkRange refuses a range of valid or known times that nothing can lie in.
 func checkRange(times string, start, end micros) error {
-	if end <= start {
-		return invalid("end_%[1]s: expected a time after start_%[1]s", times)
-	}
-	return nil
+	return invalidIf(end <= start, "end_%[1]s: expected a time after start_%[1]s", times)
 }
 
 // checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts for.
@@ -489,14 +494,11 @@ func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
 func (s *server) postSeries(w *response, r *http.Request, c Caller) (work, error) {
 	name, unit, description := label(""), label(defaultUnit), prose("")
 	err := decodeJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
-	if err == nil && name == "" {
-		err = invalid("name is required")
-	}
 	return func(ctx context.Context) (any, error) {
 		id, created, err := s.store.CreateSeries(ctx, c, name, unit, description)
 		message := map[bool]string{true: "Series created successfully", false: "Series already exists"}[created]
 		return map[string]string{"series_id": id, "message": message}, err
-	}, err
+	}, cmp.Or(err, invalidIf(name == "", "name is required"))
 }
 
 func (s *server) getSeries(_ *response, r *http.Request, c Caller) (work, error) {
@@ -506,9 +508,7 @@ func (s *server) getSeries(_ *response, r *http.Request, c Caller) (work, error)
 func (s *server) getRuns(_ *response, r *http.Request, c Caller) (work, error) {
 	workflow, start, end, limit := label(""), firstTime, lastTime, int64(1000)
 	err := fields{"workflow_id": &workflow, "start_known": &start, "end_known": &end, "limit": &limit}.decodeQuery(r, c)
-	if err = cmp.Or(err, checkRange("known", start, end)); err == nil && limit > maxRuns {
-		err = invalid("limit: expected at most %d", maxRuns)
-	}
+	err = cmp.Or(err, checkRange("known", start, end), invalidIf(limit > maxRuns, "limit: expected at most %d", maxRuns))
 	return func(ctx context.Context) (any, error) { return s.store.Runs(ctx, c, workflow, start, end, limit) }, err
 }
 
@@ -645,20 +645,15 @@ func (u *upload) check() error {
 	if string(u.params) == "null" {
 		u.params = nil
 	}
-	switch {
-	case u.start == 0:
-		return invalid("run_start_time is required")
-	case u.finish != 0 && u.finish < u.start:
-		return invalid("run_finish_time: expected a time not before run_start_time")
-	case u.params != nil && (u.params[0] != '{' || len(u.params) > maxParams):
-		return invalid("run_params: expected a JSON object of at most %d bytes", maxParams)
-	}
+	err := cmp.Or(
+		invalidIf(u.start == 0, "run_start_time is required"),
+		invalidIf(u.finish != 0 && u.finish < u.start, "run_finish_time: expected a time not before run_start_time"),
+		invalidIf(u.params != nil && (u.params[0] != '{' || len(u.params) > maxParams),
+			"run_params: expected a JSON object of at most %d bytes", maxParams))
 	for key := range u.descriptions {
-		if u.points[seriesRef{Key: key}] == nil {
-			return invalid("series_descriptions: no row has the value_key %q", key)
-		}
+		err = cmp.Or(err, invalidIf(u.points[seriesRef{Key: key}] == nil, "series_descriptions: no row has the value_key %q", key))
 	}
-	return nil
+	return err
 }
 
 // decodeUpdate reads one of updates: whose value it corrects, and the members as correct_values takes them. Absent keeps what
@@ -682,18 +677,15 @@ func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, up
 			update[name] = into
 		}
 	}
-	if len(tags) > maxTags || slices.Contains(tags, "") { // a null among them
-		return ref, nil, invalid("tags: expected at most %d texts", maxTags)
-	}
+	err = invalidIf(len(tags) > maxTags || slices.Contains(tags, ""), "tags: expected at most %d texts", maxTags) // "": a null among them
 	for i, tag := range tags {
 		tags[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
 	}
 	slices.Sort(tags)
 	tags = slices.Compact(tags)
-	if update["value"] == nil && update["annotation"] == nil && update["tags"] == nil {
-		return ref, nil, invalid("value, annotation or tags is required")
-	}
-	return ref, update, cmp.Or(checkPlace(time, end, ref, "series_key"), checkTenant(c, tenant))
+	changesNothing := update["value"] == nil && update["annotation"] == nil && update["tags"] == nil
+	return ref, update, cmp.Or(err, invalidIf(changesNothing, "value, annotation or tags is required"),
+		checkPlace(time, end, ref, "series_key"), checkTenant(c, tenant))
 }
 
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
@@ -733,19 +725,15 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 
 // checkRead refuses parameters that cannot be meant, or not together.
 func checkRead(q readQuery, mode, format label, detail bool) error {
-	switch {
-	case mode != "flat" && mode != "overlapping":
-		return invalid("mode: expected flat or overlapping")
-	case format != "json" && format != "csv":
-		return invalid("format: expected json or csv")
-	case (q.bucket == 0) != (q.agg == ""):
-		return invalid("bucket and agg: expected both or none, and a bucket longer than nothing")
-	case q.bucket != 0 && (q.overlapping || detail):
-		return invalid("bucket: aggregates only what mode=flat shows, without detail or all_versions")
-	case q.bucket != 0 && !slices.Contains([]label{"mean", "min", "max", "sum", "count"}, q.agg):
-		return invalid("agg: expected mean, min, max, sum or count")
-	}
-	return cmp.Or(checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
+	knownAgg := slices.Contains([]label{"mean", "min", "max", "sum", "count"}, q.agg)
+	return cmp.Or(
+		invalidIf(mode != "flat" && mode != "overlapping", "mode: expected flat or overlapping"),
+		invalidIf(format != "json" && format != "csv", "format: expected json or csv"),
+		invalidIf((q.bucket == 0) != (q.agg == ""), "bucket and agg: expected both or none, and a bucket longer than nothing"),
+		invalidIf(q.bucket != 0 && (q.overlapping || detail),
+			"bucket: aggregates only what mode=flat shows, without detail or all_versions"),
+		invalidIf(q.bucket != 0 && !knownAgg, "agg: expected mean, min, max, sum or count"),
+		checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
 }
 
 // rowWriter streams values as JSON or CSV. What fails before flushBytes are full was not sent yet, and gets a proper status.
