@@ -691,12 +691,9 @@ func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, up
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
 	refs, updates := []seriesRef{}, []map[string]any{}
 	err := decodeJSON(w, r, c, fields{"updates": each(nil, func(given *map[string]json.RawMessage) error {
-		if len(updates) == maxUpdates {
-			return invalid("expected at most %d updates", maxUpdates)
-		}
 		ref, update, err := decodeUpdate(c, *given)
 		refs, updates = append(refs, ref), append(updates, update)
-		return err
+		return cmp.Or(invalidIf(len(updates) > maxUpdates, "expected at most %d updates", maxUpdates), err)
 	})})
 	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, refs, updates) }, cmp.Or(err, w.claimIf(true))
 }
