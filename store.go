@@ -664,14 +664,9 @@ const selectBlocks = `
 		  AND v.known_time >= $5 AND v.known_time < $6 AND v.change_time <= $7
 		ORDER BY %s) AS b`
 
-var flatBlocks, overlappingBlocks = fmt.Sprintf(selectBlocks, "v.valid_from"), fmt.Sprintf(selectBlocks, "v.known_time, v.valid_from")
-
 // readMerged reads the blocks of the series in list and emits what is left of them after merging.
 func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []series, emit emitter) error {
-	query := flatBlocks
-	if q.overlapping {
-		query = overlappingBlocks
-	}
+	query := fmt.Sprintf(selectBlocks, map[bool]string{true: "v.known_time, v.valid_from", false: "v.valid_from"}[q.overlapping])
 	// A read that ends early must cancel: closing rows would fetch all that is left of them.
 	ctx, cancel := context.WithCancel(ctx)
 	rows, err := s.QueryContext(ctx, query, c.tenant, asJSON(list), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
