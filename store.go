@@ -150,10 +150,7 @@ func asJSON(v any) string {
 
 // sqlState returns the five-character code of a PostgreSQL error, "" for any other error.
 func sqlState(err error) string {
-	if e := pq.As(err); e != nil {
-		return string(e.Code)
-	}
-	return ""
+	return string(cmp.Or(pq.As(err), new(pq.Error)).Code)
 }
 
 // unavailable: the database cannot serve now; not a bug of timedb's. https://www.postgresql.org/docs/15/errcodes-appendix.html
