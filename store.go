@@ -16,7 +16,6 @@ import (
 	"net"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -784,9 +783,8 @@ func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, up
 		return tx.QueryRowContext(ctx, `SELECT correct_values($1, nullif($2, ''), $3) /* of tenant_id $1 */`,
 			c.tenant, c.email, asJSON(updates)).Scan((*[]byte)(&answer))
 	})
-	if e := pq.As(err); e != nil && strings.HasPrefix(string(e.Code), "TD") {
-		status, _ := strconv.Atoi(string(e.Code[2:]))
-		err = refusal(status, "%s", e.Message)
+	if status := map[string]int{"TD404": 404, "TD422": 422}[sqlState(err)]; status != 0 {
+		err = refusal(status, "%s", pq.As(err).Message)
 	}
 	return answer, err
 }
