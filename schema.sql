@@ -92,8 +92,7 @@ $timedb$;
 -- PUT /values: finds for each update the element that it corrects, by the same order as current_values, or the run that
 -- gains one; of updates of one value keeps the last; stores those that change something as a next version. Members of an
 -- update are those of the request, with series_id in place of series_key. All or nothing: SQLSTATE TD404 and TD422 say
--- why not. width_bucket is a binary search in a sorted array; only where one valid_time can have several ends, each
--- element up to there is looked at.
+-- why not. width_bucket is a binary search in a sorted array.
 CREATE OR REPLACE FUNCTION correct_values(tenant uuid, author text, updates jsonb) RETURNS json LANGUAGE plpgsql AS $timedb$
 DECLARE
     refusal text;
@@ -111,13 +110,12 @@ BEGIN
             valid_time timestamptz, valid_time_end timestamptz, value float8, annotation text, tags text[])
         LEFT JOIN LATERAL (
             SELECT v.*, v."values"[k] AS value
-            FROM values_table v, generate_series(
-                 CASE WHEN v.valid_time_ends IS NULL THEN width_bucket(u.valid_time, v.valid_times) ELSE 1 END,
-                 width_bucket(u.valid_time, v.valid_times)) AS k
+            FROM values_table v, generate_series(width_bucket(u.valid_time - interval '1 microsecond', v.valid_times) + 1,
+                                                 width_bucket(u.valid_time, v.valid_times)) AS k  -- those at valid_time
             WHERE v.tenant_id = tenant AND v.series_id = u.series_id AND v.valid_to >= u.valid_time
               AND v.valid_from >= u.valid_time - interval '768 hours' AND v.valid_from <= u.valid_time
               AND v.run_id = coalesce(u.run_id, v.run_id) AND v.known_time = coalesce(u.known_time, v.known_time)
-              AND v.valid_times[k] = u.valid_time AND v.valid_time_ends[k] IS NOT DISTINCT FROM u.valid_time_end
+              AND v.valid_time_ends[k] IS NOT DISTINCT FROM u.valid_time_end
             ORDER BY v.known_time DESC, v.run_order DESC, v.version DESC LIMIT 1) AS e ON true
         LEFT JOIN LATERAL (
             SELECT * FROM runs_table t
