@@ -102,9 +102,8 @@ BEGIN
     -- privilege. Two tenants with the same hash would merely wait.
     PERFORM pg_advisory_xact_lock(hashtextextended(tenant::text, 0));
     WITH target AS (
-        SELECT i.number, i.item, u.*, e.version AS old_version, e.value AS old_value, e.annotation AS old_annotation,
-               e.tags AS old_tags, coalesce(e.run_id, r.run_id) AS target_run, coalesce(e.run_order, r.run_order) AS run_order,
-               coalesce(e.known_time, r.known_time) AS target_known
+        SELECT i.number, i.item, u.*, r.run_id AS target_run, r.run_order, r.known_time AS target_known,
+               e.version AS old_version, e.value AS old_value, e.annotation AS old_annotation, e.tags AS old_tags
         FROM jsonb_array_elements(updates) WITH ORDINALITY AS i (item, number)
         CROSS JOIN LATERAL jsonb_to_record(i.item) AS u (series_id uuid, run_id uuid, known_time timestamptz,
             valid_time timestamptz, valid_time_end timestamptz, value float8, annotation text, tags text[])
@@ -118,10 +117,10 @@ BEGIN
               AND v.valid_time_ends[k] IS NOT DISTINCT FROM u.valid_time_end
             ORDER BY v.known_time DESC, v.run_order DESC, v.version DESC LIMIT 1) AS e ON true
         LEFT JOIN LATERAL (
-            SELECT * FROM runs_table t
-            WHERE t.tenant_id = tenant AND num_nonnulls(u.run_id, u.known_time) > 0 AND e.run_id IS NULL
-              AND t.run_id = coalesce(u.run_id, t.run_id) AND t.known_time = coalesce(u.known_time, t.known_time)
-            ORDER BY t.run_order DESC LIMIT 1) AS r ON true
+            SELECT t.* FROM runs_table t
+            WHERE t.tenant_id = tenant AND t.known_time = coalesce(u.known_time, t.known_time)
+              AND t.run_id = coalesce(e.run_id, u.run_id, (SELECT l.run_id FROM runs_table l WHERE l.tenant_id = tenant
+                  AND l.known_time = u.known_time ORDER BY l.run_order DESC LIMIT 1)) LIMIT 1) AS r ON true
     ), next AS (
         SELECT DISTINCT ON (series_id, target_run, valid_time, valid_time_end) *, old_version IS NULL AND NOT bool_and(item ? 'value')
                OVER (PARTITION BY series_id, target_run, valid_time, valid_time_end) AS lacks_value,
