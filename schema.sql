@@ -101,9 +101,12 @@ BEGIN
     -- Corrections within a tenant wait for each other, so that each sees the one before. This lock needs no UPDATE
     -- privilege. Two tenants with the same hash would merely wait.
     PERFORM pg_advisory_xact_lock(hashtextextended(tenant::text, 0));
-    WITH target AS (
-        SELECT i.number, i.item, u.*, r.run_id AS target_run, r.run_order, r.known_time AS target_known,
-               e.version AS old_version, e.value AS old_value, e.annotation AS old_annotation, e.tags AS old_tags
+    WITH next AS (
+        SELECT DISTINCT ON (u.series_id, r.run_id, u.valid_time, u.valid_time_end) i.number, u.series_id, u.valid_time,
+               u.valid_time_end, num_nonnulls(u.run_id, u.known_time) > 0 AS names_run, r.run_id, r.run_order, r.known_time,
+               n.*, (n.value, n.annotation, n.tags) IS DISTINCT FROM (e.value, e.annotation, e.tags) AS differs,
+               e.version AS old_version, e.version IS NULL AND NOT bool_and(item ? 'value')
+                   OVER (PARTITION BY u.series_id, r.run_id, u.valid_time, u.valid_time_end) AS lacks_value
         FROM jsonb_array_elements(updates) WITH ORDINALITY AS i (item, number)
         CROSS JOIN LATERAL jsonb_to_record(i.item) AS u (series_id uuid, run_id uuid, known_time timestamptz,
             valid_time timestamptz, valid_time_end timestamptz, value float8, annotation text, tags text[])
@@ -121,31 +124,27 @@ BEGIN
             WHERE t.tenant_id = tenant AND t.known_time = coalesce(u.known_time, t.known_time)
               AND t.run_id = coalesce(e.run_id, u.run_id, (SELECT l.run_id FROM runs_table l WHERE l.tenant_id = tenant
                   AND l.known_time = u.known_time ORDER BY l.run_order DESC LIMIT 1)) LIMIT 1) AS r ON true
-    ), next AS (
-        SELECT DISTINCT ON (series_id, target_run, valid_time, valid_time_end) *, old_version IS NULL AND NOT bool_and(item ? 'value')
-               OVER (PARTITION BY series_id, target_run, valid_time, valid_time_end) AS lacks_value,
-               CASE WHEN item ? 'value' THEN value ELSE old_value END AS new_value,
-               CASE WHEN item ? 'annotation' THEN nullif(annotation, '') ELSE old_annotation END AS new_annotation,
-               CASE WHEN item ? 'tags' THEN nullif(tags, '{}') ELSE old_tags END AS new_tags
-        FROM target ORDER BY series_id, target_run, valid_time, valid_time_end, number DESC
+        CROSS JOIN LATERAL (
+            SELECT CASE WHEN item ? 'value' THEN u.value ELSE e.value END AS value,
+                   CASE WHEN item ? 'annotation' THEN nullif(u.annotation, '') ELSE e.annotation END AS annotation,
+                   CASE WHEN item ? 'tags' THEN nullif(u.tags, '{}') ELSE e.tags END AS tags) AS n
+        ORDER BY u.series_id, r.run_id, u.valid_time, u.valid_time_end, i.number DESC
     ), stored AS (
         INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
                                   annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values")
-        SELECT tenant, series_id, target_run, run_order, coalesce(old_version, 0) + 1, target_known, now, author,
-               new_annotation, new_tags, valid_time, valid_time, ARRAY[valid_time],
-               CASE WHEN valid_time_end IS NOT NULL THEN ARRAY[valid_time_end] END, ARRAY[new_value]
-        FROM next, clock_timestamp() AS now
-        WHERE target_run IS NOT NULL AND (old_version IS NULL
-              OR (new_value, new_annotation, new_tags) IS DISTINCT FROM (old_value, old_annotation, old_tags))
+        SELECT tenant, series_id, run_id, run_order, coalesce(old_version, 0) + 1, known_time, now, author,
+               annotation, tags, valid_time, valid_time, ARRAY[valid_time],
+               CASE WHEN valid_time_end IS NOT NULL THEN ARRAY[valid_time_end] END, ARRAY[value]
+        FROM next, clock_timestamp() AS now WHERE run_id IS NOT NULL AND (old_version IS NULL OR differs)
         RETURNING series_id, run_id, valid_from, valid_time_ends[1] AS valid_time_end, version, value_id
     ), told AS (
         SELECT n.number, s.value_id, CASE
-               WHEN n.target_run IS NULL AND num_nonnulls(n.run_id, n.known_time) > 0 THEN '404no run has this run_id or known_time'
-               WHEN n.target_run IS NULL THEN '404the series has no value at this valid_time and valid_time_end'
+               WHEN n.run_id IS NULL AND n.names_run THEN '404no run has this run_id or known_time'
+               WHEN n.run_id IS NULL THEN '404the series has no value at this valid_time and valid_time_end'
                WHEN n.lacks_value THEN '422value is required, because the run has none at this valid_time' END AS problem,
-               json_strip_nulls(json_build_object('run_id', n.target_run, 'tenant_id', tenant, 'valid_time', iso_time(n.valid_time),
+               json_strip_nulls(json_build_object('run_id', n.run_id, 'tenant_id', tenant, 'valid_time', iso_time(n.valid_time),
                    'series_id', n.series_id, 'value_id', s.value_id, 'version', coalesce(s.version, n.old_version))) AS item
-        FROM next n LEFT JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.target_run
+        FROM next n LEFT JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.run_id
              AND s.valid_from = n.valid_time AND s.valid_time_end IS NOT DISTINCT FROM n.valid_time_end
     )
     SELECT (array_agg(left(problem, 3) || format('updates[%s]: %s', number - 1, substr(problem, 4)) ORDER BY number)
