@@ -139,16 +139,15 @@ BEGIN
         RETURNING series_id, run_id, valid_from, valid_time_ends[1] AS valid_time_end, version, value_id
     ), told AS (
         SELECT n.number, s.value_id, CASE
-               WHEN n.run_id IS NULL AND n.names_run THEN '404no run has this run_id or known_time'
-               WHEN n.run_id IS NULL THEN '404the series has no value at this valid_time and valid_time_end'
-               WHEN n.lacks_value THEN '422value is required, because the run has none at this valid_time' END AS problem,
+               WHEN n.run_id IS NULL AND n.names_run THEN '404updates[%s]: no run has this run_id or known_time'
+               WHEN n.run_id IS NULL THEN '404updates[%s]: the series has no value at this valid_time and valid_time_end'
+               WHEN n.lacks_value THEN '422updates[%s]: value is required, because the run has none at this valid_time' END AS problem,
                json_strip_nulls(json_build_object('run_id', n.run_id, 'tenant_id', tenant, 'valid_time', iso_time(n.valid_time),
                    'series_id', n.series_id, 'value_id', s.value_id, 'version', coalesce(s.version, n.old_version))) AS item
         FROM next n LEFT JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.run_id
              AND s.valid_from = n.valid_time AND s.valid_time_end IS NOT DISTINCT FROM n.valid_time_end
     )
-    SELECT (array_agg(left(problem, 3) || format('updates[%s]: %s', number - 1, substr(problem, 4)) ORDER BY number)
-                FILTER (WHERE problem IS NOT NULL))[1],
+    SELECT (array_agg(format(problem, number - 1) ORDER BY number) FILTER (WHERE problem IS NOT NULL))[1],
            json_build_object('updated', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NOT NULL), '[]'),
                'skipped_no_ops', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NULL), '[]'))
     INTO refusal, answer FROM told;
