@@ -93,10 +93,8 @@ $timedb$;
 -- gains one; of updates of one value keeps the last; stores those that change something as a next version. Members of an
 -- update are those of the request, with series_id in place of series_key. All or nothing: SQLSTATE TD404 and TD422 say
 -- why not. width_bucket is a binary search in a sorted array.
-CREATE OR REPLACE FUNCTION correct_values(tenant uuid, author text, updates jsonb) RETURNS json LANGUAGE plpgsql AS $timedb$
-DECLARE
-    refusal text;
-    answer  json;
+CREATE OR REPLACE FUNCTION correct_values(tenant uuid, author text, updates jsonb, OUT answer json) LANGUAGE plpgsql AS $timedb$
+DECLARE refusal text;
 BEGIN
     -- Corrections within a tenant wait for each other, so that each sees the one before. This lock needs no UPDATE
     -- privilege. Two tenants with the same hash would merely wait.
@@ -154,7 +152,6 @@ BEGIN
     IF refusal IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'TD' || left(refusal, 3), MESSAGE = substr(refusal, 4);
     END IF;
-    RETURN answer;
 END $timedb$;
 
 -- section: users
