@@ -85,9 +85,8 @@ CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (va
 ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
 -- A timestamp as the API writes it: in UTC, with six digits of fraction or none.
-CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text LANGUAGE sql STABLE AS $timedb$
-    SELECT replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
-$timedb$;
+CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE
+RETURN replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00';
 
 -- PUT /values: finds for each update the element that it corrects, by the same order as current_values, or the run that
 -- gains one; of updates of one value keeps the last; stores those that change something as a next version. Members of an
