@@ -79,8 +79,7 @@ CREATE OR REPLACE VIEW current_values AS
 SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
        v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value,
        v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
-FROM values_table v
-JOIN series_table s ON s.tenant_id = v.tenant_id AND s.series_id = v.series_id
+FROM values_table v JOIN series_table s USING (tenant_id, series_id)
 CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
 ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
