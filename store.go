@@ -154,16 +154,13 @@ func sqlState(err error) string {
 
 // unavailable: the database cannot serve now; not a bug of timedb's. https://www.postgresql.org/docs/15/errcodes-appendix.html
 func unavailable(err error) bool {
-	state := sqlState(err)
-	if state == "" {
-		var netErr net.Error
-		return errors.As(err, &netErr) || slices.ContainsFunc([]error{context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, io.EOF,
-			io.ErrUnexpectedEOF, sql.ErrConnDone, sql.ErrTxDone}, func(e error) bool { return errors.Is(err, e) })
-	}
-	// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no table or
-	// function, no privilege, read-only standby, no database, not open to connections, object in use, plan of an older schema.
-	return slices.Contains([]string{"08", "28", "40", "53", "57", "58"}, state[:2]) ||
-		slices.Contains([]string{"42P01", "42883", "42501", "25006", "3D000", "55000", "55006", "0A000"}, state)
+	var netErr net.Error
+	return errors.As(err, &netErr) || slices.ContainsFunc([]error{context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, io.EOF,
+		io.ErrUnexpectedEOF, sql.ErrConnDone, sql.ErrTxDone}, func(e error) bool { return errors.Is(err, e) }) ||
+		// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no table or
+		// function, no privilege, read-only standby, no database, not open to connections, object in use, plan of an older schema.
+		slices.ContainsFunc([]string{"08", "28", "40", "53", "57", "58", "42P01", "42883", "42501", "25006", "3D000", "55000", "55006", "0A000"},
+			func(start string) bool { return strings.HasPrefix(sqlState(err), start) })
 }
 
 // schemaSections returns the sections of schema.sql that are wanted, with the placeholders replaced by quoted identifiers.
