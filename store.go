@@ -406,10 +406,9 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 	if !errors.Is(err, sql.ErrNoRows) {
 		return true, err
 	}
-	var same bool
-	err = tx.QueryRowContext(ctx, `SELECT request_digest = $3 FROM runs_table WHERE tenant_id = $1 AND run_id = $2`,
-		c.tenant, u.runID, u.digest[:]).Scan(&same)
-	if err == nil && !same {
+	err = tx.QueryRowContext(ctx, `SELECT run_id FROM runs_table WHERE tenant_id = $1 AND run_id = $2 AND request_digest = $3`,
+		c.tenant, u.runID, u.digest[:]).Scan(&u.runID)
+	if errors.Is(err, sql.ErrNoRows) {
 		err = refusal(409, "run_id %s was already used for a different request", u.runID)
 	}
 	return false, err
