@@ -567,7 +567,7 @@ type merger struct {
 }
 
 // compare orders elements; 0 means that one supersedes the other.
-func (m *merger) compare(a, b *element) int {
+func (m *merger) compare(a, b element) int {
 	switch {
 	case m.keepAll:
 		return cmp.Or(cmp.Compare(a.time, b.time), cmp.Compare(a.from.Number, b.from.Number), cmp.Compare(a.end, b.end),
@@ -583,21 +583,20 @@ func (m *merger) add(block []element) {
 	if len(block) == 0 {
 		return
 	}
-	cut, _ := slices.BinarySearchFunc(m.open, block[0], func(a, b element) int { return m.compare(&a, &b) })
+	cut, _ := slices.BinarySearchFunc(m.open, block[0], m.compare)
 	m.spare = append(m.spare[:0], m.open[cut:]...)
 	out, rest := m.open[:cut], m.spare
-	for i := range block {
-		e := &block[i]
-		for len(rest) > 0 && m.compare(&rest[0], e) < 0 {
+	for _, e := range block {
+		for len(rest) > 0 && m.compare(rest[0], e) < 0 {
 			out, rest = append(out, rest[0]), rest[1:]
 		}
-		if len(rest) > 0 && m.compare(&rest[0], e) == 0 {
+		if len(rest) > 0 && m.compare(rest[0], e) == 0 {
 			if rest[0].from.supersedes(e.from) {
-				e = &rest[0]
+				e = rest[0]
 			}
 			rest = rest[1:]
 		}
-		out = append(out, *e)
+		out = append(out, e)
 	}
 	m.open = append(out, rest...)
 }
