@@ -309,8 +309,7 @@ func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, u
 	found []series, created int64, err error) {
 	result, err := tx.ExecContext(ctx, `
 		INSERT INTO series_table (tenant_id, series_key, unit, description)
-		SELECT $1::uuid, n.key, $2, nullif(d.value, '') FROM json_to_recordset($3) AS n (id text, key text)
-		LEFT JOIN json_each_text(coalesce(nullif($4, 'null'), '{}')::json) AS d ON d.key = n.key
+		SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '') FROM json_to_recordset($3) AS n (id text, key text)
 		WHERE n.id = '' ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING`, c.tenant, unit, asJSON(refs), asJSON(about))
 	if err != nil {
 		return nil, 0, err
