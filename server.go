@@ -54,7 +54,7 @@ const (
 	maxLine           = 4 << 10  // of a CSV
 	maxRuns           = 10_000   // per GET /runs: they are collected in memory
 	flushBytes        = 64 << 10 // of a stream at a time
-	onePacket         = 1400     // bytes
+	minGzip           = 16 << 10 // bytes of an answer: a smaller one is sent sooner than it is compressed
 	defaultUnit       = "dimensionless"
 )
 
@@ -122,7 +122,7 @@ func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
 	return s
 }
 
-// response remembers what was answered, and compresses it if the client accepts that and it does not fit one packet.
+// response remembers what was answered, and compresses it if the client accepts that and it is long enough.
 type response struct {
 	http.ResponseWriter
 	accepts string        // the request's Accept-Encoding
@@ -155,9 +155,11 @@ func (w *response) send(status int, contentType string, piece []byte, last bool)
 		header.Set("Content-Type", contentType)
 		header.Set("Vary", "Accept, Accept-Encoding")
 		w.status, w.body = status, w.ResponseWriter
-		if len(piece) > onePacket && gzipAccepted.MatchString(w.accepts) {
+		if len(piece) > minGzip && gzipAccepted.MatchString(w.accepts) {
 			header.Set("Content-Encoding", "gzip")
 			w.body, _ = gzip.NewWriterLevel(w.ResponseWriter, gzip.BestSpeed) // it fails on an unknown level only
+		} else if last {
+			header.Set("Content-Length", fmt.Sprint(len(piece)))
 		}
 		w.ResponseWriter.WriteHeader(status)
 	}

@@ -3040,9 +3040,9 @@ func TestLongResponsesAreCompleteOrVisiblyBroken(t *testing.T) {
 	if line := s.mustRaw(t, "GET /values HTTP/1.0\r\nHost: x\r\nX-API-Key: "+key+"\r\n\r\n"); !strings.Contains(line, " 505 ") {
 		t.Errorf("HTTP/1.0, whose client could not see that an answer is broken: %q", line)
 	}
-	long := s.must(t, 422, "GET", "/values?"+strings.Repeat("%C3%A9", 2000)+"=1", key, "", "Accept-Encoding: identity")
-	if _, zipped, err := s.do("GET", "/values?"+strings.Repeat("%C3%A9", 2000)+"=1", key, "", "Accept-Encoding: gzip"); err != nil || mustUnzip(t, zipped) != long {
-		t.Error("a refusal that was compressed is not whole")
+	onePiece := s.must(t, 200, "GET", window+"&limit=200", key, "", "Accept-Encoding: identity")
+	if _, zipped, err := s.do("GET", window+"&limit=200", key, "", "Accept-Encoding: gzip"); err != nil || mustUnzip(t, zipped) != onePiece {
+		t.Error("an answer that was compressed in one piece is not whole")
 	}
 	s.must(t, 200, "GET", window+"&limit=1", key, "") // what is broken is not used again
 	if !strings.Contains(s.log.String(), "broken=true") {

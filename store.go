@@ -67,6 +67,7 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	cfg = cfg.Clone()                                                     // with room for parameters of the session
 	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp" // last, or a temporary table could stand in for ours
 	cfg.Runtime["plan_cache_mode"] = "force_generic_plan"                 // or lists are planned for anew each time
+	cfg.Runtime["jit"] = "off"                                            // compiling takes longer than any statement here
 	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
 	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
 	connector, err := pq.NewConnectorConfig(cfg)
@@ -277,24 +278,27 @@ type seriesRef struct {
 	Key label `json:"key"`
 }
 
-// findSeries returns the series that each ref names, of those that existed at asOf in the caller's tenant. One that does
-// not exist is a 404, an id with another key than the one given a 422.
-func findSeries(ctx context.Context, c Caller, query func(context.Context, string, ...any) (*sql.Rows, error),
-	refs []seriesRef, asOf micros) ([]series, error) {
-	rows, err := query(ctx, `
+func noSeries(ref seriesRef) error {
+	field := map[bool]string{true: "series_id", false: "series_key"}[ref.ID != ""]
+	return refusal(404, "%s: there is no series %q", field, cmp.Or(string(ref.ID), string(ref.Key)))
+}
+
+// findSeries returns the series that each ref names, of the caller's tenant. One that does not exist is a 404, an
+// id with another key than the one given a 422.
+func findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) ([]series, error) {
+	rows, err := tx.QueryContext(ctx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
 		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text)) WITH ORDINALITY AS ref (id, key, number)
 		LEFT JOIN LATERAL (
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid AND inserted_at <= $3
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
 			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = '' AND inserted_at <= $3
-		) AS s ON true ORDER BY ref.number`, c.tenant, asJSON(refs), asOf)
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = ''
+		) AS s ON true ORDER BY ref.number`, c.tenant, asJSON(refs))
 	found, err := scanAll(rows, err, (*series).fields)
 	for i, x := range found {
 		ref := refs[i]
 		if x.ID == "" {
-			field := map[bool]string{true: "series_id", false: "series_key"}[ref.ID != ""]
-			return nil, refusal(404, "%s: there is no series %q", field, cmp.Or(string(ref.ID), string(ref.Key)))
+			return nil, noSeries(ref)
 		}
 		if ref.Key != "" && string(ref.Key) != x.Key {
 			return nil, invalid("series_id: %s is not the series %q", ref.ID, ref.Key)
@@ -315,7 +319,7 @@ func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, u
 		return nil, 0, err
 	}
 	created, _ = result.RowsAffected() // lib/pq always knows
-	found, err = findSeries(ctx, c, tx.QueryContext, refs, lastTime)
+	found, err = findSeries(ctx, c, tx, refs)
 	return found, created, err
 }
 
@@ -614,52 +618,57 @@ func (m *merger) flush(bound micros, emit func(*element) error) error {
 
 // Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time, valid_time),
 // then version. Memory holds what overlaps, not the result. An unknown series is a 404; an error of emit ends the read.
-func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) (err error) {
-	var list []series
-	if q.series != nil {
-		list, err = findSeries(ctx, c, s.QueryContext, q.series, q.asOf)
-	} else {
-		rows, bad := s.QueryContext(ctx, `SELECT series_id, series_key, unit FROM series_table
-			WHERE tenant_id = $1 AND inserted_at <= $2`, c.tenant, q.asOf)
-		list, err = scanAll(rows, bad, (*series).fields)
-	}
-	if err != nil {
-		return err
-	}
-	slices.SortFunc(list, func(a, b series) int { return cmp.Compare(a.Key, b.Key) })
-	list = slices.Compact(list)
+func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) error {
 	if q.bucket == 0 {
-		return s.readMerged(ctx, c, q, list, emit)
+		return s.readMerged(ctx, c, q, emit)
 	}
 	add, flush := inBuckets(micros(q.bucket), q.agg, emit)
-	if err := s.readMerged(ctx, c, q, list, add); err != nil {
+	if err := s.readMerged(ctx, c, q, add); err != nil {
 		return err
 	}
 	return flush()
 }
 
-// The blocks of each series that overlap the window, and of each what lies in it (lo to hi; width_bucket is a binary search).
+// The series that are asked for, in order, each once; those that there are not first. Of each the blocks that overlap the
+// window, and of each block what lies in it: lo to hi. width_bucket is a binary search, and times are valid_times unpacked
+// once for all that looks into them: OFFSET 0 keeps PostgreSQL from unpacking them for each.
 // A block spans 768 hours at most, so both bounds on valid_from make a range of the primary key.
 const selectBlocks = `
-	SELECT x.number, b.run_id, b.run_order, b.version, b.changed_by, b.annotation, b.tags,
-	       array_send(ARRAY[b.known_time, b.change_time, b.valid_from]), array_send(b.valid_times[b.lo:b.hi]),
+	SELECT s.id, s.key, coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, ''),
+	       coalesce(b.run_id::text, ''), coalesce(b.run_order, 0), coalesce(b.version, 0), b.changed_by, b.annotation, b.tags,
+	       array_send(ARRAY[b.known_time, b.change_time, b.valid_from]), array_send(b.times[b.lo:b.hi]),
 	       array_send(b.valid_time_ends[b.lo:b.hi]), array_send(b."values"[b.lo:b.hi])
-	FROM ROWS FROM (json_to_recordset($2) AS ("ID" uuid)) WITH ORDINALITY AS x (series_id, number)
-	CROSS JOIN LATERAL (
-		SELECT *, width_bucket($3::timestamptz - interval '1 microsecond', v.valid_times) + 1 AS lo,
-		       width_bucket($4::timestamptz - interval '1 microsecond', v.valid_times) AS hi
-		FROM values_table v
-		WHERE v.tenant_id = $1 AND v.series_id = x.series_id AND v.valid_to >= $3
-		  AND v.valid_from >= $3::timestamptz - interval '768 hours' AND v.valid_from < $4
-		  AND v.known_time >= $5 AND v.known_time < $6 AND v.change_time <= $7
-		ORDER BY %s) AS b`
+	FROM (
+		SELECT DISTINCT ON (s.series_key COLLATE "C") ref.id, ref.key, s.series_id, s.series_key, s.unit
+		FROM json_to_recordset($2) AS ref (id text, key text)
+		LEFT JOIN LATERAL (
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
+			UNION ALL
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key
+			UNION ALL
+			SELECT * FROM series_table WHERE tenant_id = $1 AND ref.id = '' AND ref.key = ''
+		) AS s ON s.inserted_at <= $7
+		ORDER BY s.series_key COLLATE "C" NULLS FIRST) AS s
+	LEFT JOIN LATERAL (
+		SELECT *, width_bucket($3::timestamptz - interval '1 microsecond', times) + 1 AS lo,
+		       width_bucket($4::timestamptz - interval '1 microsecond', times) AS hi
+		FROM (SELECT *, valid_times || '{}' AS times FROM (
+			SELECT * FROM values_table v
+			WHERE v.tenant_id = $1 AND v.series_id = s.series_id AND v.valid_to >= $3
+			  AND v.valid_from >= $3::timestamptz - interval '768 hours' AND v.valid_from < $4
+			  AND v.known_time >= $5 AND v.known_time < $6 AND v.change_time <= $7
+			ORDER BY %s) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
+	WHERE b.version IS NOT NULL OR s.series_id IS NULL AND s.id || s.key <> ''`
 
-// readMerged reads the blocks of the series in list and emits what is left of them after merging.
-func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []series, emit emitter) error {
+// readMerged reads the blocks of the series and emits what is left of them after merging.
+func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, emit emitter) error {
+	if q.series == nil {
+		q.series = []seriesRef{{}} // which names all
+	}
 	query := fmt.Sprintf(selectBlocks, map[bool]string{true: "v.known_time, v.valid_from", false: "v.valid_from"}[q.overlapping])
 	// A read that ends early must cancel: closing rows would fetch all that is left of them.
 	ctx, cancel := context.WithCancel(ctx)
-	rows, err := s.QueryContext(ctx, query, c.tenant, asJSON(list), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
+	rows, err := s.QueryContext(ctx, query, c.tenant, asJSON(q.series), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
 	if err != nil {
 		cancel()
 		return err
@@ -668,24 +677,27 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, list []se
 	defer cancel()
 	var d blockDecoder
 	m := merger{everyRun: q.overlapping, keepAll: q.allVersions}
-	current, known, last := 1, micros(0), micros(0) // what is being merged: a series, or in overlapping mode a known_time of it
-	emitCurrent := func(e *element) error { return emit(&list[current-1], e) }
+	current, known, last := &series{}, micros(0), micros(0) // what is being merged: a series, in overlapping mode a known_time of it
+	emitCurrent := func(e *element) error { return emit(current, e) }
 	for rows.Next() {
-		number, v, elements, err := d.next(rows, q.lead)
+		of, v, elements, err := d.next(rows, q.lead)
 		if err != nil {
 			return err
 		}
 		bound := lastTime
-		if number == current && (v.Known == known || !q.overlapping) {
+		if of == *current && (v.Known == known || !q.overlapping) {
 			bound = d.from
 		}
-		if number < current || bound < last {
+		if of.Key < current.Key || bound < last {
 			return errors.New("readMerged: the database answered out of order")
 		}
 		if err := m.flush(bound, emitCurrent); err != nil {
 			return err
 		}
-		current, known, last = number, v.Known, d.from
+		if of != *current {
+			current = new(of)
+		}
+		known, last = v.Known, d.from
 		m.add(elements)
 	}
 	if err := rows.Err(); err != nil {
@@ -702,18 +714,22 @@ type blockDecoder struct {
 	out                         []element
 }
 
-// next decodes the row at hand: the series' number, and the values that were known lead before their time.
-func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, _ []element, err error) {
+// next decodes the row at hand: whose it is, and the values that were known lead before their time.
+func (d *blockDecoder) next(rows *sql.Rows, lead span) (of series, v *version, _ []element, err error) {
 	v = &version{}
-	err = rows.Scan(&number, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
+	var ref seriesRef
+	err = rows.Scan(&ref.ID, &ref.Key, &of.ID, &of.Key, &of.Unit, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
 		&d.wire[0], &d.wire[1], &d.wire[2], &d.wire[3])
 	for i, into := range []*[]uint64{&d.stamps, &d.times, &d.ends, &d.values} {
 		if err == nil { // a NULL, of ends, gives none
 			*into, err = decodeArray((*into)[:0], d.wire[i], []uint64{nullTime, nullTime, nullTime, nullFloat}[i])
 		}
 	}
+	if err == nil && of.ID == "" {
+		err = noSeries(ref)
+	}
 	if err != nil {
-		return 0, nil, nil, err
+		return of, nil, nil, err
 	}
 	v.Known, v.Change, d.from = micros(d.stamps[0])+pgEpoch, micros(d.stamps[1])+pgEpoch, micros(d.stamps[2])+pgEpoch // #nosec G115 -- bits
 	d.out = d.out[:0]
@@ -727,7 +743,7 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (number int, v *version, 
 		}
 		d.out = append(d.out, element{p, v})
 	}
-	return number, v, d.out, nil
+	return of, v, d.out, nil
 }
 
 // inBuckets returns an emit that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
@@ -767,7 +783,7 @@ func inBuckets(width micros, agg label, emit emitter) (add emitter, flush func()
 func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, updates []map[string]any) (
 	answer json.RawMessage, err error) {
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		found, err := findSeries(ctx, c, tx.QueryContext, refs, lastTime)
+		found, err := findSeries(ctx, c, tx, refs)
 		if err != nil {
 			return err
 		}
