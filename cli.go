@@ -21,8 +21,9 @@ import (
 )
 
 const (
-	release   = "0.9.0" // what `timedb version` and GET / tell
-	gcPercent = 400     // requests leave much garbage and little else: a small read costs a seventh less than with Go's 100
+	lookupPool = 8       // connections
+	release    = "0.9.0" // what `timedb version` and GET / tell
+	gcPercent  = 400     // requests leave much garbage and little else: a small read costs a seventh less than with Go's 100
 )
 
 //go:embed docs/usage.txt
@@ -35,12 +36,12 @@ type cli struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 
-	dsn, schema, email, appRole, host, tlsCert, tlsKey                                string
-	withUsers, dryRun, yes, quiet, inactive, asJSON, readOnly, requireAuth, anonymous bool
-	tenant                                                                            uuid
-	expires                                                                           expiry
-	grace                                                                             span
-	port                                                                              int
+	dsn, schema, email, appRole, host, tlsCert, tlsKey                                       string
+	withUsers, citus, dryRun, yes, quiet, inactive, asJSON, readOnly, requireAuth, anonymous bool
+	tenant                                                                                   uuid
+	expires                                                                                  expiry
+	grace                                                                                    span
+	port                                                                                     int
 }
 
 // command is one line of the command table. "!" marks flags that must be given; the database ends statements after timeout (0: never).
@@ -51,7 +52,7 @@ type command struct {
 }
 
 var commands = []command{
-	{"create tables", "d dsn s schema with-users app-role dry-run y yes", 0, (*cli).createTables},
+	{"create tables", "d dsn s schema with-users app-role citus dry-run y yes", 0, (*cli).createTables},
 	{"delete tables", "d dsn s schema y yes", 0, (*cli).deleteTables},
 	{"users create", "d dsn s schema t tenant-id! e email! read-only expires q quiet", 0, (*cli).usersCreate},
 	{"users list", "d dsn s schema t tenant-id include-inactive json", 0, (*cli).usersList},
@@ -65,7 +66,7 @@ var commands = []command{
 // flags returns those of the command. Parsing them sets c's fields, which until then keep what they hold.
 func (c *cli) flags() *flag.FlagSet {
 	fields := map[string]any{"dsn": &c.dsn, "schema": &c.schema, "tenant-id": &c.tenant, "email": &c.email, "yes": &c.yes, "quiet": &c.quiet,
-		"with-users": &c.withUsers, "app-role": &c.appRole, "dry-run": &c.dryRun, "include-inactive": &c.inactive, "json": &c.asJSON,
+		"with-users": &c.withUsers, "citus": &c.citus, "app-role": &c.appRole, "dry-run": &c.dryRun, "include-inactive": &c.inactive, "json": &c.asJSON,
 		"read-only": &c.readOnly, "expires": &c.expires, "grace": &c.grace, "host": &c.host, "port": &c.port, "tls-cert": &c.tlsCert,
 		"tls-key": &c.tlsKey, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
 	set := flag.NewFlagSet("", flag.ContinueOnError)
@@ -191,36 +192,40 @@ func (c *cli) confirm(question string, args ...any) error {
 	return errors.New("not confirmed; nothing was changed. Pass -y to do it without asking")
 }
 
-func (c *cli) createTables(ctx context.Context, st *store) error {
-	wanted := map[string]bool{"begin": true, "tables": true, "users": c.withUsers, "app role": c.appRole != ""}
-	text := schemaSections(c.schema, c.appRole, wanted)
+func (c *cli) createTables(ctx context.Context, st *store) (err error) {
+	var before catalog
+	if !c.dryRun {
+		before, err = st.catalog(ctx)
+	}
+	if err != nil || before.version > schemaVersion {
+		return cmp.Or(err, before.check())
+	}
+	isOld, hasUsers := before.version < schemaVersion, slices.Contains(before.names, "users_table")
+	text := schemaSections(c.schema, c.appRole, map[string]bool{"begin": true, "tables": true, "users": c.withUsers || isOld && hasUsers,
+		"upgrade": isOld, "app role": c.appRole != "", "citus": c.citus})
 	if c.dryRun {
 		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", text)
 	}
 	if err := c.confirm("Create timedb's tables in schema %q?", c.schema); err != nil {
 		return err
 	}
-	before, _, err := st.relations(ctx)
-	if err == nil {
-		err = st.exec(ctx, text)
-	}
-	if err != nil {
+	if err := st.exec(ctx, text); err != nil {
 		return err
 	}
-	after, _, err := st.relations(ctx)
-	for _, name := range after {
-		state := map[bool]string{true: "exists", false: "created"}[slices.Contains(before, name)]
+	after, err := st.catalog(ctx)
+	for _, name := range after.names {
+		state := map[bool]string{true: "exists", false: "created"}[slices.Contains(before.names, name)]
 		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
 	}
 	return err
 }
 
 func (c *cli) deleteTables(ctx context.Context, st *store) error {
-	before, _, err := st.relations(ctx)
-	if err != nil || len(before) == 0 {
+	before, err := st.catalog(ctx)
+	if err != nil || len(before.names) == 0 {
 		return c.report(err, "There is nothing of timedb in schema %q.\n", c.schema)
 	}
-	names := strings.Join(before, ", ")
+	names := strings.Join(before.names, ", ")
 	if err := c.confirm("Delete %s in schema %q, with ALL data?", names, c.schema); err != nil {
 		return err
 	}
@@ -302,7 +307,15 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 
 func (c *cli) api(ctx context.Context, st *store) error {
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
-	auth := &authenticator{keys: st, usersTableExists: st.usersTableExists, touch: st.TouchKey, requireAuth: c.requireAuth, host: c.host}
+	// Keys are looked up in a pool of their own: what is at work, or waits for a frozen database, keeps no one from being judged.
+	lookups, err := openStore(c.dsn, c.schema, lookupTimeout)
+	if err != nil {
+		return err
+	}
+	defer lookups.db.Close()
+	lookups.db.SetMaxOpenConns(lookupPool)
+	auth := &authenticator{keys: lookups, usersTableExists: lookups.usersTableExists, touch: lookups.TouchKey,
+		requireAuth: c.requireAuth, host: c.host}
 	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err
 	}
@@ -338,11 +351,14 @@ func (c *cli) api(ctx context.Context, st *store) error {
 
 // checkStart refuses to expose data to a network without users, and warns of what weakens the protection.
 func (c *cli) checkStart(ctx context.Context, st *store, auth *authenticator, log *slog.Logger) error {
-	names, rewrites, err := st.relations(ctx)
+	found, err := st.catalog(ctx)
 	if err != nil {
 		return fmt.Errorf("cannot find out whether users_table exists: %w", err)
 	}
-	exists := slices.Contains(names, "users_table")
+	if err := found.check(); err != nil {
+		return err
+	}
+	exists := slices.Contains(found.names, "users_table")
 	auth.latched.Store(exists)
 	local := isLoopback(c.host)
 	if !exists && !local && !c.anonymous && !c.requireAuth {
@@ -357,6 +373,6 @@ func (c *cli) checkStart(ctx context.Context, st *store, auth *authenticator, lo
 	warnIf(!exists, "there is no users_table: everyone is served, or with --require-auth refused")
 	warnIf(!local && c.tlsCert == "", "keys and data cross the network in plain text: use --tls-cert, or put a TLS proxy in front")
 	warnIf(st.exposed, "whoever is between here and the database can listen in: use sslmode=verify-full")
-	warnIf(rewrites, "the database role may rewrite data or users: use one that has what create tables --app-role grants")
+	warnIf(found.rewrites, "the database role may rewrite data or users: use one that has what create tables --app-role grants")
 	return nil
 }

@@ -94,11 +94,12 @@ func (route) ServeHTTP(http.ResponseWriter, *http.Request) {} // for http.ServeM
 
 // server serves HTTP. It keeps no state that another server of the same database would have to know.
 type server struct {
-	store *store
-	auth  *authenticator
-	log   *slog.Logger
-	mux   *http.ServeMux
-	large atomic.Int64 // requests with a large body or a long answer that are being served
+	store   *store
+	auth    *authenticator
+	log     *slog.Logger
+	mux     *http.ServeMux
+	large   atomic.Int64  // requests with a large body or a long answer that are being served
+	working chan struct{} // holds one for each request that may use the database: as many as the pool has connections
 }
 
 func (s *server) routes() []route {
@@ -115,7 +116,7 @@ func (s *server) routes() []route {
 }
 
 func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
-	s := &server{store: st, auth: auth, log: log, mux: http.NewServeMux()}
+	s := &server{store: st, auth: auth, log: log, mux: http.NewServeMux(), working: make(chan struct{}, poolSize)}
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, rt)
 	}
@@ -230,6 +231,14 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
+	if rt.access != "open" {
+		select {
+		case s.working <- struct{}{}:
+			defer func() { <-s.working }()
+		case <-time.After(lookupTimeout):
+			return c, refusal(http.StatusServiceUnavailable, "The server is busy.")
+		}
+	}
 	result, err := do(ctx)
 	if err == nil && result != nil {
 		err = sendJSON(w, http.StatusOK, result)
@@ -488,7 +497,7 @@ func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
 	return func(ctx context.Context) (any, error) {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
-		_, _, err := s.store.relations(ctx)
+		_, err := s.auth.usersTableExists(ctx)
 		return map[string]string{"status": "ok"}, err
 	}, nil
 }

@@ -35,6 +35,7 @@ const (
 	poolSize           = 24               // keeps a dozen cores busy; several servers fit PostgreSQL's default of 100
 	connMaxLifetime    = 30 * time.Minute // retires a connection that went bad
 	connectTimeout     = 5 * time.Second
+	schemaVersion      = 2               // of the tables that this program knows; schema.sql writes it down
 	statementTimeout   = 5 * time.Minute // PostgreSQL ends a statement of the API then, whatever became of its server
 )
 
@@ -74,12 +75,52 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	if err != nil {
 		return nil, errBadDSN
 	}
+	if timeout > 0 {
+		connector.Dialer(boundedDialer{&net.Dialer{}, timeout + time.Second}) // later than PostgreSQL would say so itself
+	}
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(poolSize)
 	db.SetMaxIdleConns(poolSize)
 	db.SetConnMaxLifetime(connMaxLifetime)
 	near := (isLoopback(cfg.Host) || strings.HasPrefix(cfg.Host, "/")) && len(cfg.Multi) == 0 && !cfg.Hostaddr.IsValid() // "/": a socket
 	return &store{db: db, schema: schema, exposed: !near && cfg.SSLMode != pq.SSLModeVerifyFull}, nil
+}
+
+// boundedDialer connects to a database that may freeze: nothing that is sent or received takes longer than timeout.
+type boundedDialer struct {
+	*net.Dialer
+	timeout time.Duration
+}
+
+func (d boundedDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := d.Dialer.DialContext(ctx, network, address)
+	return boundedConn{conn, d.timeout}, err
+}
+
+// DialTimeout is there because pq.Dialer asks for it; with DialContext there, lib/pq does not call it.
+func (d boundedDialer) DialTimeout(network, address string, _ time.Duration) (net.Conn, error) {
+	return d.Dial(network, address)
+}
+
+type boundedConn struct {
+	net.Conn
+	timeout time.Duration
+}
+
+func (c boundedConn) Read(p []byte) (int, error) {
+	err := c.SetDeadline(time.Now().Add(c.timeout))
+	if err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(p)
+}
+
+func (c boundedConn) Write(p []byte) (int, error) {
+	err := c.SetDeadline(time.Now().Add(c.timeout))
+	if err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
 }
 
 // isLoopback tells whether host, a name or an address without port, is this machine.
@@ -175,24 +216,41 @@ func schemaSections(schema, role string, wanted map[string]bool) string {
 	return strings.NewReplacer(":schema", pq.QuoteIdentifier(schema), ":app_role", pq.QuoteIdentifier(role)).Replace(text)
 }
 
-// relations lists which tables and views of timedb exist in the store's schema. It reads the catalog, which does not hide what
-// this role may not use: a name that is not in the answer is proven absent. rewrites: the role could change or delete stored data.
-func (s *store) relations(ctx context.Context) (names pq.StringArray, rewrites bool, err error) {
+// catalog is what there is of timedb in the store's schema. It is read from PostgreSQL's catalog, which does not hide what this
+// role may not use: a name that is not among names is proven absent.
+type catalog struct {
+	names    pq.StringArray // of tables and views
+	version  int            // of the tables; 1 if they do not tell, 0 if there are none
+	rewrites bool           // the role could change or delete stored data
+}
+
+func (s *store) catalog(ctx context.Context) (c catalog, err error) {
 	rows, err := s.QueryContext(ctx, `
-		SELECT array_agg(c.relname::text ORDER BY c.relname), coalesce(bool_or(has_table_privilege(c.oid, 'DELETE, TRUNCATE')
+		SELECT array_agg(c.relname::text ORDER BY c.relname), coalesce(max(CASE c.relname WHEN 'runs_table'
+		       THEN coalesce(substring(obj_description(c.oid, 'pg_class') FROM 'timedb schema (\d+)')::integer, 1) END), 0),
+		       coalesce(bool_or(has_table_privilege(c.oid, 'DELETE, TRUNCATE')
 		       OR CASE c.relname WHEN 'users_table' THEN has_table_privilege(c.oid, 'INSERT, UPDATE')
 		                         ELSE has_any_column_privilege(c.oid, 'UPDATE') END)
 		       FILTER (WHERE c.relname LIKE '%table'), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1
 		AND c.relname IN ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`, s.schema)
-	_, err = scanAll(rows, err, func(*struct{}) []any { return []any{&names, &rewrites} }) // it is one row
-	return names, rewrites, err
+	_, err = scanAll(rows, err, func(*struct{}) []any { return []any{&c.names, &c.version, &c.rewrites} }) // it is one row
+	return c, err
+}
+
+// check returns an error unless the tables, if there are any, are of this program's version.
+func (c catalog) check() error {
+	hint := map[bool]string{true: "run timedb create tables", false: "use the timedb that made them"}[c.version < schemaVersion]
+	if c.version == 0 || c.version == schemaVersion {
+		return nil
+	}
+	return fmt.Errorf("the tables are of schema version %d and this timedb is for version %d: %s", c.version, schemaVersion, hint)
 }
 
 // usersTableExists: true is present, false is proven absent, an error is neither.
 func (s *store) usersTableExists(ctx context.Context) (bool, error) {
-	names, _, err := s.relations(ctx)
-	return slices.Contains(names, "users_table"), err
+	c, err := s.catalog(ctx)
+	return slices.Contains(c.names, "users_table"), err
 }
 
 // user is a row of users_table as an operator may see it: without digests.
