@@ -3938,7 +3938,7 @@ func mustCluster(t *testing.T, primary *cluster) *cluster {
 	c := &cluster{bin: filepath.Dir(found[len(found)-1]), data: filepath.Join(mustFolder(t), "data"), port: freePort(t)}
 	make := exec.Command(c.bin+"/initdb", "-D", c.data, "-U", "timedb", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8")
 	if primary != nil {
-		make = exec.Command(c.bin+"/pg_basebackup", "-D", c.data, "-R", "-d", primary.dsn())
+		make = exec.Command(c.bin+"/pg_basebackup", "-D", c.data, "-R", "-c", "fast", "-d", primary.dsn())
 	}
 	if out, err := c.as(make).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %v %s", make.Args, err, out)
