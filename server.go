@@ -276,7 +276,6 @@ type body struct {
 	kind   string // its media type
 	size   int    // bytes read so far
 	digest hash.Hash
-	err    error // why the rest cannot be read
 }
 
 // openBody returns the body if it is of one of types.
@@ -301,6 +300,9 @@ func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 }
 
 func (b *body) Read(p []byte) (n int, err error) {
+	if err := b.w.claimIf(b.size > largeBody); err != nil {
+		return 0, err // and no bytes: encoding/json would go on with them
+	}
 	n, err = b.Reader.Read(p)
 	b.digest.Write(p[:n])
 	b.size += n
@@ -308,21 +310,12 @@ func (b *body) Read(p []byte) (n int, err error) {
 		err = refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
 	} else if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = refusal(http.StatusRequestTimeout, "The body did not arrive in time.")
-	} else if err == nil {
-		err = b.w.claimIf(b.size > largeBody)
-	}
-	if err != io.EOF {
-		b.err = inputError("body", err)
 	}
 	return n, err
 }
 
-// end takes the error of what decoded the body and returns why the body is refused. It reads what is left: a client that
-// is still sending would not see the answer.
+// end returns the error of what decoded the body. It reads what is left: a client that is still sending would not see the answer.
 func (b *body) end(decoded error) error {
-	if b.err != nil {
-		return b.err
-	}
 	_, _ = io.Copy(io.Discard, b) // its error would say no more than decoded
 	return decoded
 }
@@ -431,8 +424,8 @@ func elementError(list string, i int, err error) error {
 		return nil
 	}
 	place := fmt.Sprintf("%s[%d]", list, i)
-	if e, ok := errors.AsType[*apiError](err); ok {
-		return refusal(e.status, "%s.%s", place, e.message)
+	if e, ok := errors.AsType[*apiError](err); ok && e.status == 422 { // others are not about this element
+		return invalid("%s.%s", place, e.message)
 	}
 	return inputError(place, err)
 }
