@@ -335,19 +335,8 @@ type fields map[string]any
 
 func (f fields) names() string { return strings.Join(slices.Sorted(maps.Keys(f)), ", ") }
 
-// list gets elements one by one. decode decodes the one at hand; other errors of a list name a member of it.
+// list takes one element. decode decodes it; other errors of a list name a member of it.
 type list func(decode func(into any) error) error
-
-// each decodes elements into copies of empty, which take gets.
-func each[T any](empty T, take func(*T) error) list {
-	return func(decode func(into any) error) error {
-		row := empty
-		if err := decode(&row); err != nil {
-			return err
-		}
-		return take(&row)
-	}
-}
 
 // decodeJSON reads one JSON object and no more. Unlike encoding/json it refuses a member given twice or in another case.
 func (f fields) decodeJSON(in io.Reader) error {
@@ -527,8 +516,13 @@ type uploadRow struct {
 
 var emptyRow = uploadRow{Value: notGiven}
 
-// add checks a row and takes it.
-func (u *upload) add(row *uploadRow) error {
+// add is the list of rows.
+func (u *upload) add(decode func(into any) error) error {
+	row := &u.row
+	*row = emptyRow
+	if err := decode(row); err != nil {
+		return err
+	}
 	if row.Value == notGiven {
 		return invalid("value is required (a number or null)")
 	}
@@ -561,9 +555,8 @@ func checkPlace(time, end micros, ref seriesRef, keyField string) error {
 
 // decodeCSV takes rows under a header line, in which the columns may have any order.
 func (u *upload) decodeCSV(in io.Reader) error {
-	var row uploadRow
-	columns := fields{"valid_time": &row.ValidTime, "value_key": &row.ValueKey, "value": &row.Value,
-		"valid_time_end": &row.ValidTimeEnd, "series_id": &row.SeriesID}
+	columns := fields{"valid_time": &u.row.ValidTime, "value_key": &u.row.ValueKey, "value": &u.row.Value,
+		"valid_time_end": &u.row.ValidTimeEnd, "series_id": &u.row.SeriesID}
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxLine+1)
 	if !lines.Scan() {
@@ -584,24 +577,22 @@ func (u *upload) decodeCSV(in io.Reader) error {
 	if columns["valid_time"] != nil || columns["value"] != nil || columns["value_key"] != nil && columns["series_id"] != nil {
 		return invalid("header: expected valid_time, value, and value_key or series_id")
 	}
-	for n := 2; err == nil && lines.Scan(); n++ {
-		if len(lines.Bytes()) == 0 {
-			continue
-		}
+	decode := func(any) error { // into u.row, as the columns are bound
 		cells, err = appendCells(cells[:0], lines.Bytes())
 		if err == nil && len(cells) != len(header) {
 			err = fmt.Errorf("expected %d cells, as in the header", len(header))
 		}
-		row = emptyRow
 		for i := 0; err == nil && i < len(cells); i++ {
 			if len(cells[i]) > 0 || header[i] == "value" { // an empty value is NULL, another empty cell not given
 				err = inputError(header[i], setField(into[i], cells[i]))
 			}
 		}
-		if err == nil {
-			err = u.add(&row)
+		return err
+	}
+	for n := 2; err == nil && lines.Scan(); n++ {
+		if len(lines.Bytes()) > 0 {
+			err = elementError("line", n, u.add(decode))
 		}
-		err = elementError("line", n, err)
 	}
 	return inputError("body", cmp.Or(err, lines.Err()))
 }
@@ -633,7 +624,7 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 	case b.kind == "text/csv":
 		err = b.end(cmp.Or(f.decodeQuery(r, c), u.decodeCSV(b)))
 	default:
-		f["tenant_id"], f["value_rows"] = &tenant, each(emptyRow, u.add)
+		f["tenant_id"], f["value_rows"] = &tenant, list(u.add)
 		err = b.end(cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c)))
 	}
 	fmt.Fprintf(b.digest, "%s?%s", b.kind, r.URL.Query().Encode())
@@ -694,8 +685,12 @@ func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, up
 
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
 	refs, updates := []seriesRef{}, []map[string]any{}
-	err := decodeJSON(w, r, c, fields{"updates": each(nil, func(given *map[string]json.RawMessage) error {
-		ref, update, err := decodeUpdate(c, *given)
+	err := decodeJSON(w, r, c, fields{"updates": list(func(decode func(into any) error) error {
+		var given map[string]json.RawMessage
+		if err := decode(&given); err != nil {
+			return err
+		}
+		ref, update, err := decodeUpdate(c, given)
 		refs, updates = append(refs, ref), append(updates, update)
 		return cmp.Or(invalidIf(len(updates) > maxUpdates, "expected at most %d updates", maxUpdates), err)
 	})})
@@ -710,8 +705,8 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 	mode, format := label("flat"), map[bool]label{true: "csv", false: "json"}[strings.Contains(r.Header.Get("Accept"), "text/csv")]
 	err := fields{"start_valid": &q.start, "end_valid": &q.end, "start_known": &q.startKnown, "end_known": &q.endKnown,
 		"mode": &mode, "all_versions": &q.allVersions, "as_of": &q.asOf, "lead": &q.lead, "bucket": &q.bucket, "agg": &q.agg,
-		"series_id":  each(uuid(""), func(id *uuid) error { return q.add(seriesRef{ID: *id}) }),
-		"series_key": each(label(""), func(key *label) error { return q.add(seriesRef{Key: *key}) }),
+		"series_id":  list(func(decode func(into any) error) error { return decode(&q.add().ID) }),
+		"series_key": list(func(decode func(into any) error) error { return decode(&q.add().Key) }),
 		"detail":     &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
 	q.overlapping, out.detail = mode == "overlapping", out.detail || q.allVersions
 	out.csv, out.overlapping = format == "csv", q.overlapping

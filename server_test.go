@@ -4829,8 +4829,12 @@ func FuzzUpdates(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		var updates []map[string]any
-		err := fields{"updates": each(nil, func(given *map[string]json.RawMessage) error {
-			ref, update, err := decodeUpdate(Caller{tenant: tenantA}, *given)
+		err := fields{"updates": list(func(decode func(into any) error) error {
+			var given map[string]json.RawMessage
+			if err := decode(&given); err != nil {
+				return err
+			}
+			ref, update, err := decodeUpdate(Caller{tenant: tenantA}, given)
 			if err == nil && (ref == seriesRef{} || update["valid_time"] == nil || len(update) < 3) {
 				t.Errorf("%q is read as %v %v", body, ref, update)
 			}
@@ -4890,7 +4894,7 @@ func FuzzKey(f *testing.F) {
 func decodeUpload(body []byte) (*upload, error) {
 	u := &upload{points: map[seriesRef]*[]point{}}
 	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
-		"series_descriptions": &u.descriptions, "value_rows": each(emptyRow, u.add)}.decodeJSON(bytes.NewReader(body))
+		"series_descriptions": &u.descriptions, "value_rows": list(u.add)}.decodeJSON(bytes.NewReader(body))
 	return u, err
 }
 

@@ -415,6 +415,7 @@ type upload struct {
 	params               json.RawMessage // an object, or nil
 	descriptions         map[label]prose
 	points               map[seriesRef]*[]point // of each series, as the rows named it
+	row                  uploadRow              // the one that is being decoded
 	rows                 int
 	digest               [32]byte // of the request, to tell a retry from a clash
 }
@@ -589,9 +590,10 @@ type readQuery struct {
 
 var anyValue = readQuery{start: firstTime, end: lastTime, startKnown: firstTime, endKnown: lastTime, asOf: lastTime, lead: math.MinInt64}
 
-func (q *readQuery) add(ref seriesRef) error {
-	q.series = append(q.series, ref)
-	return nil
+// add returns one more series, to be named.
+func (q *readQuery) add() *seriesRef {
+	q.series = append(q.series, seriesRef{})
+	return &q.series[len(q.series)-1]
 }
 
 // version is what all elements of one row of values_table share.
