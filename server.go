@@ -383,8 +383,7 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 var inWords = strings.NewReplacer("*", "", "[]main.label", "list of texts", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
 	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "main.uuid", "UUID",
 	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
-	"main.number", "finite number or null", "main.uploadRow", "object", "map[string]json.RawMessage", "object",
-	"bool", "true or false", "int64", "whole number of at least 1")
+	"main.number", "finite number or null", "main.uploadRow", "object", "bool", "true or false", "int64", "whole number of at least 1")
 
 // inputError says what is wrong with the input at field. What says so already passes.
 func inputError(field string, err error) error {
@@ -653,25 +652,18 @@ func (u *upload) check() error {
 
 // decodeUpdate reads one of updates: whose value it corrects, and the members as correct_values takes them. Absent keeps what
 // is there and null clears it, so what is absent stays absent. Tags get the form in which they are stored.
-func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, update map[string]any, err error) {
-	var time, end micros
+func decodeUpdate(c Caller, text json.RawMessage) (ref seriesRef, update map[string]any, err error) {
+	var time micros
 	var tenant uuid
 	var tags []label
-	members := fields{"valid_time": &time, "valid_time_end": &end, "known_time": new(micros), "run_id": new(uuid), "tenant_id": &tenant,
+	end := new(micros) // nil after null, as are known_time and run_id
+	update = fields{"valid_time": &time, "valid_time_end": &end, "known_time": new(*micros), "run_id": new(*uuid), "tenant_id": &tenant,
 		"series_id": &ref.ID, "series_key": &ref.Key, "value": new(number), "annotation": new(prose), "tags": &tags}
-	update = map[string]any{}
-	for name, text := range given {
-		into := members[name]
-		if into == nil {
-			return ref, nil, invalid("%s: unknown field", name)
-		}
-		if err := json.Unmarshal(text, into); err != nil {
-			return ref, nil, inputError(name, err)
-		}
-		if string(text) != "null" || name == "value" || name == "annotation" || name == "tags" {
-			update[name] = into
-		}
+	absent := maps.Clone(update)
+	if err = fields(absent).decodeJSON(bytes.NewReader(text)); err != nil {
+		return ref, nil, err
 	}
+	maps.DeleteFunc(update, func(name string, _ any) bool { return absent[name] != nil })
 	err = invalidIf(len(tags) > maxTags || slices.Contains(tags, ""), "tags: expected at most %d texts", maxTags) // "": a null among them
 	for i, tag := range tags {
 		tags[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
@@ -680,17 +672,17 @@ func decodeUpdate(c Caller, given map[string]json.RawMessage) (ref seriesRef, up
 	tags = slices.Compact(tags)
 	changesNothing := update["value"] == nil && update["annotation"] == nil && update["tags"] == nil
 	return ref, update, cmp.Or(err, invalidIf(changesNothing, "value, annotation or tags is required"),
-		checkPlace(time, end, ref, "series_key"), checkTenant(c, tenant))
+		checkPlace(time, *cmp.Or(end, new(micros)), ref, "series_key"), checkTenant(c, tenant))
 }
 
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
 	refs, updates := []seriesRef{}, []map[string]any{}
 	err := decodeJSON(w, r, c, fields{"updates": list(func(decode func(into any) error) error {
-		var given map[string]json.RawMessage
-		if err := decode(&given); err != nil {
+		var text json.RawMessage
+		if err := decode(&text); err != nil {
 			return err
 		}
-		ref, update, err := decodeUpdate(c, given)
+		ref, update, err := decodeUpdate(c, text)
 		refs, updates = append(refs, ref), append(updates, update)
 		return cmp.Or(invalidIf(len(updates) > maxUpdates, "expected at most %d updates", maxUpdates), err)
 	})})

@@ -4830,11 +4830,11 @@ func FuzzUpdates(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body []byte) {
 		var updates []map[string]any
 		err := fields{"updates": list(func(decode func(into any) error) error {
-			var given map[string]json.RawMessage
-			if err := decode(&given); err != nil {
+			var text json.RawMessage
+			if err := decode(&text); err != nil {
 				return err
 			}
-			ref, update, err := decodeUpdate(Caller{tenant: tenantA}, given)
+			ref, update, err := decodeUpdate(Caller{tenant: tenantA}, text)
 			if err == nil && (ref == seriesRef{} || update["valid_time"] == nil || len(update) < 3) {
 				t.Errorf("%q is read as %v %v", body, ref, update)
 			}
