@@ -558,11 +558,10 @@ func (u *upload) decodeCSV(in io.Reader) error {
 		"valid_time_end": &u.row.ValidTimeEnd, "series_id": &u.row.SeriesID}
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxLine+1)
-	if !lines.Scan() {
-		return inputError("header", cmp.Or(lines.Err(), io.EOF))
-	}
-	cells, err := appendCells(nil, bytes.TrimPrefix(lines.Bytes(), []byte("\ufeff"))) // by which Excel marks UTF-8
-	if err != nil {
+	lines.Scan()
+	// Excel marks UTF-8 by a U+FEFF. Without any line the header is one empty name, which is refused below.
+	cells, err := appendCells(nil, bytes.TrimPrefix(lines.Bytes(), []byte("\ufeff")))
+	if err = cmp.Or(lines.Err(), err); err != nil {
 		return inputError("header", err)
 	}
 	header, into := make([]string, len(cells)), make([]any, len(cells))
