@@ -513,12 +513,10 @@ type uploadRow struct {
 	Value        number `json:"value"`
 }
 
-var emptyRow = uploadRow{Value: notGiven}
-
 // add is the list of rows.
 func (u *upload) add(decode func(into any) error) error {
 	row := &u.row
-	*row = emptyRow
+	*row = uploadRow{Value: notGiven}
 	if err := decode(row); err != nil {
 		return err
 	}
