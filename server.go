@@ -344,15 +344,12 @@ func (f fields) decodeJSON(in io.Reader) error {
 	dec.DisallowUnknownFields()
 	err := walk(dec, '{', func(int) error {
 		token, err := dec.Token()
-		if err != nil {
-			return err
-		}
-		name := token.(string) // inside an object Token returns a member's name here, or an error
+		name, _ := token.(string) // inside an object Token returns a member's name here, or an error: no field is called ""
 		into := f[name]
 		delete(f, name)
 		switch into := into.(type) {
 		case nil:
-			return invalid("%s: unknown field, or given twice; there are also %s", name, f.names())
+			return cmp.Or(err, invalid("%s: unknown field, or given twice; there are also %s", name, f.names()))
 		case list:
 			return inputError(name, walk(dec, '[', func(i int) error { return elementError(name, i, into(dec.Decode)) }))
 		}
