@@ -429,12 +429,10 @@ func (f fields) decodeQuery(r *http.Request, c Caller) error {
 			return invalid("%s: unknown parameter, or given twice; there are %s", name, f.names())
 		}
 		for _, value := range values {
-			if err := setField(into, []byte(value)); err != nil {
-				return inputError(name, err)
-			}
+			err = cmp.Or(err, inputError(name, setField(into, []byte(value))))
 		}
 	}
-	return checkTenant(c, tenant)
+	return cmp.Or(err, checkTenant(c, tenant))
 }
 
 // setField parses the text of a query parameter or of a cell into what the pointer points to, or for the list.
