@@ -742,7 +742,7 @@ func (o *rowWriter) start() {
 }
 
 // row writes one row; the limit-th returns errEnough.
-func (o *rowWriter) row(x *series, e *element) error {
+func (o *rowWriter) row(e *element) error {
 	if len(o.buf) >= flushBytes { // before the row: of the last one flush has to take the comma away
 		if err := o.w.claimIf(true); err != nil {
 			return err
@@ -751,7 +751,7 @@ func (o *rowWriter) row(x *series, e *element) error {
 			return err
 		}
 	}
-	if x != o.series {
+	if x := e.from.of; x != o.series {
 		o.series, o.id, o.key, o.unit = x, []byte(o.quote+x.ID+o.quote), o.text(x.Key), o.text(x.Unit)
 	}
 	o.cells(e)

@@ -598,6 +598,8 @@ func (q *readQuery) add() *seriesRef {
 
 // version is what all elements of one row of values_table share.
 type version struct {
+	of                    *series // the same pointer in all rows of a series that follow each other
+	first                 micros  // the first valid_time of the row
 	RunID                 string
 	Order                 int64
 	Number                int
@@ -615,11 +617,11 @@ func (v *version) supersedes(w *version) bool {
 // element is one value of one version; a NULL value is NaN.
 type element struct {
 	point
-	from *version // nil for an aggregate
+	from *version // of an aggregate only its series counts
 }
 
-// emitter takes an element of a series. It is valid only during the call.
-type emitter func(*series, *element) error
+// emitter takes an element. It is valid only during the call.
+type emitter func(*element) error
 
 // merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
 // holds, in order, those that a later block may still supersede or precede.
@@ -665,7 +667,7 @@ func (m *merger) add(block []element) {
 }
 
 // flush emits the open elements before bound, which no later block can touch.
-func (m *merger) flush(bound micros, emit func(*element) error) error {
+func (m *merger) flush(bound micros, emit emitter) error {
 	n, _ := slices.BinarySearchFunc(m.open, bound, func(e element, t micros) int { return cmp.Compare(e.time, t) })
 	for i := range m.open[:n] {
 		if err := emit(&m.open[i]); err != nil {
@@ -737,61 +739,58 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, emit emit
 	defer cancel()
 	var d blockDecoder
 	m := merger{everyRun: q.overlapping, keepAll: q.allVersions}
-	current, known, last := &series{}, micros(0), micros(0) // what is being merged: a series, in overlapping mode a known_time of it
-	emitCurrent := func(e *element) error { return emit(current, e) }
+	last := &version{of: &series{}} // of the row before
 	for rows.Next() {
-		of, v, elements, err := d.next(rows, q.lead)
+		v, elements, err := d.next(rows, q.lead)
 		if err != nil {
 			return err
 		}
-		bound := lastTime
-		if of == *current && (v.Known == known || !q.overlapping) {
-			bound = d.from
+		if *v.of == *last.of {
+			v.of = last.of
 		}
-		if of.Key < current.Key || bound < last {
+		bound := lastTime // unless this row goes on with what is being merged: a series, in overlapping mode a known_time of it
+		if v.of == last.of && (v.Known == last.Known || !q.overlapping) {
+			bound = v.first
+		}
+		if v.of.Key < last.of.Key || bound < last.first {
 			return errors.New("readMerged: the database answered out of order")
 		}
-		if err := m.flush(bound, emitCurrent); err != nil {
+		if err := m.flush(bound, emit); err != nil {
 			return err
 		}
-		if of != *current {
-			current = new(of)
-		}
-		known, last = v.Known, d.from
 		m.add(elements)
+		last = v
 	}
 	if err := rows.Err(); err != nil {
 		return err
 	}
-	return m.flush(lastTime, emitCurrent)
+	return m.flush(lastTime, emit)
 }
 
 // blockDecoder turns rows of selectBlocks into elements. Its buffers serve one row after the other.
 type blockDecoder struct {
-	from                        micros          // the row's first valid_time
 	wire                        [4]sql.RawBytes // known_time, change_time and valid_from; valid_times; ends; values
 	stamps, times, ends, values []uint64
 	out                         []element
 }
 
-// next decodes the row at hand: whose it is, and the values that were known lead before their time.
-func (d *blockDecoder) next(rows *sql.Rows, lead span) (of series, v *version, _ []element, err error) {
-	v = &version{}
-	var ref seriesRef
-	err = rows.Scan(&ref.ID, &ref.Key, &of.ID, &of.Key, &of.Unit, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
+// next decodes the row at hand, of its values those that were known lead before their time.
+func (d *blockDecoder) next(rows *sql.Rows, lead span) (*version, []element, error) {
+	v, ref := &version{of: &series{}}, seriesRef{}
+	err := rows.Scan(&ref.ID, &ref.Key, &v.of.ID, &v.of.Key, &v.of.Unit, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
 		&d.wire[0], &d.wire[1], &d.wire[2], &d.wire[3])
 	for i, into := range []*[]uint64{&d.stamps, &d.times, &d.ends, &d.values} {
 		if err == nil { // a NULL, of ends, gives none
 			*into, err = decodeArray((*into)[:0], d.wire[i], []uint64{nullTime, nullTime, nullTime, nullFloat}[i])
 		}
 	}
-	if err == nil && of.ID == "" {
+	if err == nil && v.of.ID == "" {
 		err = noSeries(ref)
 	}
 	if err != nil {
-		return of, nil, nil, err
+		return nil, nil, err
 	}
-	v.Known, v.Change, d.from = micros(d.stamps[0])+pgEpoch, micros(d.stamps[1])+pgEpoch, micros(d.stamps[2])+pgEpoch // #nosec G115 -- bits
+	v.Known, v.Change, v.first = micros(d.stamps[0])+pgEpoch, micros(d.stamps[1])+pgEpoch, micros(d.stamps[2])+pgEpoch // #nosec G115 -- bits
 	d.out = d.out[:0]
 	for i, bits := range d.times { // the table checks that the arrays have one length
 		p := point{time: micros(bits) + pgEpoch, value: math.Float64frombits(d.values[i])} // #nosec G115 -- bits
@@ -803,14 +802,13 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (of series, v *version, _
 		}
 		d.out = append(d.out, element{p, v})
 	}
-	return of, v, d.out, nil
+	return v, d.out, nil
 }
 
 // inBuckets returns an emit that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
 // to 1970-01-01 UTC, and a flush for the last one. A sum that no float64 can hold is a 422: JSON has no infinity.
 func inBuckets(width micros, agg label, emit emitter) (add emitter, flush func() error) {
-	var of *series
-	var bucket element
+	bucket := element{from: &version{}}
 	var n, sum, lo, hi float64
 	flush = func() error {
 		if n == 0 {
@@ -818,20 +816,20 @@ func inBuckets(width micros, agg label, emit emitter) (add emitter, flush func()
 		}
 		bucket.value = map[label]float64{"mean": sum / n, "min": lo, "max": hi, "sum": sum, "count": n}[agg]
 		if n, sum = 0, 0; math.IsInf(bucket.value, 0) {
-			return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float", agg, of.Key, bucket.time)
+			return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float", agg, bucket.from.of.Key, bucket.time)
 		}
-		return emit(of, &bucket)
+		return emit(&bucket)
 	}
-	add = func(x *series, e *element) error {
+	add = func(e *element) error {
 		if math.IsNaN(e.value) {
 			return nil
 		}
 		start := e.time - (e.time-unixEpoch%width)%width
-		if x != of || start != bucket.time {
+		if e.from.of != bucket.from.of || start != bucket.time {
 			if err := flush(); err != nil {
 				return err
 			}
-			of, bucket.time, lo, hi = x, start, e.value, e.value
+			bucket.from, bucket.time, lo, hi = e.from, start, e.value, e.value
 		}
 		n, sum, lo, hi = n+1, sum+e.value, min(lo, e.value), max(hi, e.value)
 		return nil
