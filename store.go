@@ -678,19 +678,6 @@ func (m *merger) flush(bound micros, emit emitter) error {
 	return nil
 }
 
-// Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time, valid_time),
-// then version. Memory holds what overlaps, not the result. An unknown series is a 404; an error of emit ends the read.
-func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) error {
-	if q.bucket == 0 {
-		return s.readMerged(ctx, c, q, emit)
-	}
-	add, flush := inBuckets(micros(q.bucket), q.agg, emit)
-	if err := s.readMerged(ctx, c, q, add); err != nil {
-		return err
-	}
-	return flush()
-}
-
 // The series that are asked for, in order, each once; those that there are not first. Of each the blocks that overlap the
 // window, and of each block what lies in it: lo to hi. width_bucket is a binary search, and times are valid_times unpacked
 // once for all that looks into them: OFFSET 0 keeps PostgreSQL from unpacking them for each.
@@ -722,8 +709,12 @@ const selectBlocks = `
 			ORDER BY %s) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
 	WHERE b.version IS NOT NULL OR s.series_id IS NULL AND s.id || s.key <> ''`
 
-// readMerged reads the blocks of the series and emits what is left of them after merging.
-func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, emit emitter) error {
+// Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time, valid_time),
+// then version. Memory holds what overlaps, not the result. An unknown series is a 404; an error of emit ends the read.
+func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) error {
+	if q.bucket > 0 {
+		emit = inBuckets(micros(q.bucket), q.agg, emit)
+	}
 	if q.series == nil {
 		q.series = []seriesRef{{}} // which names all
 	}
@@ -753,7 +744,7 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, emit emit
 			bound = v.first
 		}
 		if v.of.Key < last.of.Key || bound < last.first {
-			return errors.New("readMerged: the database answered out of order")
+			return errors.New("Read: the database answered out of order")
 		}
 		if err := m.flush(bound, emit); err != nil {
 			return err
@@ -764,7 +755,10 @@ func (s *store) readMerged(ctx context.Context, c Caller, q readQuery, emit emit
 	if err := rows.Err(); err != nil {
 		return err
 	}
-	return m.flush(lastTime, emit)
+	if err := m.flush(lastTime, emit); err != nil || q.bucket == 0 {
+		return err
+	}
+	return emit(&element{from: &version{of: &series{}}}) // of a series that there is not: it ends the last bucket
 }
 
 // blockDecoder turns rows of selectBlocks into elements. Its buffers serve one row after the other.
@@ -805,36 +799,31 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (*version, []element, err
 	return v, d.out, nil
 }
 
-// inBuckets returns an emit that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
-// to 1970-01-01 UTC, and a flush for the last one. A sum that no float64 can hold is a 422: JSON has no infinity.
-func inBuckets(width micros, agg label, emit emitter) (add emitter, flush func() error) {
+// inBuckets returns an emitter that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
+// to 1970-01-01 UTC. The first element beyond a bucket ends it. A sum that no float64 can hold is a 422: JSON has no infinity.
+func inBuckets(width micros, agg label, emit emitter) emitter {
 	bucket := element{from: &version{}}
 	var n, sum, lo, hi float64
-	flush = func() error {
-		if n == 0 {
-			return nil
-		}
-		bucket.value = map[label]float64{"mean": sum / n, "min": lo, "max": hi, "sum": sum, "count": n}[agg]
-		if n, sum = 0, 0; math.IsInf(bucket.value, 0) {
-			return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float", agg, bucket.from.of.Key, bucket.time)
-		}
-		return emit(&bucket)
-	}
-	add = func(e *element) error {
+	return func(e *element) error {
 		if math.IsNaN(e.value) {
 			return nil
 		}
 		start := e.time - (e.time-unixEpoch%width)%width
 		if e.from.of != bucket.from.of || start != bucket.time {
-			if err := flush(); err != nil {
-				return err
+			bucket.value = map[label]float64{"mean": sum / n, "min": lo, "max": hi, "sum": sum, "count": n}[agg]
+			if math.IsInf(bucket.value, 0) {
+				return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float", agg, bucket.from.of.Key, bucket.time)
 			}
-			bucket.from, bucket.time, lo, hi = e.from, start, e.value, e.value
+			if n > 0 {
+				if err := emit(&bucket); err != nil {
+					return err
+				}
+			}
+			bucket.from, bucket.time, n, sum, lo, hi = e.from, start, 0, 0, e.value, e.value
 		}
 		n, sum, lo, hi = n+1, sum+e.value, min(lo, e.value), max(hi, e.value)
 		return nil
 	}
-	return add, flush
 }
 
 // UpdateValues stores a new version for each update that changes something, all or none, and returns which did; refs: whose.
