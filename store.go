@@ -624,7 +624,7 @@ type element struct {
 type emitter func(*element) error
 
 // merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
-// holds, in order, those that a later block may still supersede or precede.
+// holds, in order, those that a later block may still supersede or precede; spare is room for the next merge.
 type merger struct {
 	everyRun    bool // only versions of one run supersede each other
 	keepAll     bool // keep every version, ordered by valid_time and version
@@ -645,12 +645,7 @@ func (m *merger) compare(a, b element) int {
 
 // add merges a block, sorted and without repetition, into the open elements.
 func (m *merger) add(block []element) {
-	if len(block) == 0 {
-		return
-	}
-	cut, _ := slices.BinarySearchFunc(m.open, block[0], m.compare)
-	m.spare = append(m.spare[:0], m.open[cut:]...)
-	out, rest := m.open[:cut], m.spare
+	out, rest := m.spare[:0], m.open
 	for _, e := range block {
 		for len(rest) > 0 && m.compare(rest[0], e) < 0 {
 			out, rest = append(out, rest[0]), rest[1:]
@@ -663,7 +658,7 @@ func (m *merger) add(block []element) {
 		}
 		out = append(out, e)
 	}
-	m.open = append(out, rest...)
+	m.open, m.spare = append(out, rest...), m.open
 }
 
 // flush emits the open elements before bound, which no later block can touch.
