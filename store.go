@@ -328,8 +328,6 @@ func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []
 
 type series struct{ ID, Key, Unit string }
 
-func (x *series) fields() []any { return []any{&x.ID, &x.Key, &x.Unit} }
-
 // seriesRef names a series by id, by key, or by both.
 type seriesRef struct {
 	ID  uuid  `json:"id"`
@@ -352,7 +350,7 @@ func findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) ([]
 			UNION ALL
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = ''
 		) AS s ON true ORDER BY ref.number`, c.tenant, asJSON(refs))
-	found, err := scanAll(rows, err, (*series).fields)
+	found, err := scanAll(rows, err, func(x *series) []any { return []any{&x.ID, &x.Key, &x.Unit} })
 	for i, x := range found {
 		ref := refs[i]
 		if x.ID == "" {
