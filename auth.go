@@ -138,6 +138,7 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 // judge looks a well-formed key up and decides on what the database says of it.
 func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
+	id := key[len("tdb_"):][:8] // the part that may be shown
 	k, err := a.keys.LookupKey(ctx, digest[:])
 	if err != nil {
 		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database is not available.", "key lookup: " + err.Error()}
@@ -147,14 +148,14 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 	case subtle.ConstantTimeCompare(digest[:], k.digest) != 1:
 		return a.refuse(r, "unknown key")
 	case !k.active:
-		return a.refuse(r, "deactivated key "+keyID(key))
+		return a.refuse(r, "deactivated key "+id)
 	case k.expired:
-		return a.refuse(r, "expired key "+keyID(key))
+		return a.refuse(r, "expired key "+id)
 	}
 	if k.useIsStale && a.touching.CompareAndSwap(false, true) {
 		go a.noteUse(context.WithoutCancel(ctx), k.userID)
 	}
-	return Caller{tenant: k.tenant, email: k.email, keyID: keyID(key), readOnly: k.readOnly}, nil
+	return Caller{tenant: k.tenant, email: k.email, keyID: id, readOnly: k.readOnly}, nil
 }
 
 // noteUse notes the use of a key beside the request, one at a time; what it misses, a later request notes.
@@ -194,6 +195,3 @@ func wellFormedKey(key string) bool {
 	found := keyPattern.FindStringSubmatch(key)
 	return found != nil && withChecksum(found[1]) == key
 }
-
-// keyID returns the part of a well-formed key that may be shown.
-func keyID(key string) string { return key[len("tdb_"):][:8] }
