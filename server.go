@@ -694,26 +694,22 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 		"detail":     &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
 	q.overlapping, out.detail = mode == "overlapping", out.detail || q.allVersions
 	out.csv, out.overlapping = format == "csv", q.overlapping
+	knownAgg := slices.Contains([]label{"mean", "min", "max", "sum", "count"}, q.agg)
+	err = cmp.Or(err,
+		invalidIf(mode != "flat" && mode != "overlapping", "mode: expected flat or overlapping"),
+		invalidIf(format != "json" && format != "csv", "format: expected json or csv"),
+		invalidIf((q.bucket == 0) != (q.agg == ""), "bucket and agg: expected both or none, and a bucket longer than nothing"),
+		invalidIf(q.bucket != 0 && (q.overlapping || out.detail),
+			"bucket: aggregates only what mode=flat shows, without detail or all_versions"),
+		invalidIf(q.bucket != 0 && !knownAgg, "agg: expected mean, min, max, sum or count"),
+		checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
 	return func(ctx context.Context) (any, error) {
 		out.start()
 		if err := s.store.Read(ctx, c, q, out.row); err != nil && err != errEnough {
 			return nil, err
 		}
 		return nil, out.flush(true)
-	}, cmp.Or(err, checkRead(q, mode, format, out.detail), w.claimIf(q.bucket > 0 || q.lead >= 0)) // which read much to say little
-}
-
-// checkRead refuses parameters that cannot be meant, or not together.
-func checkRead(q readQuery, mode, format label, detail bool) error {
-	knownAgg := slices.Contains([]label{"mean", "min", "max", "sum", "count"}, q.agg)
-	return cmp.Or(
-		invalidIf(mode != "flat" && mode != "overlapping", "mode: expected flat or overlapping"),
-		invalidIf(format != "json" && format != "csv", "format: expected json or csv"),
-		invalidIf((q.bucket == 0) != (q.agg == ""), "bucket and agg: expected both or none, and a bucket longer than nothing"),
-		invalidIf(q.bucket != 0 && (q.overlapping || detail),
-			"bucket: aggregates only what mode=flat shows, without detail or all_versions"),
-		invalidIf(q.bucket != 0 && !knownAgg, "agg: expected mean, min, max, sum or count"),
-		checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
+	}, cmp.Or(err, w.claimIf(q.bucket > 0 || q.lead >= 0)) // which read much to say little
 }
 
 // rowWriter streams values as JSON or CSV. What fails before flushBytes are full was not sent yet, and gets a proper status.
