@@ -76,7 +76,7 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 		return nil, errBadDSN
 	}
 	if timeout > 0 {
-		connector.Dialer(boundedDialer{&net.Dialer{}, timeout + time.Second}) // later than PostgreSQL would say so itself
+		connector.Dialer(boundedDialer{timeout: timeout + time.Second}) // later than PostgreSQL would say so itself
 	}
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(poolSize)
@@ -86,20 +86,15 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	return &store{db: db, schema: schema, exposed: !near && cfg.SSLMode != pq.SSLModeVerifyFull}, nil
 }
 
-// boundedDialer connects to a database that may freeze: nothing that is sent or received takes longer than timeout.
+// boundedDialer connects to a database that may freeze: what is sent is taken and answered within timeout, or it fails.
 type boundedDialer struct {
-	*net.Dialer
-	timeout time.Duration
+	pq.Dialer // nil: with a DialContext lib/pq calls no other method
+	timeout   time.Duration
 }
 
 func (d boundedDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	conn, err := d.Dialer.DialContext(ctx, network, address)
+	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	return boundedConn{conn, d.timeout}, err
-}
-
-// DialTimeout is there because pq.Dialer asks for it; with DialContext there, lib/pq does not call it.
-func (d boundedDialer) DialTimeout(network, address string, _ time.Duration) (net.Conn, error) {
-	return d.Dial(network, address)
 }
 
 type boundedConn struct {
@@ -107,17 +102,8 @@ type boundedConn struct {
 	timeout time.Duration
 }
 
-func (c boundedConn) Read(p []byte) (int, error) {
-	err := c.SetDeadline(time.Now().Add(c.timeout))
-	if err != nil {
-		return 0, err
-	}
-	return c.Conn.Read(p)
-}
-
 func (c boundedConn) Write(p []byte) (int, error) {
-	err := c.SetDeadline(time.Now().Add(c.timeout))
-	if err != nil {
+	if err := c.SetDeadline(time.Now().Add(c.timeout)); err != nil {
 		return 0, err
 	}
 	return c.Conn.Write(p)
