@@ -33,6 +33,7 @@ const (
 	maxBlockSpan       = micros(32 * 24 * time.Hour / time.Microsecond)
 	blocksPerStatement = 250              // so that the parameters of one INSERT stay within some megabytes
 	poolSize           = 24               // keeps a dozen cores busy; several servers fit PostgreSQL's default of 100
+	lookupPool         = 8                // connections for looking up keys alone
 	connMaxLifetime    = 30 * time.Minute // retires a connection that went bad
 	connectTimeout     = 5 * time.Second
 	schemaVersion      = 2               // of the tables that this program knows; schema.sql writes it down
