@@ -344,11 +344,8 @@ func (c *cli) api(ctx context.Context, st *store) error {
 // checkStart refuses to expose data to a network without users, and warns of what weakens the protection.
 func (c *cli) checkStart(ctx context.Context, st *store, auth *authenticator, log *slog.Logger) error {
 	found, err := st.catalog(ctx)
-	if err != nil {
-		return fmt.Errorf("cannot find out whether users_table exists: %w", err)
-	}
-	if err := found.check(); err != nil {
-		return err
+	if err = cmp.Or(err, found.check()); err != nil {
+		return fmt.Errorf("this database cannot be served: %w", err)
 	}
 	exists := slices.Contains(found.names, "users_table")
 	auth.latched.Store(exists)

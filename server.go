@@ -568,14 +568,14 @@ func (u *upload) decodeCSV(in io.Reader) error {
 	if columns["valid_time"] != nil || columns["value"] != nil || columns["value_key"] != nil && columns["series_id"] != nil {
 		return invalid("header: expected valid_time, value, and value_key or series_id")
 	}
-	decode := func(any) error { // into u.row, as the columns are bound
+	decode := func(any) (err error) { // into u.row, as the columns are bound
 		cells, err = appendCells(cells[:0], lines.Bytes())
 		if err == nil && len(cells) != len(header) {
 			err = fmt.Errorf("expected %d cells, as in the header", len(header))
 		}
-		for i := 0; err == nil && i < len(cells); i++ {
-			if len(cells[i]) > 0 || header[i] == "value" { // an empty value is NULL, another empty cell not given
-				err = inputError(header[i], setField(into[i], cells[i]))
+		for i, cell := range cells {
+			if err == nil && (len(cell) > 0 || header[i] == "value") { // an empty value is NULL, another empty cell not given
+				err = inputError(header[i], setField(into[i], cell))
 			}
 		}
 		return err
@@ -590,12 +590,8 @@ func (u *upload) decodeCSV(in io.Reader) error {
 
 // appendCells appends the cells of a line of CSV. Quotes, which are rare, it leaves to encoding/csv.
 func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
-	quotes := bytes.Count(line, []byte{'"'})
-	if quotes == 0 {
+	if !bytes.ContainsRune(line, '"') {
 		return slices.AppendSeq(cells, bytes.SplitSeq(line, []byte{','})), nil
-	}
-	if quotes%2 != 0 {
-		return nil, errors.New("expected no line break in a cell")
 	}
 	record, err := csv.NewReader(bytes.NewReader(line)).Read()
 	for _, text := range record {

@@ -2417,7 +2417,7 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
 		"valid_time,value_key,value\n2025-02-01,load,1_0\n": "line[2].value", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01,load,x\n": "line[3].value",
 		"valid_time;value_key;value\n": "there are series_id, valid_time", strings.Repeat(",", 1<<20): "lines of at most",
 		"valid_time,value_key,value\n2025-02-01,load,1" + strings.Repeat(",", 1<<20): "lines of at most",
-		strings.Repeat(`"`+strings.Repeat(",", 4000)+"\n", 1000):                     "no line break",
+		strings.Repeat(`"`+strings.Repeat(",", 4000)+"\n", 1000):                     `missing \"`,
 	} {
 		refused(422, want, "/upload?run_start_time=2025-01-01", body, "Content-Type: text/csv")
 	}
