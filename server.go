@@ -585,7 +585,7 @@ func (u *upload) decodeCSV(in io.Reader) error {
 			err = elementError("line", n, u.add(decode))
 		}
 	}
-	return inputError("body", cmp.Or(err, lines.Err()))
+	return inputError("body", cmp.Or(lines.Err(), err)) // a line that was cut short is not what is wrong
 }
 
 // appendCells appends the cells of a line of CSV. Quotes, which are rare, it leaves to encoding/csv.

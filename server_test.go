@@ -717,6 +717,52 @@ func TestNewSchemaMayBeCreatedConcurrently(t *testing.T) {
 	}
 }
 
+func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	s := mustAPI(t, dsn)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-01", "1")))
+	before := s.must(t, 200, "GET", "/values?detail=true", key, "")
+	s.stop()
+	// Version 1 had no comment, another compression, and users without a grace.
+	mustExec(t, s.db, `COMMENT ON TABLE runs_table IS NULL; ALTER TABLE values_table ALTER "values" SET COMPRESSION pglz;
+		DROP INDEX users_by_previous_digest; ALTER TABLE users_table DROP previous_digest, DROP previous_ends_at`)
+	if _, errs := mustRun(t, 1, dsn, "", "api", "--port", "0"); !strings.Contains(errs, "version 1") || !strings.Contains(errs, "run timedb create tables") {
+		t.Errorf("api on tables of version 1: %q", errs)
+	}
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() { mustRun(t, 0, dsn, "", "create", "tables", "-y") })
+	}
+	all.Wait()
+	mustCreateTables(t, dsn)
+	if after := mustAPI(t, dsn).must(t, 200, "GET", "/values?detail=true", key, ""); after != before {
+		t.Errorf("before the upgrade %s, after it %s", before, after)
+	}
+	if got := mustQuery(t, s.db, `SELECT attcompression FROM pg_attribute WHERE attrelid = 'values_table'::regclass AND attname = 'values'`); got != "l" {
+		t.Errorf("the compression is %q, want l of lz4", got)
+	}
+	mustExec(t, s.db, `COMMENT ON TABLE runs_table IS 'timedb schema 99'`)
+	for _, command := range []string{"api --port 0", "create tables -y"} {
+		if _, errs := mustRun(t, 1, dsn, "", strings.Fields(command)...); !strings.Contains(errs, "version 99") || !strings.Contains(errs, "use the timedb that made them") {
+			t.Errorf("%s on tables of a later version: %q", command, errs)
+		}
+	}
+}
+
+func TestCitusIsAskedForByName(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	if _, errs := mustRun(t, 1, dsn, "", "create", "tables", "--citus", "-y"); !strings.Contains(errs, "CREATE EXTENSION citus") {
+		t.Errorf("without the extension: %q", errs)
+	}
+	if got := mustQuery(t, mustOpen(t, dsn), "SELECT count(*) FROM pg_class WHERE relname LIKE '%_table' AND relnamespace = 'public'::regnamespace"); got != "0" {
+		t.Errorf("%s tables were made by a command that failed", got)
+	}
+}
+
 func TestDryRunPrintsSQLThatWorks(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)
@@ -1782,6 +1828,55 @@ func TestLargeRequestsLeaveRoomForSmallOnes(t *testing.T) { // S23
 		time.Sleep(time.Millisecond)
 	}
 	s.must(t, 200, "POST", "/upload", key, runWith("", at("2030-01-02", "1"))+strings.Repeat(" ", 2*largeBody))
+}
+
+// encoding/json goes on with what it has buffered when an error comes with bytes: a body must not be read on to its end so.
+func TestRefusedLargeBodyIsNotDecodedToItsEnd(t *testing.T) { // S23
+	json, csv := uploadBodies(400_000)
+	for kind, text := range map[string]string{"application/json": json, "text/csv": csv} {
+		var large atomic.Int64
+		large.Store(maxLarge)
+		r := httptest.NewRequest("POST", "/upload", strings.NewReader(text))
+		r.Header.Set("Content-Type", kind)
+		b, err := openBody(&response{ResponseWriter: httptest.NewRecorder(), large: &large}, r, kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u := &upload{points: map[seriesRef]*[]point{}}
+		if kind == "text/csv" {
+			err = u.decodeCSV(b)
+		} else {
+			err = fields{"run_start_time": new(micros), "value_rows": list(u.add)}.decodeJSON(b)
+		}
+		if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 503 {
+			t.Errorf("%s beyond the limit: %v", kind, err)
+		}
+		if b.size > 2*largeBody || u.rows > 60_000 {
+			t.Errorf("%s: %d bytes and %d rows were read of a body that was refused", kind, b.size, u.rows)
+		}
+	}
+}
+
+// A client that is still sending when its body is refused has to get the answer, not a broken connection.
+func TestRefusalReachesAClientThatIsStillSending(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	rows := strings.Repeat(at("2025-01-01", "1")+",", 300_000)
+	body := runWith("", at("never", "1"), rows[:len(rows)-1])
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", key, len(body))
+	if _, err := io.WriteString(conn, body); err != nil {
+		t.Errorf("while sending: %v", err)
+	}
+	answer := make([]byte, 12)
+	if _, err := io.ReadFull(conn, answer); err != nil || string(answer) != "HTTP/1.1 422" {
+		t.Errorf("%q %v", answer, err)
+	}
 }
 
 func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20
