@@ -60,10 +60,10 @@ var commands = []command{
 
 // flags returns those of the command. Parsing them sets c's fields, which until then keep what they hold.
 func (c *cli) flags() *flag.FlagSet {
-	fields := map[string]any{"dsn": &c.dsn, "schema": &c.schema, "tenant-id": &c.tenant, "email": &c.email, "yes": &c.yes, "quiet": &c.quiet,
-		"with-users": &c.withUsers, "citus": &c.citus, "app-role": &c.appRole, "dry-run": &c.dryRun, "include-inactive": &c.inactive, "json": &c.asJSON,
-		"read-only": &c.readOnly, "expires": &c.expires, "grace": &c.grace, "host": &c.host, "port": &c.port, "tls-cert": &c.tlsCert,
-		"tls-key": &c.tlsKey, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
+	fields := map[string]any{"dsn": &c.dsn, "schema": &c.schema, "tenant-id": &c.tenant, "email": &c.email, "yes": &c.yes,
+		"quiet": &c.quiet, "with-users": &c.withUsers, "app-role": &c.appRole, "citus": &c.citus, "dry-run": &c.dryRun,
+		"include-inactive": &c.inactive, "json": &c.asJSON, "read-only": &c.readOnly, "expires": &c.expires, "grace": &c.grace, "host": &c.host,
+		"port": &c.port, "tls-cert": &c.tlsCert, "tls-key": &c.tlsKey, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
 	set := flag.NewFlagSet("", flag.ContinueOnError)
 	set.SetOutput(io.Discard)
 	long := map[string]string{"d": "dsn", "s": "schema", "t": "tenant-id", "e": "email", "y": "yes", "q": "quiet"}

@@ -6,7 +6,6 @@
 -- so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
 
 -- section: begin
-
 -- Two at once would race for the same names; so the second waits, and then finds everything there.
 SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));
 SET LOCAL search_path = :schema;
@@ -16,7 +15,6 @@ EXCEPTION WHEN duplicate_schema OR insufficient_privilege THEN NULL;  -- it is t
 END $timedb$;
 
 -- section: tables
-
 -- One row per upload.
 CREATE TABLE IF NOT EXISTS runs_table (
     tenant_id       uuid        NOT NULL,
@@ -153,7 +151,6 @@ BEGIN
 END $timedb$;
 
 -- section: users
-
 -- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
 CREATE TABLE IF NOT EXISTS users_table (
     user_id      uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -172,15 +169,22 @@ CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lowe
 ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
 CREATE UNIQUE INDEX IF NOT EXISTS users_by_previous_digest ON users_table (previous_digest);
 
--- section: upgrade
+-- section: citus
+-- Spreads the tenants over the nodes, with all rows of one tenant on one node. users_table stays on the coordinator.
+DO $timedb$ DECLARE t regclass; BEGIN
+    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
+        RAISE EXCEPTION 'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
+    FOREACH t IN ARRAY '{runs_table, series_table, values_table}'::regclass[] LOOP
+        PERFORM create_distributed_table(t, 'tenant_id') WHERE t NOT IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
+    END LOOP; END $timedb$;
 
+-- section: upgrade
 -- What makes tables of an earlier version, and new ones, those of this version. lz4 takes a fifth of the default's time.
 ALTER TABLE values_table ALTER valid_times SET COMPRESSION lz4, ALTER valid_time_ends SET COMPRESSION lz4,
     ALTER "values" SET COMPRESSION lz4;
 COMMENT ON TABLE runs_table IS 'timedb schema 2';
 
 -- section: app role
-
 GRANT USAGE ON SCHEMA :schema TO :app_role;
 GRANT SELECT, INSERT ON runs_table, series_table, values_table TO :app_role;
 GRANT SELECT ON current_values TO :app_role;
@@ -191,7 +195,6 @@ EXCEPTION WHEN undefined_table THEN NULL;  -- without users nothing is looked up
 END $timedb$;
 
 -- section: delete
-
 DROP VIEW IF EXISTS current_values;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz);
 DROP TABLE IF EXISTS values_table, series_table, runs_table, users_table;

@@ -68,8 +68,9 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	cfg.TZ = "UTC"
 	cfg = cfg.Clone()                                                     // with room for parameters of the session
 	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp" // last, or a temporary table could stand in for ours
-	cfg.Runtime["plan_cache_mode"] = "force_generic_plan"                 // or lists are planned for anew each time
-	cfg.Runtime["jit"] = "off"                                            // compiling takes longer than any statement here
+	// Or lists are planned for anew each time. Citus has to: then the DSN says plan_cache_mode=auto.
+	cfg.Runtime["plan_cache_mode"] = cmp.Or(cfg.Runtime["plan_cache_mode"], "force_generic_plan")
+	cfg.Runtime["jit"] = "off" // compiling takes longer than any statement here
 	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
 	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
 	connector, err := pq.NewConnectorConfig(cfg)
@@ -353,17 +354,17 @@ func findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) ([]
 // ensureSeries returns the series that each ref names, after creating those named by a key that is new, and how many it
 // created. They are inserted in one order whoever inserts, so that two uploads of the same series cannot deadlock.
 func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit label, about map[label]prose) (
-	found []series, created int64, err error) {
-	result, err := tx.ExecContext(ctx, `
+	found []series, created int, err error) {
+	rows, err := tx.QueryContext(ctx, `
 		INSERT INTO series_table (tenant_id, series_key, unit, description)
 		SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '') FROM json_to_recordset($3) AS n (id text, key text)
-		WHERE n.id = '' ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING`, c.tenant, unit, asJSON(refs), asJSON(about))
-	if err != nil {
-		return nil, 0, err
+		WHERE n.id = '' ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING true`,
+		c.tenant, unit, asJSON(refs), asJSON(about))
+	isNew, err := scanAll(rows, err, func(new *bool) []any { return []any{new} }) // counted: Citus's own count has conflicts in it
+	if err == nil {
+		found, err = findSeries(ctx, c, tx, refs)
 	}
-	created, _ = result.RowsAffected() // lib/pq always knows
-	found, err = findSeries(ctx, c, tx, refs)
-	return found, created, err
+	return found, len(isNew), err
 }
 
 // CreateSeries makes a series or finds the one of that key. created tells which; another unit is a 409.
