@@ -358,7 +358,8 @@ func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, u
 	rows, err := tx.QueryContext(ctx, `
 		INSERT INTO series_table (tenant_id, series_key, unit, description)
 		SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '') FROM json_to_recordset($3) AS n (id text, key text)
-		WHERE n.id = '' ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING true`,
+		WHERE n.id = '' AND (SELECT series_id FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key) IS NULL
+		ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING true`,
 		c.tenant, unit, asJSON(refs), asJSON(about))
 	isNew, err := scanAll(rows, err, func(new *bool) []any { return []any{new} }) // counted: Citus's own count has conflicts in it
 	if err == nil {
