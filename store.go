@@ -147,7 +147,8 @@ func scanAll[T any](rows *sql.Rows, err error, fields func(*T) []any) ([]T, erro
 }
 
 // inTx runs fn in one transaction and commits when fn returns nil. Otherwise, or when fn panics, nothing is stored. An
-// error of the commit itself leaves open whether it took effect: that is what a client's own run_id is for.
+// error of the commit itself leaves open whether it took effect: that is what a client's own run_id is for. Whatever writes
+// does it here: outside a transaction database/sql may run a statement again whose answer was lost.
 func (s *store) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {
@@ -275,9 +276,11 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 
 // CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in its tenant.
 func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends expiry) error {
-	err := s.db.QueryRowContext(ctx, `
-		INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
-		RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, micros(ends)).Scan(&u.ID, &u.ExpiresAt)
+	err := s.inTx(ctx, func(tx *sql.Tx) error {
+		return tx.QueryRowContext(ctx, `
+			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
+			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, micros(ends)).Scan(&u.ID, &u.ExpiresAt)
+	})
 	if sqlState(err) == "23505" {
 		//lint:ignore ST1005 the contract quotes this sentence
 		return fmt.Errorf("User with email '%s' already exists for this tenant.", u.Email)
@@ -307,11 +310,13 @@ func (s *store) SetActive(ctx context.Context, userID string, active bool) error
 
 // ReplaceKey gives u a new key. The old one, unless it is dead already, ends after grace; if that is 0, now. ends 0: as before.
 func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []byte, grace span, ends expiry) error {
-	return s.db.QueryRowContext(ctx, `
-		UPDATE users_table SET key_id = $2, key_digest = $3, previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
-		       previous_digest = CASE WHEN $4::bigint > 0 AND is_active AND coalesce(expires_at > clock_timestamp(), true)
-		                         THEN key_digest END, expires_at = coalesce($5::timestamptz, expires_at)
-		WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), micros(ends)).Scan(&u.ExpiresAt)
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		return tx.QueryRowContext(ctx, `
+			UPDATE users_table SET key_id = $2, key_digest = $3, previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
+			       previous_digest = CASE WHEN $4::bigint > 0 AND is_active AND coalesce(expires_at > clock_timestamp(), true)
+			                         THEN key_digest END, expires_at = coalesce($5::timestamptz, expires_at)
+			WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), micros(ends)).Scan(&u.ExpiresAt)
+	})
 }
 
 type series struct{ ID, Key, Unit string }
