@@ -107,36 +107,14 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 		}
 		a.latched.Store(true)
 	}
-	values := r.Header.Values("X-API-Key")
+	key := strings.Join(r.Header.Values("X-API-Key"), ",") // several are malformed, as no key has a comma
 	switch {
-	case len(values) == 0 || len(values) == 1 && values[0] == "":
+	case key == "":
 		reason := map[bool]string{true: unlogged, false: "no key"}[a.failures.add("no key ", r.RemoteAddr) > failureBurst]
 		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", reason}
-	case len(values) > 1 || !wellFormedKey(values[0]):
+	case !wellFormedKey(key):
 		return a.refuse(r, "malformed key")
 	}
-	return a.judge(ctx, r, values[0])
-}
-
-// openCaller admits r without a key, there being no users_table. A web page must not be able to use the visitor's
-// browser for that: by cross-origin requests, or by a name of its own that resolves to this server (DNS rebinding).
-func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
-	if a.requireAuth {
-		return Caller{}, &apiError{http.StatusServiceUnavailable, "Authentication is required but not set up.", "no users_table"}
-	}
-	host := (&url.URL{Host: r.Host}).Hostname()
-	anyAddress := net.ParseIP(a.host).IsUnspecified() && net.ParseIP(host) != nil // an address cannot be rebound
-	if !isLoopback(host) && host != a.host && !anyAddress {
-		return Caller{}, &apiError{http.StatusForbidden, "The Host header names another host than this server.", "foreign host"}
-	}
-	if err := new(http.CrossOriginProtection).Check(r); err != nil {
-		return Caller{}, &apiError{http.StatusForbidden, "Cross-origin requests are refused.", "cross-origin"}
-	}
-	return Caller{tenant: openTenant}, nil
-}
-
-// judge looks a well-formed key up and decides on what the database says of it.
-func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
 	id := key[len("tdb_"):][:8] // the part that may be shown
 	k, err := a.keys.LookupKey(ctx, digest[:])
@@ -156,6 +134,23 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 		go a.noteUse(context.WithoutCancel(ctx), k.userID)
 	}
 	return Caller{tenant: k.tenant, email: k.email, keyID: id, readOnly: k.readOnly}, nil
+}
+
+// openCaller admits r without a key, there being no users_table. A web page must not be able to use the visitor's
+// browser for that: by cross-origin requests, or by a name of its own that resolves to this server (DNS rebinding).
+func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
+	if a.requireAuth {
+		return Caller{}, &apiError{http.StatusServiceUnavailable, "Authentication is required but not set up.", "no users_table"}
+	}
+	host := (&url.URL{Host: r.Host}).Hostname()
+	anyAddress := net.ParseIP(a.host).IsUnspecified() && net.ParseIP(host) != nil // an address cannot be rebound
+	if !isLoopback(host) && host != a.host && !anyAddress {
+		return Caller{}, &apiError{http.StatusForbidden, "The Host header names another host than this server.", "foreign host"}
+	}
+	if err := new(http.CrossOriginProtection).Check(r); err != nil {
+		return Caller{}, &apiError{http.StatusForbidden, "Cross-origin requests are refused.", "cross-origin"}
+	}
+	return Caller{tenant: openTenant}, nil
 }
 
 // noteUse notes the use of a key beside the request, one at a time; what it misses, a later request notes.
