@@ -135,19 +135,13 @@ func (c *cli) check() error {
 	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
 	c.email = strings.TrimSpace(c.email)
 	user, domain, _ := strings.Cut(c.email, "@")
-	switch {
-	case c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"):
-		return errors.New("--tenant-id is required")
-	case c.email == "" && strings.Contains(c.flagNames, "email!"):
-		return errors.New("--email is required")
-	case c.name == "users create" && (user == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil):
-		return errors.New("--email: expected an address such as alice@example.com")
-	case (c.tlsCert == "") != (c.tlsKey == ""):
-		return errors.New("--tls-cert and --tls-key: expected both or none")
-	case c.dsn == "" && c.flagNames != "" && !c.dryRun:
-		return errors.New("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
-	}
-	return nil
+	return cmp.Or(
+		invalidIf(c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"), "--tenant-id is required"),
+		invalidIf(c.email == "" && strings.Contains(c.flagNames, "email!"), "--email is required"),
+		invalidIf(c.name == "users create" && (user == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil),
+			"--email: expected an address such as alice@example.com"),
+		invalidIf((c.tlsCert == "") != (c.tlsKey == ""), "--tls-cert and --tls-key: expected both or none"),
+		invalidIf(c.dsn == "" && c.flagNames != "" && !c.dryRun, "no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL"))
 }
 
 // execute runs the command, with a store if it needs one.
