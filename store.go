@@ -230,10 +230,8 @@ func (s *store) catalog(ctx context.Context) (c catalog, err error) {
 // check returns an error unless the tables, if there are any, are of this program's version.
 func (c catalog) check() error {
 	hint := map[bool]string{true: "run timedb create tables", false: "use the timedb that made them"}[c.version < schemaVersion]
-	if c.version == 0 || c.version == schemaVersion {
-		return nil
-	}
-	return fmt.Errorf("the tables are of schema version %d and this timedb is for version %d: %s", c.version, schemaVersion, hint)
+	return invalidIf(c.version != 0 && c.version != schemaVersion,
+		"the tables are of schema version %d and this timedb is for version %d: %s", c.version, schemaVersion, hint)
 }
 
 // usersTableExists: true is present, false is proven absent, an error is neither.
