@@ -391,9 +391,6 @@ func inputError(field string, err error) error {
 		field = strings.TrimSuffix(field+"."+inWords.Replace(e.Field), ".")
 		return invalid("%s: expected %s, not %.40q", field, inWords.Replace(e.Type.String()), e.Value)
 	}
-	if e, ok := errors.AsType[*csv.ParseError](err); ok {
-		err = e.Err // of line 1: each is read by itself
-	}
 	if errors.Is(err, bufio.ErrTooLong) {
 		return invalid("%s: expected lines of at most %d bytes", field, maxLine)
 	}
@@ -597,7 +594,7 @@ func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
 	for _, text := range record {
 		cells = append(cells, []byte(text))
 	}
-	return cells, err
+	return cells, errors.Unwrap(err) // without what a csv.ParseError adds: line 1, as each is read by itself
 }
 
 func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
