@@ -687,14 +687,13 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 		"detail":     &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
 	q.overlapping, out.detail = mode == "overlapping", out.detail || q.allVersions
 	out.csv, out.overlapping = format == "csv", q.overlapping
-	knownAgg := slices.Contains([]label{"mean", "min", "max", "sum", "count"}, q.agg)
 	err = cmp.Or(err,
 		invalidIf(mode != "flat" && mode != "overlapping", "mode: expected flat or overlapping"),
 		invalidIf(format != "json" && format != "csv", "format: expected json or csv"),
 		invalidIf((q.bucket == 0) != (q.agg == ""), "bucket and agg: expected both or none, and a bucket longer than nothing"),
 		invalidIf(q.bucket != 0 && (q.overlapping || out.detail),
 			"bucket: aggregates only what mode=flat shows, without detail or all_versions"),
-		invalidIf(q.bucket != 0 && !knownAgg, "agg: expected mean, min, max, sum or count"),
+		invalidIf(!slices.Contains([]label{"", "mean", "min", "max", "sum", "count"}, q.agg), "agg: expected mean, min, max, sum or count"),
 		checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
 	return func(ctx context.Context) (any, error) {
 		out.start()
