@@ -664,12 +664,10 @@ func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error)
 	refs, updates := []seriesRef{}, []map[string]any{}
 	err := decodeJSON(w, r, c, fields{"updates": list(func(decode func(into any) error) error {
 		var text json.RawMessage
-		if err := decode(&text); err != nil {
-			return err
-		}
+		broken := decode(&text)
 		ref, update, err := decodeUpdate(c, text)
 		refs, updates = append(refs, ref), append(updates, update)
-		return cmp.Or(invalidIf(len(updates) > maxUpdates, "expected at most %d updates", maxUpdates), err)
+		return cmp.Or(broken, invalidIf(len(updates) > maxUpdates, "expected at most %d updates", maxUpdates), err)
 	})})
 	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, refs, updates) }, cmp.Or(err, w.claimIf(true))
 }
