@@ -621,14 +621,11 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 
 // check checks what is not a row.
 func (u *upload) check() error {
-	if string(u.params) == "null" {
-		u.params = nil
-	}
+	params := *cmp.Or(u.params, new(json.RawMessage("{}")))
 	err := cmp.Or(
 		invalidIf(u.start == 0, "run_start_time is required"),
 		invalidIf(u.finish != 0 && u.finish < u.start, "run_finish_time: expected a time not before run_start_time"),
-		invalidIf(u.params != nil && (u.params[0] != '{' || len(u.params) > maxParams),
-			"run_params: expected a JSON object of at most %d bytes", maxParams))
+		invalidIf(params[0] != '{' || len(params) > maxParams, "run_params: expected a JSON object of at most %d bytes", maxParams))
 	for key := range u.descriptions {
 		err = cmp.Or(err, invalidIf(u.points[seriesRef{Key: key}] == nil, "series_descriptions: no row has the value_key %q", key))
 	}

@@ -401,8 +401,8 @@ func comparePoints(a, b point) int {
 type upload struct {
 	runID                uuid
 	workflowID           label
-	start, finish, known micros          // the latter two may be 0
-	params               json.RawMessage // an object, or nil
+	start, finish, known micros           // the latter two may be 0
+	params               *json.RawMessage // an object, or nil
 	descriptions         map[label]prose
 	points               map[seriesRef]*[]point // of each series, as the rows named it
 	row                  uploadRow              // the one that is being decoded
@@ -447,10 +447,10 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time, known_time, run_params,
 		                        rows_inserted, request_digest, changed_by, inserted_at)
 		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3, $4::timestamptz, $5::timestamptz,
-		       coalesce($6::timestamptz, now), nullif($7, '')::jsonb, $8::integer, $9::bytea, nullif($10, ''), now
+		       coalesce($6::timestamptz, now), nullif($7, 'null')::jsonb, $8::integer, $9::bytea, nullif($10, ''), now
 		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
-		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, string(u.params), u.rows, u.digest[:], c.email).Scan(&u.runID)
+		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, asJSON(u.params), u.rows, u.digest[:], c.email).Scan(&u.runID)
 	if state := sqlState(err); strings.HasPrefix(state, "22") || state == "54001" {
 		// Every other argument was checked: only run_params can hold what jsonb refuses (\u0000, numbers out of range).
 		return false, invalid("run_params holds something that PostgreSQL cannot store as jsonb")
