@@ -823,7 +823,7 @@ func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, up
 			updates[i]["series_id"] = x.ID
 		}
 		return tx.QueryRowContext(ctx, `SELECT correct_values($1, nullif($2, ''), $3) /* of tenant_id $1 */`,
-			c.tenant, c.email, asJSON(updates)).Scan((*[]byte)(&answer))
+			c.tenant, c.email, asJSON(updates)).Scan(&answer)
 	})
 	if status := map[string]int{"TD404": 404, "TD422": 422}[sqlState(err)]; status != 0 {
 		err = refusal(status, "%s", pq.As(err).Message)
@@ -831,28 +831,25 @@ func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, up
 	return answer, err
 }
 
-// document returns the JSON that query makes.
-func (s *store) document(ctx context.Context, query string, args ...any) (text json.RawMessage, err error) {
-	err = s.db.QueryRowContext(ctx, query, args...).Scan((*[]byte)(&text))
-	return text, err
-}
-
 // SeriesByID is the JSON object {series_id: series} of the caller's tenant, by series_key.
-func (s *store) SeriesByID(ctx context.Context, c Caller) (json.RawMessage, error) {
-	return s.document(ctx, `
+func (s *store) SeriesByID(ctx context.Context, c Caller) (answer json.RawMessage, err error) {
+	err = s.db.QueryRowContext(ctx, `
 		SELECT coalesce(json_object_agg(series_id, json_build_object('series_key', series_key, 'description', description,
 		       'unit', unit) ORDER BY series_key COLLATE "C"), '{}')
-		FROM series_table WHERE tenant_id = $1`, c.tenant)
+		FROM series_table WHERE tenant_id = $1`, c.tenant).Scan(&answer)
+	return answer, err
 }
 
 // Runs is {"count", "data"} of the tenant's runs known in start <= t < end, the newest known first; a workflow of "" is any.
-func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end micros, limit int64) (json.RawMessage, error) {
-	return s.document(ctx, `
+func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end micros, limit int64) (
+	answer json.RawMessage, err error) {
+	err = s.db.QueryRowContext(ctx, `
 		SELECT json_build_object('count', count(*), 'data', coalesce(json_agg(r), '[]')) FROM (
 			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time, iso_time(run_finish_time) AS run_finish_time,
 			       iso_time(known_time) AS known_time, run_params, changed_by, iso_time(inserted_at) AS inserted_at,
 			       rows_inserted AS rows
 			FROM runs_table t
 			WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2) AND t.known_time >= $3 AND t.known_time < $4
-			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, workflow, start, end, limit)
+			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, workflow, start, end, limit).Scan(&answer)
+	return answer, err
 }
