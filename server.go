@@ -225,8 +225,10 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	if rt.access != "read" && c.readOnly {
 		return c, refusal(http.StatusForbidden, "This API key is read-only.")
 	}
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 	do, err := rt.handle(w, r, c)
 	if err != nil {
+		_, _ = io.Copy(io.Discard, r.Body) // a client that is still sending would not see the answer; its error would say no more
 		return c, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
@@ -284,7 +286,7 @@ func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
 		return nil, refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
 	}
-	b := &body{Reader: http.MaxBytesReader(w, r.Body, maxBody), w: w, kind: kind, digest: sha256.New()}
+	b := &body{Reader: r.Body, w: w, kind: kind, digest: sha256.New()}
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "", "identity":
 	case "gzip":
@@ -314,19 +316,13 @@ func (b *body) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// end returns the error of what decoded the body. It reads what is left: a client that is still sending would not see the answer.
-func (b *body) end(decoded error) error {
-	_, _ = io.Copy(io.Discard, b) // its error would say no more than decoded
-	return decoded
-}
-
 // decodeJSON decodes the body of a request that takes nothing but JSON.
 func decodeJSON(w *response, r *http.Request, c Caller, f fields) error {
 	b, err := openBody(w, r, "application/json")
 	if err != nil {
 		return err
 	}
-	return b.end(cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c)))
+	return cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c))
 }
 
 // fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer. What is
@@ -606,10 +602,10 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 	case err != nil:
 		return nil, err
 	case b.kind == "text/csv":
-		err = b.end(cmp.Or(f.decodeQuery(r, c), u.decodeCSV(b)))
+		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(b))
 	default:
 		f["tenant_id"], f["value_rows"] = &tenant, list(u.add)
-		err = b.end(cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c)))
+		err = cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c))
 	}
 	fmt.Fprintf(b.digest, "%s?%s", b.kind, r.URL.Query().Encode())
 	b.digest.Sum(u.digest[:0])
