@@ -66,10 +66,10 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "timedb")
 	cfg.BinaryParameters = true
 	cfg.TZ = "UTC"
-	cfg = cfg.Clone()                                                                             // with room for parameters of the session
-	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"                         // last, or a temporary table could stand in for ours
-	cfg.Runtime["plan_cache_mode"] = cmp.Or(cfg.Runtime["plan_cache_mode"], "force_generic_plan") // a DSN for Citus says auto
-	cfg.Runtime["jit"] = "off"                                                                    // compiling takes longer than any statement here
+	cfg = cfg.Clone()                                                                             // with room for parameters
+	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"                         // last, or temporary tables hide ours
+	cfg.Runtime["plan_cache_mode"] = cmp.Or(cfg.Runtime["plan_cache_mode"], "force_generic_plan") // Citus: auto
+	cfg.Runtime["jit"] = "off"                                                                    // it would take longer than the query
 	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
 	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
 	connector, err := pq.NewConnectorConfig(cfg)
