@@ -43,10 +43,9 @@ var keyPattern = regexp.MustCompile(`(tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43})[A-Za-z0
 
 // Caller is whom a request acts for. Only this file makes one; every method of store that touches tenant data takes it.
 type Caller struct {
-	tenant   string // a UUID
-	email    string // "" in open mode
-	keyID    string // "" in open mode
-	readOnly bool
+	tenant       string // a UUID
+	email, keyID string // "" in open mode
+	readOnly     bool
 }
 
 // keyRecord is what the database knows, by its clock, of a user and a key: the current one, or the one before in its grace.
