@@ -39,23 +39,22 @@ type cli struct {
 	port                                                                                     int
 }
 
-// command is one line of the command table. "!" marks flags that must be given; the database ends statements after timeout (0: never).
+// command is one line of the command table. "!" marks flags that must be given.
 type command struct {
 	name, flagNames string
-	timeout         time.Duration
 	run             func(c *cli, ctx context.Context, st *store) error
 }
 
 var commands = []command{
-	{"create tables", "d dsn s schema with-users app-role citus dry-run y yes", 0, (*cli).createTables},
-	{"delete tables", "d dsn s schema y yes", 0, (*cli).deleteTables},
-	{"users create", "d dsn s schema t tenant-id! e email! read-only expires q quiet", 0, (*cli).usersCreate},
-	{"users list", "d dsn s schema t tenant-id include-inactive json", 0, (*cli).usersList},
-	{"users deactivate", "d dsn s schema e email! t tenant-id y yes", 0, (*cli).changeUser},
-	{"users activate", "d dsn s schema e email! t tenant-id", 0, (*cli).changeUser},
-	{"users regenerate-key", "d dsn s schema e email! t tenant-id grace expires q quiet y yes", 0, (*cli).changeUser},
-	{"api", "d dsn s schema host port tls-cert tls-key require-auth allow-anonymous", statementTimeout, (*cli).api},
-	{"version", "", 0, func(c *cli, _ context.Context, _ *store) error { return c.report(nil, "timedb %s\n", release) }},
+	{"create tables", "d dsn s schema with-users app-role citus dry-run y yes", (*cli).createTables},
+	{"delete tables", "d dsn s schema y yes", (*cli).deleteTables},
+	{"users create", "d dsn s schema t tenant-id! e email! read-only expires q quiet", (*cli).usersCreate},
+	{"users list", "d dsn s schema t tenant-id include-inactive json", (*cli).usersList},
+	{"users deactivate", "d dsn s schema e email! t tenant-id y yes", (*cli).changeUser},
+	{"users activate", "d dsn s schema e email! t tenant-id", (*cli).changeUser},
+	{"users regenerate-key", "d dsn s schema e email! t tenant-id grace expires q quiet y yes", (*cli).changeUser},
+	{"api", "d dsn s schema host port tls-cert tls-key require-auth allow-anonymous", (*cli).api},
+	{"version", "", func(c *cli, _ context.Context, _ *store) error { return c.report(nil, "timedb %s\n", release) }},
 }
 
 // flags returns those of the command. Parsing them sets c's fields, which until then keep what they hold.
@@ -149,7 +148,7 @@ func (c *cli) execute(ctx context.Context) error {
 	if c.flagNames == "" || c.dryRun {
 		return c.run(c, ctx, nil)
 	}
-	st, err := openStore(c.dsn, c.schema, c.timeout)
+	st, err := openStore(c.dsn, c.schema, map[string]time.Duration{"api": statementTimeout}[c.name]) // others: 0, no timeout
 	if err != nil {
 		return err
 	}
