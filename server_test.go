@@ -4553,7 +4553,7 @@ func TestFaultSoakGrowsNothing(t *testing.T) {
 			WHERE datname = current_database() AND usename = $1`, appRole.name), memory.HeapAlloc
 	}
 	for _, part := range []int{1, 9} { // the first fills pools and caches
-		ctx, stop := context.WithTimeout(context.Background(), time.Duration(part**faults)*300*time.Millisecond)
+		ctx, stop := context.WithTimeout(context.Background(), time.Duration(part**faults**faults)*150*time.Millisecond)
 		before, connections, heap := state()
 		l.work(ctx, t, 8).Wait()
 		stop()
