@@ -69,6 +69,7 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	cfg = cfg.Clone()                                                                             // with room for parameters
 	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"                         // last, or temporary tables hide ours
 	cfg.Runtime["plan_cache_mode"] = cmp.Or(cfg.Runtime["plan_cache_mode"], "force_generic_plan") // Citus: auto
+	cfg.Runtime["enable_seqscan"] = "off"                                                         // or plans made for a small table stay
 	cfg.Runtime["jit"] = "off"                                                                    // it would take longer than the query
 	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
 	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
