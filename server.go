@@ -573,12 +573,13 @@ func (u *upload) decodeCSV(in io.Reader) error {
 		}
 		return err
 	}
-	for n := 2; err == nil && lines.Scan(); n++ {
+	n := 2
+	for ; err == nil && lines.Scan(); n++ {
 		if len(lines.Bytes()) > 0 {
 			err = elementError("line", n, u.add(decode))
 		}
 	}
-	return inputError("body", cmp.Or(lines.Err(), err)) // a line that was cut short is not what is wrong
+	return inputError(fmt.Sprintf("line[%d]", n), cmp.Or(lines.Err(), err)) // a line that was cut short is not what is wrong
 }
 
 // appendCells appends the cells of a line of CSV. Quotes, which are rare, it leaves to encoding/csv.
