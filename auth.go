@@ -155,8 +155,6 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 // noteUse notes the use of a key beside the request, one at a time; what it misses, a later request notes.
 func (a *authenticator) noteUse(ctx context.Context, userID string) {
 	defer a.touching.Store(false)
-	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
-	defer cancel()
 	_ = a.touch(ctx, userID) // best effort: a database that fails shows where it matters
 }
 

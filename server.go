@@ -234,18 +234,27 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
 	if rt.access != "open" {
-		select {
-		case s.working <- struct{}{}:
-			defer func() { <-s.working }()
-		case <-time.After(lookupTimeout):
-			return c, refusal(http.StatusServiceUnavailable, "The server is busy.")
-		}
+		do = s.inTurn(do)
 	}
 	result, err := do(ctx)
 	if err == nil && result != nil {
 		err = sendJSON(w, http.StatusOK, result)
 	}
 	return c, err
+}
+
+// inTurn has do wait for one of as many places as the pool has connections, and leave it before the answer is sent: however
+// slowly a client reads, it keeps nobody waiting.
+func (s *server) inTurn(do work) work {
+	return func(ctx context.Context) (any, error) {
+		select {
+		case s.working <- struct{}{}:
+			defer func() { <-s.working }()
+			return do(ctx)
+		case <-time.After(lookupTimeout):
+			return nil, refusal(http.StatusServiceUnavailable, "The server is busy.")
+		}
+	}
 }
 
 // fail tells the client what it may know of err, unless something was sent already, and returns what the log may know.
@@ -308,11 +317,6 @@ func (b *body) Read(p []byte) (n int, err error) {
 	n, err = b.Reader.Read(p)
 	b.digest.Write(p[:n])
 	b.size += n
-	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
-		err = refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
-	} else if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = refusal(http.StatusRequestTimeout, "The body did not arrive in time.")
-	}
 	return n, err
 }
 
@@ -387,6 +391,12 @@ func inputError(field string, err error) error {
 		field = strings.TrimSuffix(field+"."+inWords.Replace(e.Field), ".")
 		return invalid("%s: expected %s, not %.40q", field, inWords.Replace(e.Type.String()), e.Value)
 	}
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
+		return refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return refusal(http.StatusRequestTimeout, "The body did not arrive in time.")
+	}
 	if errors.Is(err, bufio.ErrTooLong) {
 		return invalid("%s: expected lines of at most %d bytes", field, maxLine)
 	}
@@ -445,11 +455,6 @@ func setField(into any, text []byte) (err error) {
 	return json.Unmarshal(text, into)
 }
 
-// checkRange refuses a range of valid or known times that nothing can lie in.
-func checkRange(times string, start, end micros) error {
-	return invalidIf(end <= start, "end_%[1]s: expected a time after start_%[1]s", times)
-}
-
 // checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts for.
 func checkTenant(c Caller, id uuid) error {
 	if id == "" || string(id) == c.tenant {
@@ -488,7 +493,8 @@ func (s *server) getSeries(_ *response, r *http.Request, c Caller) (work, error)
 func (s *server) getRuns(_ *response, r *http.Request, c Caller) (work, error) {
 	workflow, start, end, limit := label(""), firstTime, lastTime, int64(1000)
 	err := fields{"workflow_id": &workflow, "start_known": &start, "end_known": &end, "limit": &limit}.decodeQuery(r, c)
-	err = cmp.Or(err, checkRange("known", start, end), invalidIf(limit > maxRuns, "limit: expected at most %d", maxRuns))
+	err = cmp.Or(err, invalidIf(end <= start, "end_known: expected a time after start_known"),
+		invalidIf(limit > maxRuns, "limit: expected at most %d", maxRuns))
 	return func(ctx context.Context) (any, error) { return s.store.Runs(ctx, c, workflow, start, end, limit) }, err
 }
 
@@ -686,7 +692,8 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 		invalidIf(q.bucket != 0 && (q.overlapping || out.detail),
 			"bucket: aggregates only what mode=flat shows, without detail or all_versions"),
 		invalidIf(!slices.Contains([]label{"", "mean", "min", "max", "sum", "count"}, q.agg), "agg: expected mean, min, max, sum or count"),
-		checkRange("valid", q.start, q.end), checkRange("known", q.startKnown, q.endKnown))
+		invalidIf(q.end <= q.start, "end_valid: expected a time after start_valid"),
+		invalidIf(q.endKnown <= q.startKnown, "end_known: expected a time after start_known"))
 	return func(ctx context.Context) (any, error) {
 		out.start()
 		if err := s.store.Read(ctx, c, q, out.row); err != nil && err != errEnough {

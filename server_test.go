@@ -746,7 +746,7 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	}
 	mustExec(t, s.db, `COMMENT ON TABLE runs_table IS 'timedb schema 99'`)
 	for _, command := range []string{"api --port 0", "create tables -y"} {
-		if _, errs := mustRun(t, 1, dsn, "", strings.Fields(command)...); !strings.Contains(errs, "version 99") || !strings.Contains(errs, "use the timedb that made them") {
+		if _, errs := mustRun(t, 1, dsn, "", strings.Fields(command)...); !strings.Contains(errs, "version 99") || !strings.Contains(errs, "the timedb that made them") {
 			t.Errorf("%s on tables of a later version: %q", command, errs)
 		}
 	}
@@ -1881,6 +1881,28 @@ func TestRefusalReachesAClientThatIsStillSending(t *testing.T) {
 	if _, err := io.ReadFull(conn, answer); err != nil || string(answer) != "HTTP/1.1 422" {
 		t.Errorf("%q %v", answer, err)
 	}
+}
+
+// An answer that nobody reads must hold neither a connection to the database nor the place of a request that needs one.
+func TestClientsThatDoNotReadKeepNobodyWaiting(t *testing.T) { // S20, S23
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	mustExec(t, s.db, `INSERT INTO series_table (tenant_id, series_key, unit)
+		SELECT $1, repeat('long ', 80) || i, 'MW' FROM generate_series(1, 40000) AS i`, tenantA)
+	for range poolSize + 5 {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.(*net.TCPConn).SetReadBuffer(4096)
+		fmt.Fprintf(conn, "GET /list_timeseries HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n\r\n", key)
+		if _, err := io.ReadFull(conn, make([]byte, 16)); err != nil { // it has begun
+			t.Fatal(err)
+		}
+	}
+	s.must(t, 200, "GET", "/values?limit=1", key, "")
 }
 
 func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20

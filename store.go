@@ -69,7 +69,6 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	cfg = cfg.Clone()                                                                             // with room for parameters
 	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"                         // last, or temporary tables hide ours
 	cfg.Runtime["plan_cache_mode"] = cmp.Or(cfg.Runtime["plan_cache_mode"], "force_generic_plan") // Citus: auto
-	cfg.Runtime["enable_seqscan"] = "off"                                                         // or plans made for a small table stay
 	cfg.Runtime["jit"] = "off"                                                                    // it would take longer than the query
 	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
 	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
@@ -78,7 +77,7 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 		return nil, errBadDSN
 	}
 	if timeout > 0 {
-		connector.Dialer(boundedDialer{timeout: timeout + time.Second}) // later than PostgreSQL would say so itself
+		connector.Dialer(boundedConn{timeout: timeout + time.Second}) // later than PostgreSQL would say so itself
 	}
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(poolSize)
@@ -88,20 +87,17 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 	return &store{db: db, schema: schema, exposed: !near && cfg.SSLMode != pq.SSLModeVerifyFull}, nil
 }
 
-// boundedDialer connects to a database that may freeze: what is sent is taken and answered within timeout, or it fails.
-type boundedDialer struct {
-	pq.Dialer // nil: with a DialContext lib/pq calls no other method
-	timeout   time.Duration
-}
-
-func (d boundedDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, network, address)
-	return boundedConn{conn, d.timeout}, err
-}
-
+// boundedConn is a connection to a database that may freeze: what is sent is taken and answered within timeout, or it fails.
+// Before it has a net.Conn, it is the dialer that makes one.
 type boundedConn struct {
+	pq.Dialer // nil: with a DialContext lib/pq calls no other method
 	net.Conn
 	timeout time.Duration
+}
+
+func (c boundedConn) DialContext(ctx context.Context, network, address string) (_ net.Conn, err error) {
+	c.Conn, err = new(net.Dialer).DialContext(ctx, network, address)
+	return c, err
 }
 
 func (c boundedConn) Write(p []byte) (int, error) {
@@ -229,9 +225,8 @@ func (s *store) catalog(ctx context.Context) (c catalog, err error) {
 
 // check returns an error unless the tables, if there are any, are of this program's version.
 func (c catalog) check() error {
-	hint := map[bool]string{true: "run timedb create tables", false: "use the timedb that made them"}[c.version < schemaVersion]
-	return invalidIf(c.version != 0 && c.version != schemaVersion,
-		"the tables are of schema version %d and this timedb is for version %d: %s", c.version, schemaVersion, hint)
+	return invalidIf(c.version != 0 && c.version != schemaVersion, "the tables are of schema version %d and this timedb is for %d: "+
+		"run timedb create tables if they are older, or else the timedb that made them", c.version, schemaVersion)
 }
 
 // usersTableExists: true is present, false is proven absent, an error is neither.
