@@ -43,7 +43,6 @@ const (
 	writeTimeout      = 30 * time.Second // anew for each piece of a stream
 	idleTimeout       = 2 * time.Minute
 	drainTimeout      = 30 * time.Second // for running requests after SIGTERM
-	requestTimeout    = statementTimeout // for all of a request; what moves as it should ends long before
 	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
 	maxBody           = 64 << 20         // some 600,000 rows as JSON, of 24 bytes each once decoded
 	largeBody         = 1 << 20
@@ -231,7 +230,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 		_, _ = io.Copy(io.Discard, r.Body) // a client that is still sending would not see the answer; its error would say no more
 		return c, err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), statementTimeout) // what moves as it should ends long before
 	defer cancel()
 	if rt.access != "open" {
 		do = s.inTurn(do)
@@ -314,7 +313,10 @@ func (b *body) Read(p []byte) (n int, err error) {
 	if err := b.w.claimIf(b.size > largeBody); err != nil {
 		return 0, err // and no bytes: encoding/json would go on with them
 	}
-	n, err = b.Reader.Read(p)
+	n, err = io.ReadFull(b.Reader, p[:min(len(p), largeBody)]) // or encoding/json would look through white space anew at each packet
+	if n > 0 && err == io.ErrUnexpectedEOF {
+		err = nil // the next Read tells whether it is the end
+	}
 	b.digest.Write(p[:n])
 	b.size += n
 	return n, err

@@ -35,9 +35,8 @@ const (
 	poolSize           = 24               // keeps a dozen cores busy; several servers fit PostgreSQL's default of 100
 	lookupPool         = 8                // connections for looking up keys alone
 	connMaxLifetime    = 30 * time.Minute // retires a connection that went bad
-	connectTimeout     = 5 * time.Second
-	schemaVersion      = 2               // of the tables that this program knows; schema.sql writes it down
-	statementTimeout   = 5 * time.Minute // PostgreSQL ends a statement of the API then, whatever became of its server
+	schemaVersion      = 2                // of the tables that this program knows; schema.sql writes it down
+	statementTimeout   = 5 * time.Minute  // PostgreSQL ends a statement of the API then, whatever became of its server
 )
 
 // store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx and binds its tenant.
@@ -62,14 +61,13 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 		return nil, errBadDSN // a reserved character in the password has shifted what follows it
 	}
 	cfg.SSLMode = cmp.Or(cfg.SSLMode, pq.SSLModePrefer) // as libpq does; lib/pq would require TLS
-	cfg.ConnectTimeout = cmp.Or(cfg.ConnectTimeout, connectTimeout)
+	cfg.ConnectTimeout = cmp.Or(cfg.ConnectTimeout, lookupTimeout)
 	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "timedb")
 	cfg.BinaryParameters = true
 	cfg.TZ = "UTC"
 	cfg = cfg.Clone()                                                                             // with room for parameters
 	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"                         // last, or temporary tables hide ours
 	cfg.Runtime["plan_cache_mode"] = cmp.Or(cfg.Runtime["plan_cache_mode"], "force_generic_plan") // Citus: auto
-	cfg.Runtime["jit"] = "off"                                                                    // it would take longer than the query
 	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
 	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
 	connector, err := pq.NewConnectorConfig(cfg)
