@@ -14,7 +14,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"log/slog"
 	"maps"
@@ -282,10 +281,9 @@ func sendJSON(w *response, status int, v any) error {
 // body is what a request sends, unpacked. It is decoded while it arrives: a slow client holds only what it sent, as rows.
 type body struct {
 	io.Reader
-	w      *response
-	kind   string // its media type
-	size   int    // bytes read so far
-	digest hash.Hash
+	w    *response
+	kind string // its media type
+	size int    // bytes read so far
 }
 
 // openBody returns the body if it is of one of types.
@@ -294,7 +292,7 @@ func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
 		return nil, refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
 	}
-	b := &body{Reader: r.Body, w: w, kind: kind, digest: sha256.New()}
+	b := &body{Reader: r.Body, w: w, kind: kind}
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "", "identity":
 	case "gzip":
@@ -317,7 +315,6 @@ func (b *body) Read(p []byte) (n int, err error) {
 	if n > 0 && err == io.ErrUnexpectedEOF {
 		err = nil // the next Read tells whether it is the end
 	}
-	b.digest.Write(p[:n])
 	b.size += n
 	return n, err
 }
@@ -607,17 +604,19 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
 		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
 	b, err := openBody(w, r, "application/json", "text/csv")
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, err
-	case b.kind == "text/csv":
-		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(b))
-	default:
-		f["tenant_id"], f["value_rows"] = &tenant, list(u.add)
-		err = cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c))
 	}
-	fmt.Fprintf(b.digest, "%s?%s", b.kind, r.URL.Query().Encode())
-	b.digest.Sum(u.digest[:0])
+	digest := sha256.New()
+	in := io.TeeReader(b, digest)
+	if b.kind == "text/csv" {
+		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(in))
+	} else {
+		f["tenant_id"], f["value_rows"] = &tenant, list(u.add)
+		err = cmp.Or(f.decodeJSON(in), fields{}.decodeQuery(r, c))
+	}
+	fmt.Fprintf(digest, "%s?%s", b.kind, r.URL.Query().Encode())
+	digest.Sum(u.digest[:0])
 	return func(ctx context.Context) (any, error) {
 		ids, err := s.store.Upload(ctx, c, u)
 		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
