@@ -4416,18 +4416,25 @@ func TestFaultFrozenDatabaseIs503AndThenServesAgain(t *testing.T) {
 	s.must(t, 200, "GET", "/healthz", "", "")
 }
 
-func TestFaultFullPoolIs503AndKeysAreStillJudged(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	l := mustLedger(t, s)
+// mustLockValues makes every statement on values_table wait until the function that it returns is called.
+func (s *testServer) mustLockValues(t *testing.T) (unlock func()) {
+	t.Helper()
 	tx, err := s.db.Begin()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tx.Rollback()
+	t.Cleanup(func() { tx.Rollback() })
 	if _, err := tx.Exec("LOCK TABLE values_table"); err != nil {
 		t.Fatal(err)
 	}
+	return func() { tx.Rollback() }
+}
+
+func TestFaultFullPoolIs503AndKeysAreStillJudged(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	l := mustLedger(t, s)
+	unlock := s.mustLockValues(t)
 	var all sync.WaitGroup
 	for range poolSize + 20 {
 		all.Go(func() { l.send(t, s, "GET", "/values?series_key=load", "") })
@@ -4440,7 +4447,7 @@ func TestFaultFullPoolIs503AndKeysAreStillJudged(t *testing.T) {
 	for l.full() < 20 { // the 20 that got no connection
 		time.Sleep(10 * time.Millisecond)
 	}
-	tx.Rollback()
+	unlock()
 	all.Wait()
 	if l.counts != [3]int{poolSize, 20, 0} || len(l.other) > 0 {
 		t.Errorf("%v of 200, 503 and none, and %v", l.counts, l.other)
@@ -4475,14 +4482,7 @@ func TestFaultEndedStatementIs503AndStoresNothing(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	l := mustLedger(t, s)
-	tx, err := s.db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec("LOCK TABLE values_table"); err != nil {
-		t.Fatal(err)
-	}
+	unlock := s.mustLockValues(t)
 	done := make(chan bool)
 	go func() { done <- l.send(t, s, "POST", "/upload", runWith("", at("2025-02-01", "1"))) }()
 	for ended := ""; ended != "1"; time.Sleep(5 * time.Millisecond) { // as statement_timeout ends it, with SQLSTATE 57014
@@ -4492,7 +4492,7 @@ func TestFaultEndedStatementIs503AndStoresNothing(t *testing.T) {
 	if <-done || l.counts[1] != 1 {
 		t.Errorf("an upload whose statement was ended: %v %v", l.counts, l.other)
 	}
-	tx.Rollback()
+	unlock()
 	if got := s.stored(t); !strings.HasPrefix(got, "1 ") {
 		t.Errorf("stored %q", got)
 	}
