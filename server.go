@@ -176,7 +176,10 @@ func (w *response) send(status int, contentType string, piece []byte, last bool)
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
 	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding"), large: &s.large}
-	c, err := s.serve(w, r)
+	c, answer, err := s.serve(w, r)
+	if answer != "" {
+		err = w.sendJSON(http.StatusOK, answer)
+	}
 	broken, reason := err != nil && w.status != 0, ""
 	if err != nil {
 		reason = w.fail(err)
@@ -197,8 +200,9 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// serve is the only way to a handler: it authenticates, then looks whether the path exists, then checks access.
-func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
+// serve is the only way to a handler: it authenticates, then looks whether the path exists, then checks access. It returns the
+// JSON that is to be sent, or "" if an error is or the answer was sent already.
+func (s *server) serve(w *response, r *http.Request) (c Caller, answer string, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -210,49 +214,40 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	rt, known := handler.(route)
 	if rt.access != "open" {
 		if c, err = s.auth.authenticate(r); err != nil {
-			return c, err
+			return c, "", err
 		}
 	}
 	if !known {
 		handler.ServeHTTP(w, r)
 		if methods := w.Header().Get("Allow"); methods != "" {
-			return c, refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
+			return c, "", refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
 		}
-		return c, refusal(404, "There is nothing at this path.")
+		return c, "", refusal(404, "There is nothing at this path.")
 	}
 	if rt.access != "read" && c.readOnly {
-		return c, refusal(http.StatusForbidden, "This API key is read-only.")
+		return c, "", refusal(http.StatusForbidden, "This API key is read-only.")
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 	do, err := rt.handle(w, r, c)
 	if err != nil {
 		_, _ = io.Copy(io.Discard, r.Body) // a client that is still sending would not see the answer; its error would say no more
-		return c, err
+		return c, "", err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), statementTimeout) // what moves as it should ends long before
 	defer cancel()
-	if rt.access != "open" {
-		do = s.inTurn(do)
-	}
-	result, err := do(ctx)
-	if err == nil && result != nil {
-		err = sendJSON(w, http.StatusOK, result)
-	}
-	return c, err
-}
-
-// inTurn has do wait for one of as many places as the pool has connections, and leave it before the answer is sent: however
-// slowly a client reads, it keeps nobody waiting.
-func (s *server) inTurn(do work) work {
-	return func(ctx context.Context) (any, error) {
+	if rt.access != "open" { // the place is left before the answer is sent: however slowly a client reads, it keeps nobody waiting
 		select {
 		case s.working <- struct{}{}:
 			defer func() { <-s.working }()
-			return do(ctx)
 		case <-time.After(lookupTimeout):
-			return nil, refusal(http.StatusServiceUnavailable, "The server is busy.")
+			return c, "", refusal(http.StatusServiceUnavailable, "The server is busy.")
 		}
 	}
+	result, err := do(ctx)
+	if err == nil && result != nil {
+		answer = asJSON(result)
+	}
+	return c, answer, err
 }
 
 // fail tells the client what it may know of err, unless something was sent already, and returns what the log may know.
@@ -269,13 +264,13 @@ func (w *response) fail(err error) (reason string) {
 		w.Header().Set("Retry-After", "1")
 	}
 	if w.status == 0 {
-		_ = sendJSON(w, e.status, map[string]string{"detail": e.message}) // it fails only when the client is gone
+		_ = w.sendJSON(e.status, asJSON(map[string]string{"detail": e.message})) // it fails only when the client is gone
 	}
 	return cmp.Or(e.reason, e.message)
 }
 
-func sendJSON(w *response, status int, v any) error {
-	return w.send(status, "application/json", []byte(asJSON(v)+"\n"), true)
+func (w *response) sendJSON(status int, text string) error {
+	return w.send(status, "application/json", []byte(text+"\n"), true)
 }
 
 // body is what a request sends, unpacked. It is decoded while it arrives: a slow client holds only what it sent, as rows.
