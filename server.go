@@ -276,34 +276,31 @@ func (w *response) sendJSON(status int, text string) error {
 // body is what a request sends, unpacked. It is decoded while it arrives: a slow client holds only what it sent, as rows.
 type body struct {
 	io.Reader
-	w    *response
-	kind string // its media type
-	size int    // bytes read so far
+	w       *response
+	kind    string // its media type
+	size    int    // bytes read so far
+	refused error  // what Read returns if it cannot be read at all
 }
 
-// openBody returns the body if it is of one of types.
-func openBody(w *response, r *http.Request, types ...string) (*body, error) {
+// openBody returns the body, which is refused unless it is of one of types.
+func openBody(w *response, r *http.Request, types ...string) *body {
 	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8") {
-		return nil, refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
-	}
+	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
 	b := &body{Reader: r.Body, w: w, kind: kind}
-	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
-	case "", "identity":
-	case "gzip":
-		unpacked, err := gzip.NewReader(b.Reader)
-		if err != nil {
-			return nil, inputError("body", err)
-		}
-		b.Reader = http.MaxBytesReader(w, unpacked, maxBody)
-	default:
-		return nil, refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
+	switch {
+	case err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8"):
+		b.refused = refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
+	case encoding == "gzip":
+		unpacked, err := gzip.NewReader(r.Body)
+		b.Reader, b.refused = http.MaxBytesReader(w, unpacked, maxBody), inputError("body", err)
+	case encoding != "" && encoding != "identity":
+		b.refused = refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
 	}
-	return b, nil
+	return b
 }
 
 func (b *body) Read(p []byte) (n int, err error) {
-	if err := b.w.claimIf(b.size > largeBody); err != nil {
+	if err := cmp.Or(b.refused, b.w.claimIf(b.size > largeBody)); err != nil {
 		return 0, err // and no bytes: encoding/json would go on with them
 	}
 	n, err = io.ReadFull(b.Reader, p[:min(len(p), largeBody)]) // or encoding/json would look through white space anew at each packet
@@ -316,11 +313,7 @@ func (b *body) Read(p []byte) (n int, err error) {
 
 // decodeJSON decodes the body of a request that takes nothing but JSON.
 func decodeJSON(w *response, r *http.Request, c Caller, f fields) error {
-	b, err := openBody(w, r, "application/json")
-	if err != nil {
-		return err
-	}
-	return cmp.Or(f.decodeJSON(b), fields{}.decodeQuery(r, c))
+	return cmp.Or(f.decodeJSON(openBody(w, r, "application/json")), fields{}.decodeQuery(r, c))
 }
 
 // fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer. What is
@@ -598,12 +591,9 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 	u, tenant := &upload{workflowID: "api-workflow", points: map[seriesRef]*[]point{}}, uuid("")
 	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
 		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
-	b, err := openBody(w, r, "application/json", "text/csv")
-	if err != nil {
-		return nil, err
-	}
-	digest := sha256.New()
+	b, digest := openBody(w, r, "application/json", "text/csv"), sha256.New()
 	in := io.TeeReader(b, digest)
+	var err error
 	if b.kind == "text/csv" {
 		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(in))
 	} else {
