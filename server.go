@@ -508,12 +508,7 @@ func (u *upload) add(decode func(into any) error) error {
 	if err := checkPlace(row.ValidTime, row.ValidTimeEnd, ref, "value_key"); err != nil {
 		return err
 	}
-	points := u.points[ref]
-	if points == nil {
-		points = new([]point)
-		u.points[ref] = points
-	}
-	*points = append(*points, point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
+	u.points[ref] = append(u.points[ref], point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
 	u.rows++
 	return nil
 }
@@ -588,7 +583,7 @@ func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
 }
 
 func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
-	u, tenant := &upload{workflowID: "api-workflow", points: map[seriesRef]*[]point{}}, uuid("")
+	u, tenant := &upload{workflowID: "api-workflow", points: map[seriesRef][]point{}}, uuid("")
 	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
 		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
 	b, digest := openBody(w, r, "application/json", "text/csv"), sha256.New()

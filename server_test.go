@@ -1844,7 +1844,7 @@ func TestRefusedLargeBodyIsNotDecodedToItsEnd(t *testing.T) { // S23
 		r := httptest.NewRequest("POST", "/upload", strings.NewReader(text))
 		r.Header.Set("Content-Type", kind)
 		b := openBody(&response{ResponseWriter: httptest.NewRecorder(), large: &large}, r, kind)
-		u := &upload{points: map[seriesRef]*[]point{}}
+		u := &upload{points: map[seriesRef][]point{}}
 		var err error
 		if kind == "text/csv" {
 			err = u.decodeCSV(b)
@@ -4944,7 +4944,7 @@ func FuzzUploadCSV(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		u := &upload{points: map[seriesRef]*[]point{}}
+		u := &upload{points: map[seriesRef][]point{}}
 		err := u.decodeCSV(bytes.NewReader(body))
 		if err == nil {
 			if all, err := csv.NewReader(bytes.NewReader(body)).ReadAll(); err != nil || len(all) != u.rows+1 {
@@ -5026,7 +5026,7 @@ func FuzzKey(f *testing.F) {
 
 // decodeUpload decodes the body of an upload as POST /upload does, without a database.
 func decodeUpload(body []byte) (*upload, error) {
-	u := &upload{points: map[seriesRef]*[]point{}}
+	u := &upload{points: map[seriesRef][]point{}}
 	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
 		"series_descriptions": &u.descriptions, "value_rows": list(u.add)}.decodeJSON(bytes.NewReader(body))
 	return u, err

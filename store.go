@@ -397,8 +397,8 @@ type upload struct {
 	start, finish, known micros           // the latter two may be 0
 	params               *json.RawMessage // an object, or nil
 	descriptions         map[label]prose
-	points               map[seriesRef]*[]point // of each series, as the rows named it
-	row                  uploadRow              // the one that is being decoded
+	points               map[seriesRef][]point // of each series, as the rows named it
+	row                  uploadRow             // the one that is being decoded
 	rows                 int
 	digest               [32]byte // of the request, to tell a retry from a clash
 }
@@ -417,7 +417,7 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		points := map[string][]point{}
 		for i, x := range found {
 			ids[x.Key] = x.ID
-			points[x.ID] = append(points[x.ID], *u.points[refs[i]]...) // two refs may name one series
+			points[x.ID] = append(points[x.ID], u.points[refs[i]]...) // two refs may name one series
 		}
 		isNew, err := insertRun(ctx, c, tx, u)
 		if err != nil || !isNew {
