@@ -498,32 +498,21 @@ type uploadRow struct {
 func (u *upload) add(decode func(into any) error) error {
 	row := &u.row
 	*row = uploadRow{Value: notGiven}
-	if err := decode(row); err != nil {
-		return err
-	}
-	if row.Value == notGiven {
-		return invalid("value is required (a number or null)")
-	}
+	err := decode(row)
 	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
-	if err := checkPlace(row.ValidTime, row.ValidTimeEnd, ref, "value_key"); err != nil {
-		return err
+	err = cmp.Or(err, invalidIf(row.Value == notGiven, "value is required (a number or null)"),
+		checkTimes(row.ValidTime, row.ValidTimeEnd), invalidIf(ref == seriesRef{}, "value_key or series_id is required"))
+	if err == nil {
+		u.points[ref] = append(u.points[ref], point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
+		u.rows++
 	}
-	u.points[ref] = append(u.points[ref], point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
-	u.rows++
-	return nil
+	return err
 }
 
-// checkPlace says what is missing of where a value stands, or contradicts. keyField is how the request calls ref.Key.
-func checkPlace(time, end micros, ref seriesRef, keyField string) error {
-	switch {
-	case time == 0:
-		return invalid("valid_time is required")
-	case end != 0 && end <= time:
-		return invalid("valid_time_end: expected a time after valid_time")
-	case ref == seriesRef{}:
-		return invalid("%s or series_id is required", keyField)
-	}
-	return nil
+// checkTimes checks the times of a value. An end of 0 is none.
+func checkTimes(time, end micros) error {
+	return cmp.Or(invalidIf(time == 0, "valid_time is required"),
+		invalidIf(end != 0 && end <= time, "valid_time_end: expected a time after valid_time"))
 }
 
 // decodeCSV takes rows under a header line, in which the columns may have any order.
@@ -638,7 +627,8 @@ func decodeUpdate(c Caller, text json.RawMessage) (ref seriesRef, update map[str
 	tags = slices.Compact(tags)
 	changesNothing := update["value"] == nil && update["annotation"] == nil && update["tags"] == nil
 	return ref, update, cmp.Or(err, invalidIf(changesNothing, "value, annotation or tags is required"),
-		checkPlace(time, *cmp.Or(end, new(micros)), ref, "series_key"), checkTenant(c, tenant))
+		checkTimes(time, *cmp.Or(end, new(micros))),
+		invalidIf(ref == seriesRef{}, "series_key or series_id is required"), checkTenant(c, tenant))
 }
 
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
