@@ -615,11 +615,10 @@ func decodeUpdate(c Caller, text json.RawMessage) (ref seriesRef, update map[str
 	update = fields{"valid_time": &time, "valid_time_end": &end, "known_time": new(*micros), "run_id": new(*uuid), "tenant_id": &tenant,
 		"series_id": &ref.ID, "series_key": &ref.Key, "value": new(number), "annotation": new(prose), "tags": &tags}
 	absent := maps.Clone(update)
-	if err = fields(absent).decodeJSON(bytes.NewReader(text)); err != nil {
-		return ref, nil, err
-	}
+	err = fields(absent).decodeJSON(bytes.NewReader(text))
 	maps.DeleteFunc(update, func(name string, _ any) bool { return absent[name] != nil })
-	err = invalidIf(len(tags) > maxTags || slices.Contains(tags, ""), "tags: expected at most %d texts", maxTags) // "": a null among them
+	err = cmp.Or(err, invalidIf(len(tags) > maxTags || slices.Contains(tags, ""), // "": a null among them
+		"tags: expected at most %d texts", maxTags))
 	for i, tag := range tags {
 		tags[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
 	}
