@@ -127,8 +127,7 @@ BEGIN
         INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
                                   annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values")
         SELECT tenant, series_id, run_id, run_order, coalesce(old_version, 0) + 1, known_time, now, author,
-               annotation, tags, valid_time, valid_time, ARRAY[valid_time],
-               CASE WHEN valid_time_end IS NOT NULL THEN ARRAY[valid_time_end] END, ARRAY[value]
+               annotation, tags, valid_time, valid_time, ARRAY[valid_time], nullif(ARRAY[valid_time_end], '{NULL}'), ARRAY[value]
         FROM next, clock_timestamp() AS now WHERE run_id IS NOT NULL AND (old_version IS NULL OR differs)
         RETURNING series_id, run_id, valid_from, valid_time_ends[1] AS valid_time_end, version, value_id
     ), told AS (
