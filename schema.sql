@@ -165,8 +165,7 @@ CREATE TABLE IF NOT EXISTS users_table (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lower(email));
 -- The key before this one, if it was given a grace. Added here, because tables of an earlier version lack it.
-ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
-CREATE UNIQUE INDEX IF NOT EXISTS users_by_previous_digest ON users_table (previous_digest);
+ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea UNIQUE, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
 
 -- section: citus
 -- Spreads the tenants over the nodes, with all rows of one tenant on one node. users_table stays on the coordinator.
