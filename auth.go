@@ -130,7 +130,10 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 		return a.refuse(r, "expired key "+id)
 	}
 	if k.useIsStale && a.touching.CompareAndSwap(false, true) {
-		go a.noteUse(context.WithoutCancel(ctx), k.userID)
+		go func() { // beside the request, one at a time; what it misses, a later request notes
+			defer a.touching.Store(false)
+			_ = a.touch(context.WithoutCancel(ctx), k.userID) // best effort: a database that fails shows where it matters
+		}()
 	}
 	return Caller{tenant: k.tenant, email: k.email, keyID: id, readOnly: k.readOnly}, nil
 }
@@ -150,12 +153,6 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 		return Caller{}, &apiError{http.StatusForbidden, "Cross-origin requests are refused.", "cross-origin"}
 	}
 	return Caller{tenant: openTenant}, nil
-}
-
-// noteUse notes the use of a key beside the request, one at a time; what it misses, a later request notes.
-func (a *authenticator) noteUse(ctx context.Context, userID string) {
-	defer a.touching.Store(false)
-	_ = a.touch(ctx, userID) // best effort: a database that fails shows where it matters
 }
 
 // refuse answers any key that does not open the door, with the same bytes whatever the reason, until it was too often.
