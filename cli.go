@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	_ "embed"
-	"encoding"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -73,10 +72,8 @@ func (c *cli) flags() *flag.FlagSet {
 			set.StringVar(field, spelling, *field, "")
 		case *bool:
 			set.BoolVar(field, spelling, *field, "")
-		case *int:
-			set.IntVar(field, spelling, *field, "")
-		case encoding.TextUnmarshaler:
-			set.Func(spelling, "", func(text string) error { return inputError("--"+name, field.UnmarshalText([]byte(text))) })
+		default:
+			set.Func(spelling, "", func(text string) error { return inputError("--"+name, setField(field, []byte(text))) })
 		}
 	}
 	return set
