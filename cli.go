@@ -296,7 +296,7 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	}
 	defer lookups.db.Close()
 	lookups.db.SetMaxOpenConns(lookupPool)
-	auth := &authenticator{keys: lookups, usersTableExists: lookups.usersTableExists, touch: lookups.TouchKey,
+	auth := &authenticator{lookup: lookups.LookupKey, usersTableExists: lookups.usersTableExists, touch: lookups.TouchKey,
 		requireAuth: c.requireAuth, host: c.host}
 	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err
