@@ -185,9 +185,10 @@ func (c *cli) createTables(ctx context.Context, st *store) (err error) {
 	if err != nil || before.version > schemaVersion {
 		return cmp.Or(err, before.check())
 	}
-	users := c.withUsers || before.version == 1 && slices.Contains(before.names, "users_table") // which then lacks columns
-	text := schemaSections(c.schema, c.appRole, map[string]bool{"begin": true, "tables": true, "users": users,
-		"upgrade": before.version < schemaVersion, "app role": c.appRole != "", "citus": c.citus})
+	users := c.withUsers || slices.Contains(before.names, "users_table")
+	text := schemaSections(c.schema, c.appRole, map[string]bool{"begin": true, "tables": true, "citus": c.citus,
+		"users":   c.withUsers || users && before.version == 1, // which then lacks columns
+		"upgrade": before.version < schemaVersion, "app role": c.appRole != "", "app role with users": c.appRole != "" && users})
 	if c.dryRun {
 		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", text)
 	}

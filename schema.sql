@@ -186,11 +186,10 @@ COMMENT ON TABLE runs_table IS 'timedb schema 2';
 GRANT USAGE ON SCHEMA :schema TO :app_role;
 GRANT SELECT, INSERT ON runs_table, series_table, values_table TO :app_role;
 GRANT SELECT ON current_values TO :app_role;
-DO $timedb$ BEGIN
-    GRANT SELECT (user_id, tenant_id, email, key_digest, previous_digest, previous_ends_at, access, is_active, expires_at,
-        last_used_at), UPDATE (last_used_at) ON users_table TO :app_role;
-EXCEPTION WHEN undefined_table THEN NULL;  -- without users nothing is looked up
-END $timedb$;
+
+-- section: app role with users
+GRANT SELECT (user_id, tenant_id, email, key_digest, previous_digest, previous_ends_at, access, is_active, expires_at,
+    last_used_at), UPDATE (last_used_at) ON users_table TO :app_role;
 
 -- section: delete
 DROP VIEW IF EXISTS current_values;
