@@ -595,14 +595,11 @@ func (v *version) supersedes(w *version) bool {
 	return cmp.Or(cmp.Compare(v.Known, w.Known), cmp.Compare(v.Order, w.Order), cmp.Compare(v.Number, w.Number)) > 0
 }
 
-// element is one value of one version; a NULL value is NaN.
+// element is one value of one version; a NULL value is NaN. Whoever is given one may keep it only during the call.
 type element struct {
 	point
 	from *version // of an aggregate only its series counts
 }
-
-// emitter takes an element. It is valid only during the call.
-type emitter func(*element) error
 
 // merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
 // holds, in order, those that a later block may still supersede or precede; spare is room for the next merge.
@@ -643,7 +640,7 @@ func (m *merger) add(block []element) {
 }
 
 // flush emits the open elements before bound, which no later block can touch.
-func (m *merger) flush(bound micros, emit emitter) error {
+func (m *merger) flush(bound micros, emit func(*element) error) error {
 	n, _ := slices.BinarySearchFunc(m.open, bound, func(e element, t micros) int { return cmp.Compare(e.time, t) })
 	for i := range m.open[:n] {
 		if err := emit(&m.open[i]); err != nil {
@@ -687,7 +684,7 @@ const selectBlocks = `
 
 // Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time, valid_time),
 // then version. Memory holds what overlaps, not the result. An unknown series is a 404; an error of emit ends the read.
-func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit emitter) error {
+func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*element) error) error {
 	if q.bucket > 0 {
 		emit = inBuckets(micros(q.bucket), q.agg, emit)
 	}
@@ -775,9 +772,9 @@ func (d *blockDecoder) next(rows *sql.Rows, lead span) (*version, []element, err
 	return v, d.out, nil
 }
 
-// inBuckets returns an emitter that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
+// inBuckets returns an emit that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
 // to 1970-01-01 UTC. The first element beyond a bucket ends it. A sum that no float64 can hold is a 422: JSON has no infinity.
-func inBuckets(width micros, agg label, emit emitter) emitter {
+func inBuckets(width micros, agg label, emit func(*element) error) func(*element) error {
 	bucket := element{from: &version{}}
 	var n, sum, lo, hi float64
 	return func(e *element) error {
