@@ -277,8 +277,7 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	if c.name == "users activate" {
 		return c.report(st.SetActive(ctx, u.ID, true), "Activated %s.\n", u.Email)
 	}
-	verb := map[string]string{"users deactivate": "Deactivate", "users regenerate-key": "Replace the key of"}[c.name]
-	if err := c.confirm("%s %s of tenant %s?", verb, u.Email, u.Tenant); err != nil {
+	if err := c.confirm("%s: %s of tenant %s?", c.name, u.Email, u.Tenant); err != nil {
 		return err
 	}
 	if c.name == "users deactivate" {
