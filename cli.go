@@ -145,7 +145,7 @@ func (c *cli) execute(ctx context.Context) error {
 	if c.flagNames == "" || c.dryRun {
 		return c.run(c, ctx, nil)
 	}
-	st, err := openStore(c.dsn, c.schema, map[string]time.Duration{"api": statementTimeout}[c.name]) // others: 0, no timeout
+	st, err := openStore(c.dsn, c.schema, map[string]time.Duration{"api": statementTimeout}[c.name], poolSize) // others: 0, no timeout
 	if err != nil {
 		return err
 	}
@@ -290,19 +290,24 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 func (c *cli) api(ctx context.Context, st *store) error {
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
 	// Keys are looked up in a pool of their own: what is at work, or waits for a frozen database, keeps no one from being judged.
-	lookups, err := openStore(c.dsn, c.schema, lookupTimeout)
+	lookups, err := openStore(c.dsn, c.schema, lookupTimeout, lookupPool)
 	if err != nil {
 		return err
 	}
 	defer lookups.db.Close()
-	lookups.db.SetMaxOpenConns(lookupPool)
+	// And health is asked over a connection of its own, for which no crowd of requests waits.
+	health, err := openStore(c.dsn, c.schema, lookupTimeout, 1)
+	if err != nil {
+		return err
+	}
+	defer health.db.Close()
 	auth := &authenticator{lookup: lookups.LookupKey, usersTableExists: lookups.usersTableExists, touch: lookups.TouchKey,
 		requireAuth: c.requireAuth, host: c.host}
 	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err
 	}
 	srv := &http.Server{
-		Handler: newServer(st, auth, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
+		Handler: newServer(st, health, auth, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
 		ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: readTimeout + writeTimeout, IdleTimeout: idleTimeout,
 		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
 	}

@@ -8,8 +8,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"database/sql/driver"
-	_ "embed"
+	"embed"
 	"encoding"
+	"encoding/base64"
 	"encoding/csv"
 	"encoding/json"
 	"errors"
@@ -33,8 +34,8 @@ import (
 	"unicode"
 )
 
-//go:embed web/root.json
-var rootJSON string // what GET / answers
+//go:embed web
+var web embed.FS // what is served as it is, to everyone
 
 const (
 	readHeaderTimeout = 10 * time.Second
@@ -93,6 +94,7 @@ func (route) ServeHTTP(http.ResponseWriter, *http.Request) {} // for http.ServeM
 // server serves HTTP. It keeps no state that another server of the same database would have to know.
 type server struct {
 	store   *store
+	health  *store // over a connection of its own
 	auth    *authenticator
 	log     *slog.Logger
 	mux     *http.ServeMux
@@ -102,7 +104,9 @@ type server struct {
 
 func (s *server) routes() []route {
 	return []route{
-		{"GET /{$}", "open", s.getRoot},
+		{"GET /{$}", "open", getPage("root.json", "application/json")},
+		{"GET /openapi.json", "open", getPage("openapi.json", "application/json")},
+		{"GET /docs", "open", getPage("docs.html", "text/html; charset=utf-8")},
 		{"GET /healthz", "open", s.getHealth},
 		{"POST /upload", "write", s.postUpload},
 		{"GET /values", "read", s.getValues},
@@ -113,8 +117,8 @@ func (s *server) routes() []route {
 	}
 }
 
-func newServer(st *store, auth *authenticator, log *slog.Logger) *server {
-	s := &server{store: st, auth: auth, log: log, mux: http.NewServeMux(), working: make(chan struct{}, poolSize)}
+func newServer(st, health *store, auth *authenticator, log *slog.Logger) *server {
+	s := &server{store: st, health: health, auth: auth, log: log, mux: http.NewServeMux(), working: make(chan struct{}, poolSize)}
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, rt)
 	}
@@ -300,8 +304,8 @@ func openBody(w *response, r *http.Request, types ...string) *body {
 }
 
 func (b *body) Read(p []byte) (n int, err error) {
-	if err := cmp.Or(b.refused, b.w.claimIf(b.size > largeBody)); err != nil {
-		return 0, err // and no bytes: encoding/json would go on with them
+	if b.refused = cmp.Or(b.refused, b.w.claimIf(b.size > largeBody)); b.refused != nil {
+		return 0, b.refused // and no bytes: encoding/json would go on with them
 	}
 	n, err = io.ReadFull(b.Reader, p[:min(len(p), largeBody)]) // or encoding/json would look through white space anew at each packet
 	if n > 0 && err == io.ErrUnexpectedEOF {
@@ -450,15 +454,27 @@ func checkTenant(c Caller, id uuid) error {
 	return refusal(http.StatusForbidden, "tenant_id is not the tenant of this API key.")
 }
 
-func (s *server) getRoot(*response, *http.Request, Caller) (work, error) {
-	return func(context.Context) (any, error) { return json.RawMessage(rootJSON), nil }, nil
+// getPage sends a file of web/. In a browser nothing runs in it but its own script, which is known by its digest.
+func getPage(name, contentType string) func(*response, *http.Request, Caller) (work, error) {
+	text, err := web.ReadFile("web/" + name)
+	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+	for _, tag := range []string{"script", "style"} {
+		_, inline, _ := bytes.Cut(text, []byte("<"+tag+">"))
+		inline, _, _ = bytes.Cut(inline, []byte("</"+tag+">"))
+		digest := sha256.Sum256(inline)
+		policy += fmt.Sprintf("; %s-src 'sha256-%s'", tag, base64.StdEncoding.EncodeToString(digest[:]))
+	}
+	return func(w *response, _ *http.Request, _ Caller) (work, error) {
+		w.Header().Set("Content-Security-Policy", policy)
+		return func(context.Context) (any, error) { return nil, w.send(http.StatusOK, contentType, text, true) }, err
+	}
 }
 
 func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
 	return func(ctx context.Context) (any, error) {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
-		_, err := s.auth.usersTableExists(ctx)
+		_, err := s.health.catalog(ctx)
 		return map[string]string{"status": "ok"}, err
 	}, nil
 }

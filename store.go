@@ -51,8 +51,9 @@ var errBadDSN = errors.New("the DSN cannot be read: expected postgresql://user:p
 	"reserved characters of the password) or key=value pairs")
 
 // openStore prepares a pool of connections that see schema alone; it does not connect yet. timeout ends a statement on
-// the database's side; 0 means never. An error never holds any part of the DSN, as lib/pq's would.
-func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
+// the database's side; 0 means never. connections is the most that there will be. An error never holds any part of the
+// DSN, as lib/pq's would.
+func openStore(dsn, schema string, timeout time.Duration, connections int) (*store, error) {
 	if os.Getenv("PGSERVICE") != "" {
 		return nil, errors.New("PGSERVICE is set and would override the DSN: unset it")
 	}
@@ -78,8 +79,8 @@ func openStore(dsn, schema string, timeout time.Duration) (*store, error) {
 		connector.Dialer(boundedConn{timeout: timeout + time.Second}) // later than PostgreSQL would say so itself
 	}
 	db := sql.OpenDB(connector)
-	db.SetMaxOpenConns(poolSize)
-	db.SetMaxIdleConns(poolSize)
+	db.SetMaxOpenConns(connections)
+	db.SetMaxIdleConns(connections)
 	db.SetConnMaxLifetime(connMaxLifetime)
 	near := (isLoopback(cfg.Host) || strings.HasPrefix(cfg.Host, "/")) && len(cfg.Multi) == 0 && !cfg.Hostaddr.IsValid() // "/": a socket
 	return &store{db: db, schema: schema, exposed: !near && cfg.SSLMode != pq.SSLModeVerifyFull}, nil
