@@ -14,10 +14,12 @@ package main
 //   Read             rows, modes, windows, streams
 //   Model            random histories against a naive model
 //   Correct          PUT /values
+//   Document         openapi.json against the routes, the answers and its own examples
 //   Faults           killed servers and databases, cut and frozen connections, overload, shutdown; script/faults runs them for longer
 //   Benchmarks, fuzz targets
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"compress/gzip"
@@ -43,6 +45,7 @@ import (
 	"go/token"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/big"
 	"math/rand"
@@ -3984,6 +3987,387 @@ func TestConcurrentCorrectionsOfOneValueAreAllKept(t *testing.T) {
 	together(2, func(i int) { s.do("PUT", "/values", key, update(`"tags":["t`+strconv.Itoa(i)+`"]`)) })
 	if got := mustQuery(t, s.db, `SELECT string_agg(version::text, ' ' ORDER BY version) FROM values_table WHERE tags IS NOT NULL`); got != "10 11" {
 		t.Errorf("two at once made the versions %s", got)
+	}
+}
+
+// ---- Document
+
+type object = map[string]any
+
+// document is web/openapi.json: its text, which alone knows the order of members, and what it says.
+type document struct {
+	t          *testing.T
+	text       string
+	root       object
+	operations map[string]object // by "METHOD path"
+	seen       map[string]bool   // answers that were checked, as "METHOD path status type"
+}
+
+func mustDocument(t *testing.T) *document {
+	t.Helper()
+	text, _ := web.ReadFile("web/openapi.json")
+	d := &document{t, string(text), mustDecode[object](t, string(text)), map[string]object{}, map[string]bool{}}
+	for path, item := range d.at(d.root, "paths") {
+		for method, operation := range d.at(item) {
+			d.operations[strings.ToUpper(method)+" "+path] = d.at(operation)
+		}
+	}
+	return d
+}
+
+// at follows members from a node down, and any $ref on the way. What is not there is an empty object.
+func (d *document) at(node any, names ...string) object {
+	found, _ := node.(object)
+	if ref, ok := found["$ref"].(string); ok {
+		return d.at(d.root, append(strings.Split(strings.TrimPrefix(ref, "#/"), "/"), names...)...)
+	}
+	if len(names) > 0 {
+		return d.at(found[names[0]], names[1:]...)
+	}
+	return found
+}
+
+// absent stands for a member that is not there: it satisfies every schema, but shows broken all keywords of it.
+type absent struct{}
+
+var jsonTypes = map[string]string{"<nil>": "null", "bool": "boolean", "string": "string", "float64": "number",
+	"[]interface {}": "array", "map[string]interface {}": "object"}
+
+// broken says what a decoded JSON value has that its schema does not allow. It knows the keywords that the document uses and
+// fails the test at any other, so that none can be written that nothing checks.
+func (d *document) broken(schema object, value any) (err error) {
+	members, isObject := value.(object)
+	elements, isList := value.([]any)
+	text, isText := value.(string)
+	size, sized := value.(float64) // of a number, or the length
+	if isText || isList {
+		size, sized = float64(max(len([]rune(text)), len(elements))), true
+	}
+	within := func(schema, value any) { err = cmp.Or(err, d.broken(schema.(object), value)) }
+	for keyword, want := range schema {
+		ok := true
+		limit, _ := want.(float64)
+		list, _ := want.([]any)
+		switch keyword {
+		case "title", "description", "default", "example", "examples", "contentMediaType":
+		case "$ref":
+			within(d.at(schema), value)
+		case "type":
+			list, kind := append(list, want), jsonTypes[fmt.Sprintf("%T", value)]
+			ok = slices.Contains(list, any(kind)) || kind == "number" && size == math.Trunc(size) && slices.Contains(list, any("integer"))
+		case "const":
+			ok = value == want
+		case "enum":
+			ok = slices.Contains(list, value)
+		case "format":
+			_, notTime := time.Parse(time.RFC3339, text)
+			ok = !isText || want == "date-time" && notTime == nil || want == "uuid" && uuidPattern.MatchString(text)
+		case "pattern":
+			ok = !isText || regexp.MustCompile(want.(string)).MatchString(text)
+		case "minimum", "minLength", "minItems":
+			ok = !sized || size >= limit
+		case "maximum", "maxLength", "maxItems":
+			ok = !sized || size <= limit
+		case "items":
+			for _, element := range append(slices.Clone(elements), absent{}) {
+				within(want, element)
+			}
+		case "required":
+			for _, name := range list {
+				_, given := members[name.(string)]
+				ok = ok && (given || !isObject)
+			}
+		case "properties":
+			for name, property := range d.at(want) {
+				member, given := members[name]
+				within(property, map[bool]any{true: member, false: absent{}}[given])
+			}
+		case "additionalProperties":
+			within(d.at(want), absent{})
+			for name, member := range members {
+				if d.at(schema, "properties")[name] == nil {
+					ok = ok && want != false
+					within(d.at(want), member)
+				}
+			}
+		case "anyOf", "allOf":
+			kept := slices.DeleteFunc(slices.Clone(list), func(s any) bool { return d.broken(s.(object), value) != nil })
+			ok = len(kept) == len(list) || keyword == "anyOf" && len(kept) > 0
+		default:
+			d.t.Fatalf("this test does not know the keyword %s", keyword)
+		}
+		if value != any(absent{}) && !ok {
+			err = fmt.Errorf("%s %.200v is broken by %.200v", keyword, want, value)
+		}
+	}
+	return err
+}
+
+// check looks whether an answer to an operation, such as "GET /values", is as the document says, and returns its body.
+func (d *document) check(operation string, resp *http.Response, body string) string {
+	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	d.seen[fmt.Sprint(operation, " ", resp.StatusCode, " ", kind)] = true
+	described := d.at(d.operations[operation], "responses", strconv.Itoa(resp.StatusCode))
+	var value any = body
+	if json.Unmarshal([]byte(body), &value) != nil && kind == "application/json" {
+		d.t.Errorf("%s: no JSON: %q", operation, body)
+	}
+	schema := d.at(described, "content", kind, "schema")
+	err := d.broken(schema, value)
+	for name, header := range d.at(described, "headers") {
+		err = cmp.Or(err, d.broken(d.at(header, "schema"), resp.Header.Get(name)))
+	}
+	if err != nil || len(schema) == 0 {
+		d.t.Errorf("%s: the document does not describe status %d with %s: %v: %.500s", operation, resp.StatusCode, kind, err, body)
+	}
+	return body
+}
+
+// try sends a request, such as "GET /values?limit=1", which must be answered with the status want and as described.
+func (d *document) try(s *testServer, want int, request, key, body string, header ...string) string {
+	method, path, _ := strings.Cut(request, " ")
+	operation, _, _ := strings.Cut(request, "?")
+	resp, text, err := s.do(method, path, key, body, header...)
+	if err != nil || resp.StatusCode != want {
+		d.t.Fatalf("%s %.300s: %v %v %s, want %d", request, body, err, resp, text, want)
+	}
+	return d.check(operation, resp, text)
+}
+
+func TestDocumentListsTheRoutesAndWhatTheyNeed(t *testing.T) {
+	d := mustDocument(t)
+	routes, described := map[string]bool{}, map[string]bool{} // whether they are open
+	for _, rt := range (&server{}).routes() {
+		routes[strings.TrimSuffix(rt.pattern, "{$}")] = rt.access == "open"
+	}
+	for name, operation := range d.operations {
+		security, own := operation["security"].([]any) // without its own the document's holds
+		described[name] = own && len(security) == 0
+	}
+	if !reflect.DeepEqual(routes, described) || fmt.Sprint(d.root["security"]) != "[map[ApiKey:[]]]" {
+		t.Errorf("the document describes %v, by security %v; the routes are %v", described, d.root["security"], routes)
+	}
+	if n := strings.Count(d.text, `"version": "`); n == 0 || n != strings.Count(d.text, `"version": "`+release+`"`) {
+		t.Errorf("the document is not of version %s", release)
+	}
+}
+
+// Every answer that can be provoked must be described, and every one that is described must be provoked.
+func TestDocumentDescribesEveryAnswerAndNoOther(t *testing.T) {
+	t.Parallel()
+	d, s := mustDocument(t), mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	readOnly, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-q", "--read-only", "-t", tenantA, "-e", "r@example.com")
+	named := `"run_id":"` + nobody + `",`
+	for _, c := range []struct {
+		status        int
+		request, body string
+	}{
+		{200, "GET /", ""}, {200, "GET /healthz", ""}, {200, "GET /docs", ""}, {200, "GET /openapi.json", ""},
+		{200, "GET /list_timeseries", ""}, {200, "GET /runs", ""}, {200, "GET /values", ""}, {200, "POST /upload", oneValue},
+		{200, "POST /upload", runWith(named + `"run_params":{"n":[1]},"series_descriptions":null,`)},
+		{200, "POST /upload", runWith("", at("2025-01-02", "null"), at("2025-01-03", "1e300", `,"valid_time_end":"2025-01-04"`))},
+		{200, "PUT /values", update(`"value":2.5,"annotation":"why","tags":["b","A"]`)}, {200, "PUT /values", update(`"value":2.5`)},
+		{200, "POST /series", `{"name":"s","unit":"MW","description":"d"}`}, {200, "POST /series", `{"name":"s","unit":"MW"}`},
+		{200, "GET /values?limit=3", ""}, {200, "GET /values?detail=true", ""}, {200, "GET /values?all_versions=1&mode=overlapping", ""},
+		{200, "GET /values?bucket=1h&agg=count", ""}, {200, "GET /values?format=csv&detail=true", ""},
+		{200, "GET /values?mode=overlapping&format=csv", ""}, {200, "GET /list_timeseries", ""}, {200, "GET /runs", ""},
+		{404, "POST /upload", runWith("", `{"valid_time":"2025-01-01","series_id":"`+nobody+`","value":1}`)},
+		{404, "GET /values?series_key=nope", ""}, {404, "PUT /values", strings.Replace(update(`"value":1`), "load", "nope", 1)},
+		{409, "POST /upload", runWith(named, at("2025-01-01", "1"))}, {409, "POST /series", `{"name":"s","unit":"kW"}`},
+	} {
+		d.try(s, c.status, c.request, key, c.body)
+	}
+	raw := func(s *testServer, operation, request string) {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		io.WriteString(conn, request)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		d.check(operation, resp, string(body))
+	}
+	raw(s, "GET /values", "GET /values HTTP/1.0\r\nX-API-Key: "+key+"\r\n\r\n")
+	without := func(failure error, patience time.Duration) *testServer { // a server without a database; patience: for a body
+		usersTable := func(context.Context) (bool, error) { return false, failure }
+		hs := httptest.NewUnstartedServer(newServer(nil, &authenticator{usersTableExists: usersTable}, slog.New(slog.DiscardHandler)))
+		hs.Config.ReadTimeout = patience
+		hs.Start()
+		t.Cleanup(hs.Close)
+		return &testServer{url: hs.URL, client: hs.Client()}
+	}
+	down, bug, hasty := without(io.EOF, 0), without(nil, 0), without(nil, 100*time.Millisecond)
+	d.try(down, 503, "GET /healthz", "", "")
+	d.try(without(errors.New("a bug"), 0), 500, "GET /healthz", "", "")
+	bodies := map[string]string{"POST /upload": oneValue, "PUT /values": update(`"value":1`), "POST /series": `{"name":"x"}`}
+	tooLarge := gzipped(`{"` + strings.Repeat("x", maxBody)) // one long name: it is read the fastest
+	for operation, spec := range d.operations {
+		if spec["security"] != nil {
+			continue
+		}
+		body := bodies[operation]
+		d.try(s, 401, operation, "", body)
+		d.try(s, 403, operation+"?tenant_id="+tenantB, key, body)
+		d.try(s, 422, operation+"?nope=1", key, body)
+		d.try(bug, 500, operation, "", body)
+		d.try(down, 503, operation, "", body)
+		if body != "" {
+			d.try(s, 403, operation, strings.TrimSpace(readOnly), body)
+			d.try(s, 413, operation, key, tooLarge, "Content-Encoding: gzip")
+			d.try(s, 415, operation, key, body, "Content-Type: text/plain")
+			raw(hasty, operation, operation+" HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+		}
+	}
+	for operation, spec := range d.operations {
+		method, path, _ := strings.Cut(operation, " ")
+		for tries := 0; spec["security"] == nil && tries < 3*failureBurst && !d.seen[operation+" 429 application/json"]; tries++ {
+			resp, text, err := s.do(method, path, "x", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.check(operation, resp, text)
+		}
+		for status, answer := range d.at(spec, "responses") {
+			for kind := range d.at(answer, "content") {
+				if !d.seen[operation+" "+status+" "+kind] {
+					t.Errorf("%s is said to answer %s with %s, which it never did", operation, status, kind)
+				}
+			}
+		}
+	}
+}
+
+// examples calls fn with each example and default under a node, and with its schema.
+func (d *document) examples(node any, fn func(schema object, example any)) {
+	members, _ := node.(object)
+	elements, _ := node.([]any)
+	list, _ := members["examples"].([]any) // of a schema itself
+	if standard, given := members["default"]; given {
+		list = append(list, standard)
+	}
+	for _, example := range list {
+		fn(members, example)
+	}
+	if schema := d.at(members["schema"]); len(schema) > 0 { // of a parameter, a header or a body
+		if example, given := members["example"]; given || len(d.at(members, "examples")) == 0 {
+			fn(schema, example)
+		}
+		for _, example := range d.at(members, "examples") {
+			fn(schema, d.at(example)["value"])
+		}
+	}
+	for _, child := range slices.AppendSeq(elements, maps.Values(members)) {
+		d.examples(child, fn)
+	}
+}
+
+func TestExamplesOfTheDocumentFitTheirSchemas(t *testing.T) {
+	d, count := mustDocument(t), 0
+	d.examples(d.root, func(schema object, example any) {
+		count++
+		if err := d.broken(schema, example); err != nil {
+			t.Errorf("the example %.200v does not fit its schema: %v", example, err)
+		}
+	})
+	if count < 80 {
+		t.Errorf("only %d examples were found", count)
+	}
+}
+
+var variesInAnswers = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|"(change_time|inserted_at|value_id)":[^,}]*`)
+
+// essence is what must be the same in two answers to one request: no ids, no times of writing. The rest is in parts, sorted,
+// because members may be in any order.
+func essence(answer any) []string {
+	constant := variesInAnswers.ReplaceAllString(asJSON(answer), "")
+	parts := strings.FieldsFunc(constant, func(r rune) bool { return strings.ContainsRune("{},", r) })
+	slices.Sort(parts)
+	return parts
+}
+
+// The examples of requests are sent in the order in which they stand, as a reader of the docs page would; then the reads
+// again, because the answers that are shown are those after all writes. x-query tells the parameters.
+func TestExamplesOfTheDocumentAreAnsweredAsItShows(t *testing.T) {
+	t.Parallel()
+	d, s := mustDocument(t), mustServer(t)
+	key := s.mustUser(t, "3b241101-e2bb-4255-8caf-4136c566a962", "anna@example.com")
+	type sending struct {
+		request, kind, name string
+		example, shown      object
+	}
+	var writes, reads []sending
+	for request, spec := range d.operations {
+		answers := d.at(spec, "responses", "200", "content")
+		for kind, content := range d.at(spec, "requestBody", "content") {
+			for name, example := range d.at(content, "examples") {
+				writes = append(writes, sending{request, kind, name, d.at(example), d.at(answers, "application/json", "examples", name)})
+			}
+		}
+		for kind, content := range answers {
+			for name, example := range d.at(content, "examples") {
+				if strings.HasPrefix(request, "GET ") {
+					reads = append(reads, sending{request, kind, name, object{"x-query": d.at(example)["x-query"]}, d.at(example)})
+				}
+			}
+		}
+	}
+	place := func(x sending) int { return strings.Index(d.text, strconv.Quote(x.name)+":") }
+	all := append(writes, reads...)
+	slices.SortFunc(all, func(x, y sending) int { return cmp.Compare(place(x), place(y)) })
+	for i, x := range append(all, reads...) {
+		query, body := url.Values{}, ""
+		for name, value := range d.at(x.example, "x-query") {
+			query.Set(name, value.(string))
+		}
+		switch value := x.example["value"].(type) {
+		case string:
+			body = value // CSV
+		case object:
+			body = asJSON(value)
+		}
+		text := d.try(s, 200, x.request+"?"+query.Encode(), key, body, "Content-Type: "+x.kind)
+		var answer any = text
+		_ = json.Unmarshal([]byte(text), &answer) // or it is CSV
+		if (body != "" || i >= len(all)) && !slices.Equal(essence(answer), essence(x.shown["value"])) {
+			t.Errorf("%s?%s %s: %s\nthe document shows %v", x.request, query.Encode(), body, text, x.shown["value"])
+		}
+	}
+	if len(writes) < 6 || len(reads) < 6 {
+		t.Errorf("only %d writes and %d reads were found", len(writes), len(reads))
+	}
+}
+
+// The server names what it takes when it refuses a parameter, a field or a column that it does not know.
+func TestDocumentNamesTheParametersAndFieldsThatThereAre(t *testing.T) {
+	t.Parallel()
+	d, s := mustDocument(t), mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	for _, c := range []struct{ request, body, kind, schema string }{ // without a schema it is about parameters
+		{"GET /values?nope=1", "", "", ""}, {"GET /runs?nope=1", "", "", ""}, {"GET /list_timeseries?nope=1", "", "", ""},
+		{"POST /upload?nope=1", "x", "text/csv", ""}, {"PUT /values?nope=1", `{"updates":[]}`, "", ""},
+		{"POST /series?nope=1", `{"name":"x"}`, "", ""}, {"POST /upload", `{"nope":1}`, "", "Upload"},
+		{"POST /upload?run_start_time=2025-01-01", "nope", "text/csv", "UploadRow"}, {"PUT /values", `{"nope":1}`, "", "Updates"},
+		{"PUT /values", `{"updates":[{"nope":1}]}`, "", "Update"}, {"POST /series", `{"nope":1}`, "", "NewSeries"},
+	} {
+		text := d.try(s, 422, c.request, key, c.body, "Content-Type: "+cmp.Or(c.kind, "application/json"))
+		_, taken, _ := strings.Cut(strings.ReplaceAll(text, "also ", ""), "there are ")
+		operation, _, _ := strings.Cut(c.request, "?")
+		names := slices.Collect(maps.Keys(d.at(d.root, "components", "schemas", c.schema, "properties")))
+		parameters, _ := d.operations[operation]["parameters"].([]any)
+		for _, p := range parameters {
+			if p := d.at(p); c.schema == "" && p["in"] == "query" {
+				names = append(names, p["name"].(string))
+			}
+		}
+		slices.Sort(names)
+		if described := strings.Join(names, ", "); described+"\"}\n" != taken {
+			t.Errorf("%s %s: the document names %s\nthe server takes %s", c.request, c.schema, described, taken)
+		}
 	}
 }
 
