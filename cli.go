@@ -35,7 +35,7 @@ type cli struct {
 	tenant                                                                                   uuid
 	expires                                                                                  expiry
 	grace                                                                                    span
-	port                                                                                     int
+	port                                                                                     int64
 }
 
 // command is one line of the command table. "!" marks flags that must be given.
@@ -307,7 +307,7 @@ func (c *cli) api(ctx context.Context, st *store) error {
 		return err
 	}
 	srv := &http.Server{
-		Handler: newServer(st, health, auth, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
+		Handler: newServer(st, health.usersTableExists, auth, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
 		ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: readTimeout + writeTimeout, IdleTimeout: idleTimeout,
 		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
 	}
@@ -351,6 +351,7 @@ func (c *cli) checkStart(ctx context.Context, st *store, auth *authenticator, lo
 			log.Warn(text)
 		}
 	}
+	warnIf(found.version == 0, "there are no tables, so requests get 503: run timedb create tables")
 	warnIf(!exists, "there is no users_table: everyone is served, or with --require-auth refused")
 	warnIf(!local && c.tlsCert == "", "keys and data cross the network in plain text: use --tls-cert, or put a TLS proxy in front")
 	warnIf(st.exposed, "whoever is between here and the database can listen in: use sslmode=verify-full")

@@ -46,9 +46,10 @@ const (
 	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
 	maxBody           = 64 << 20         // some 600,000 rows as JSON, of 24 bytes each once decoded
 	largeBody         = 1 << 20
-	maxLarge          = 16     // large requests at once: fewer than the pool has connections, so small ones find one
-	maxUpdates        = 10_000 // per PUT /values: they hold their tenant's lock together
-	maxTags           = 100    // of one value
+	maxLarge          = 16      // large requests at once: fewer than the pool has connections, so small ones find one
+	maxSeries         = 100_000 // of one upload: each takes some hundred bytes, whatever its rows
+	maxUpdates        = 10_000  // per PUT /values: they hold their tenant's lock together
+	maxTags           = 100     // of one value
 	maxParams         = 16 << 10
 	maxLine           = 4 << 10  // of a CSV
 	maxRuns           = 10_000   // per GET /runs: they are collected in memory
@@ -94,7 +95,7 @@ func (route) ServeHTTP(http.ResponseWriter, *http.Request) {} // for http.ServeM
 // server serves HTTP. It keeps no state that another server of the same database would have to know.
 type server struct {
 	store   *store
-	health  *store // over a connection of its own
+	health  func(context.Context) (bool, error) // an error: the database does not answer
 	auth    *authenticator
 	log     *slog.Logger
 	mux     *http.ServeMux
@@ -117,7 +118,7 @@ func (s *server) routes() []route {
 	}
 }
 
-func newServer(st, health *store, auth *authenticator, log *slog.Logger) *server {
+func newServer(st *store, health func(context.Context) (bool, error), auth *authenticator, log *slog.Logger) *server {
 	s := &server{store: st, health: health, auth: auth, log: log, mux: http.NewServeMux(), working: make(chan struct{}, poolSize)}
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, rt)
@@ -195,7 +196,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	level := map[bool]slog.Level{true: slog.LevelError, false: slog.LevelInfo}[broken || w.status >= 500]
-	hide := func(text string) string { return keyPattern.ReplaceAllLiteralString(text, "(a key)") } // wherever it was pasted
+	hide := func(text string) string { return secretPattern.ReplaceAllLiteralString(text, "(a key)") } // wherever it was pasted
 	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hide(r.URL.Path), "status", w.status, "broken", broken,
 		"reason", hide(reason), "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
 		"duration", time.Since(begin).Round(time.Microsecond))
@@ -243,6 +244,8 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, answer string, e
 		select {
 		case s.working <- struct{}{}:
 			defer func() { <-s.working }()
+		case <-ctx.Done(): // nobody waits for the answer
+			return c, "", ctx.Err()
 		case <-time.After(lookupTimeout):
 			return c, "", refusal(http.StatusServiceUnavailable, "The server is busy.")
 		}
@@ -474,7 +477,7 @@ func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
 	return func(ctx context.Context) (any, error) {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
-		_, err := s.health.catalog(ctx)
+		_, err := s.health(ctx)
 		return map[string]string{"status": "ok"}, err
 	}, nil
 }
@@ -521,6 +524,7 @@ func (u *upload) add(decode func(into any) error) error {
 	if err == nil {
 		u.points[ref] = append(u.points[ref], point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
 		u.rows++
+		err = invalidIf(len(u.points) > maxSeries, "series: expected at most %d in one upload", maxSeries)
 	}
 	return err
 }

@@ -1166,10 +1166,10 @@ const (
 func TestEveryRouteNeedsAKey(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
-	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/runs", "/", "/healthz", "/nope", "/values/",
-		"/values/x", "//values", "/./values", "/upload?x=%zz", "/users", "/debug/pprof/", "/.git/config"} {
+	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/runs", "/", "/healthz", "/docs", "/openapi.json",
+		"/nope", "/values/", "/docs/", "/values/x", "//values", "/./values", "/upload?x=%zz", "/users", "/debug/pprof/", "/.git/config"} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"} {
-			isOpen := (path == "/" || path == "/healthz") && (method == "GET" || method == "HEAD")
+			isOpen := slices.Contains([]string{"/", "/healthz", "/docs", "/openapi.json"}, path) && (method == "GET" || method == "HEAD")
 			resp, body, err := s.do(method, path, "", "")
 			if err != nil {
 				t.Fatal(err)
@@ -1198,12 +1198,40 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 	}
 }
 
+func TestPageRunsNothingButItsOwnScript(t *testing.T) { // script/browser sees that browsers mind it
+	t.Parallel()
+	s := mustServer(t)
+	resp, page, err := s.do("GET", "/docs", "", "")
+	if err != nil || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" {
+		t.Fatal(resp, err)
+	}
+	policy := resp.Header.Get("Content-Security-Policy")
+	for _, tag := range []string{"script", "style"} {
+		if strings.Count(page, "<"+tag) != 1 || strings.Count(page, "</"+tag+">") != 1 {
+			t.Errorf("there is not just one <%s>", tag)
+		}
+		_, inline, _ := strings.Cut(page, "<"+tag+">")
+		inline, _, _ = strings.Cut(inline, "</"+tag+">")
+		digest := sha256.Sum256([]byte(inline))
+		if want := fmt.Sprintf("; %s-src 'sha256-%s'", tag, base64.StdEncoding.EncodeToString(digest[:])); !strings.Contains(policy, want) || inline == "" {
+			t.Errorf("the policy %q lacks %q", policy, want)
+		}
+	}
+	if !strings.HasPrefix(policy, "default-src 'none'; ") || strings.Contains(policy, "unsafe") || !strings.Contains(policy, "frame-ancestors 'none'") {
+		t.Errorf("the policy is %q", policy)
+	}
+	if found := regexp.MustCompile(`innerHTML|insertAdjacentHTML|document\.write|eval\(|\bsrc=|Storage|https?://`).FindString(
+		strings.ReplaceAll(page, "http://www.w3.org/2000/svg", "")); found != "" {
+		t.Errorf("the page has %q", found)
+	}
+}
+
 func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key := s.mustUser(t, tenantA, "a@example.com")
 	for path, allow := range map[string]string{
-		"/upload": "POST", "/values": "GET PUT", "/series": "POST", "/list_timeseries": "GET", "/": "GET",
+		"/upload": "POST", "/values": "GET PUT", "/series": "POST", "/list_timeseries": "GET", "/": "GET", "/docs": "GET",
 	} {
 		resp, _, err := s.do("DELETE", path, key, "")
 		if err != nil || resp.StatusCode != 405 {
@@ -1857,9 +1885,30 @@ func TestRefusedLargeBodyIsNotDecodedToItsEnd(t *testing.T) { // S23
 		if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 503 {
 			t.Errorf("%s beyond the limit: %v", kind, err)
 		}
+		large.Store(0) // a place that is free again is too late for it
+		if _, again := b.Read(make([]byte, 1)); again != err {
+			t.Errorf("%s: a body that was refused is then read: %v", kind, again)
+		}
 		if b.size > 2*largeBody || u.rows > 60_000 {
 			t.Errorf("%s: %d bytes and %d rows were read of a body that was refused", kind, b.size, u.rows)
 		}
+	}
+}
+
+func TestUploadOfTooManySeriesIs422AndStoresNothing(t *testing.T) { // S23
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	body := []byte("valid_time,value_key,value\n")
+	for i := range maxSeries + 1 {
+		body = fmt.Appendf(body, "2025-01-01,%d,1\n", i)
+	}
+	answer := s.must(t, 422, "POST", "/upload?run_start_time=2025-01-01", key, string(body), "Content-Type: text/csv")
+	if want := fmt.Sprintf("line[%d].series: expected at most 100000 in one upload", maxSeries+2); !strings.Contains(answer, want) {
+		t.Errorf("got %s, want %s", answer, want)
+	}
+	if n := mustQuery(t, s.db, `SELECT count(*) FROM series_table`); n != "0" {
+		t.Errorf("%s series are stored", n)
 	}
 }
 
@@ -1964,6 +2013,7 @@ func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
 	s.must(t, 422, "GET", "/values?series_key=a%0d%0alevel=INFO%20msg=forged&nope=1", key, "")
 	s.must(t, 401, "GET", "/"+unknown[:12]+"%0d%0aforged", "x", "")
 	s.must(t, 404, "GET", "/"+key, key, "") // a key that is pasted into the wrong place
+	s.must(t, 422, "GET", "/values?limit="+key, key, "")
 	s.must(t, 404, "GET", "/values?series_key="+key, key, "")
 	s.must(t, 422, "GET", "/values?"+key+"=1", key, "")
 	s.stop()
@@ -4195,7 +4245,7 @@ func TestDocumentDescribesEveryAnswerAndNoOther(t *testing.T) {
 	raw(s, "GET /values", "GET /values HTTP/1.0\r\nX-API-Key: "+key+"\r\n\r\n")
 	without := func(failure error, patience time.Duration) *testServer { // a server without a database; patience: for a body
 		usersTable := func(context.Context) (bool, error) { return false, failure }
-		hs := httptest.NewUnstartedServer(newServer(nil, &authenticator{usersTableExists: usersTable}, slog.New(slog.DiscardHandler)))
+		hs := httptest.NewUnstartedServer(newServer(nil, usersTable, &authenticator{usersTableExists: usersTable}, slog.New(slog.DiscardHandler)))
 		hs.Config.ReadTimeout = patience
 		hs.Start()
 		t.Cleanup(hs.Close)
@@ -4559,6 +4609,28 @@ func (p *proxy) cut() {
 		conn.(net.Conn).Close()
 		return true
 	})
+}
+
+func TestFaultFrozenDatabaseIsGivenUpWithinItsConnectTimeout(t *testing.T) {
+	t.Parallel()
+	p := mustProxy(t, mustDatabase(t))
+	st, err := openStore(p.dsn+"?connect_timeout=1", "public", statementTimeout, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.db.Close()
+	p.mu.Lock() // it accepts, and says nothing
+	defer p.mu.Unlock()
+	failed := make(chan error, 1)
+	go func() { failed <- st.db.Ping() }()
+	select {
+	case err := <-failed:
+		if err == nil || !unavailable(err) {
+			t.Errorf("Ping: %v", err)
+		}
+	case <-time.After(30 * time.Second): // and not after statementTimeout
+		t.Error("it still waits to be connected")
+	}
 }
 
 // ledger remembers what servers have acknowledged, to compare it to what is stored.
@@ -4985,8 +5057,10 @@ func TestFaultSoakGrowsNothing(t *testing.T) {
 		before, connections, heap := state()
 		l.work(ctx, t, 8).Wait()
 		stop()
-		l.check(t, s.db)
-		l.runs, l.notes = map[string]int{}, map[string]bool{} // or the ledger is what grows
+		if part > 1 {
+			l.check(t, s.db)
+			l.runs, l.notes = map[string]int{}, map[string]bool{} // or the ledger is what grows
+		}
 		after, connectionsAfter, heapAfter := state()
 		t.Logf("goroutines %d → %d, connections %s → %s, heap %d → %d KiB", before, after, connections, connectionsAfter, heap>>10, heapAfter>>10)
 		if many, _ := strconv.Atoi(connectionsAfter); part > 1 && (after > before+10 || many > poolSize+lookupPool+1 || heapAfter > heap+16<<20) {

@@ -76,7 +76,7 @@ func openStore(dsn, schema string, timeout time.Duration, connections int) (*sto
 		return nil, errBadDSN
 	}
 	if timeout > 0 {
-		connector.Dialer(boundedConn{timeout: timeout + time.Second}) // later than PostgreSQL would say so itself
+		connector.Dialer(&boundedConn{timeout: timeout + time.Second}) // later than PostgreSQL would say so itself
 	}
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(connections)
@@ -91,16 +91,24 @@ func openStore(dsn, schema string, timeout time.Duration, connections int) (*sto
 type boundedConn struct {
 	pq.Dialer // nil: with a DialContext lib/pq calls no other method
 	net.Conn
-	timeout time.Duration
+	timeout    time.Duration
+	connecting bool // lib/pq has set a deadline of its own, for connecting
 }
 
-func (c boundedConn) DialContext(ctx context.Context, network, address string) (_ net.Conn, err error) {
-	c.Conn, err = new(net.Dialer).DialContext(ctx, network, address)
-	return c, err
+func (c *boundedConn) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, address)
+	return &boundedConn{Conn: conn, timeout: c.timeout}, err
 }
 
-func (c boundedConn) Write(p []byte) (int, error) {
-	_ = c.SetDeadline(time.Now().Add(c.timeout)) // it fails on a closed connection only, and then so does Write
+func (c *boundedConn) SetDeadline(t time.Time) error {
+	c.connecting = !t.IsZero()
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *boundedConn) Write(p []byte) (int, error) {
+	if !c.connecting {
+		_ = c.Conn.SetDeadline(time.Now().Add(c.timeout)) // it fails on a closed connection only, and then so does Write
+	}
 	return c.Conn.Write(p)
 }
 
