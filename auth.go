@@ -59,10 +59,15 @@ type keyRecord struct {
 	useIsStale                bool // last_used_at is due
 }
 
+// keyLookup finds a user, in whatever state, by a key's SHA-256 digest; if there is none, a record without a digest.
+type keyLookup interface {
+	LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
+}
+
 // authenticator decides for every request; it lives as long as the server.
 type authenticator struct {
-	lookup           func(ctx context.Context, digest []byte) (keyRecord, error) // in whatever state; without a digest if there is none
-	usersTableExists func(context.Context) (bool, error)                         // false: proven absent; an error: unknown
+	keys             keyLookup
+	usersTableExists func(context.Context) (bool, error) // false: proven absent; an error: unknown
 	touch            func(ctx context.Context, userID string) error
 	requireAuth      bool   // refuse everyone, rather than admit everyone, while there is no users_table
 	host             string // the host that the server was told to listen on
@@ -114,7 +119,7 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	}
 	digest := sha256.Sum256([]byte(key))
 	id := key[len("tdb_"):][:8] // the part that may be shown
-	k, err := a.lookup(ctx, digest[:])
+	k, err := a.keys.LookupKey(ctx, digest[:])
 	if err != nil {
 		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database is not available.", "key lookup: " + err.Error()}
 	}

@@ -277,7 +277,8 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	if c.name == "users activate" {
 		return c.report(st.SetActive(ctx, u.ID, true), "Activated %s.\n", u.Email)
 	}
-	if err := c.confirm("%s: %s of tenant %s?", c.name, u.Email, u.Tenant); err != nil {
+	verb := map[string]string{"users deactivate": "Deactivate", "users regenerate-key": "Replace the key of"}[c.name]
+	if err := c.confirm("%s %s of tenant %s?", verb, u.Email, u.Tenant); err != nil {
 		return err
 	}
 	if c.name == "users deactivate" {
@@ -301,13 +302,14 @@ func (c *cli) api(ctx context.Context, st *store) error {
 		return err
 	}
 	defer health.db.Close()
-	auth := &authenticator{lookup: lookups.LookupKey, usersTableExists: lookups.usersTableExists, touch: lookups.TouchKey,
+	auth := &authenticator{keys: lookups, usersTableExists: lookups.usersTableExists, touch: lookups.TouchKey,
 		requireAuth: c.requireAuth, host: c.host}
 	if err := c.checkStart(ctx, st, auth, log); err != nil {
 		return err
 	}
 	srv := &http.Server{
-		Handler: newServer(st, health.usersTableExists, auth, log), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
+		Handler:  newServer(st, health.usersTableExists, auth, log),
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
 		ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: readTimeout + writeTimeout, IdleTimeout: idleTimeout,
 		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
 	}

@@ -99,7 +99,8 @@ BEGIN
         SELECT DISTINCT ON (u.series_id, r.run_id, u.valid_time, u.valid_time_end) i.number, u.series_id, u.valid_time,
                u.valid_time_end, num_nonnulls(u.run_id, u.known_time) > 0 AS names_run, r.run_id, r.run_order, r.known_time,
                n.*, (n.value, n.annotation, n.tags) IS DISTINCT FROM (e.value, e.annotation, e.tags) AS differs,
-               e.version AS old_version, e.version IS NULL AND NOT item ? 'value' AS lacks_value
+               e.version AS old_version, e.version IS NULL AND NOT bool_and(item ? 'value')
+                   OVER (PARTITION BY u.series_id, r.run_id, u.valid_time, u.valid_time_end) AS lacks_value
         FROM jsonb_array_elements(updates) WITH ORDINALITY AS i (item, number)
         CROSS JOIN LATERAL jsonb_to_record(i.item) AS u (series_id uuid, run_id uuid, known_time timestamptz,
             valid_time timestamptz, valid_time_end timestamptz, value float8, annotation text, tags text[])
