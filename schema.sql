@@ -90,7 +90,6 @@ RETURN replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.00
 -- update are those of the request, with series_id in place of series_key. All or nothing: SQLSTATE TD404 and TD422 say
 -- why not. width_bucket is a binary search in a sorted array.
 CREATE OR REPLACE FUNCTION correct_values(tenant uuid, author text, updates jsonb, OUT answer json) LANGUAGE plpgsql AS $timedb$
-DECLARE refusal text;
 BEGIN
     -- Corrections within a tenant wait for each other, so that each sees the one before. This lock needs no UPDATE
     -- privilege. Two tenants with the same hash would merely wait.
@@ -135,17 +134,17 @@ BEGIN
                WHEN n.run_id IS NULL AND n.names_run THEN '404updates[%s]: no run has this run_id or known_time'
                WHEN n.run_id IS NULL THEN '404updates[%s]: the series has no value at this valid_time and valid_time_end'
                WHEN n.lacks_value THEN '422updates[%s]: value is required, because the run has none at this valid_time' END AS problem,
-               json_strip_nulls(json_build_object('run_id', n.run_id, 'tenant_id', tenant, 'valid_time', iso_time(n.valid_time),
-                   'series_id', n.series_id, 'value_id', s.value_id, 'version', coalesce(s.version, n.old_version))) AS item
+               json_build_object('run_id', n.run_id, 'tenant_id', tenant, 'valid_time', iso_time(n.valid_time),
+                   'series_id', n.series_id, 'value_id', s.value_id, 'version', coalesce(s.version, n.old_version)) AS item
         FROM next n LEFT JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.run_id
              AND s.valid_from = n.valid_time AND s.valid_time_end IS NOT DISTINCT FROM n.valid_time_end
     )
-    SELECT (array_agg(format(problem, number - 1) ORDER BY number) FILTER (WHERE problem IS NOT NULL))[1],
-           json_build_object('updated', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NOT NULL), '[]'),
-               'skipped_no_ops', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NULL), '[]'))
-    INTO refusal, answer FROM told;
-    IF refusal IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'TD' || left(refusal, 3), MESSAGE = substr(refusal, 4);
+    SELECT json_strip_nulls(json_build_object('refusal', (array_agg(format(problem, number - 1) ORDER BY problem IS NULL, number))[1],
+               'updated', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NOT NULL), '[]'),
+               'skipped_no_ops', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NULL), '[]')))
+    INTO answer FROM told;
+    IF answer ->> 'refusal' IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'TD' || left(answer ->> 'refusal', 3), MESSAGE = substr(answer ->> 'refusal', 4);
     END IF;
 END $timedb$;
 
