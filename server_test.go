@@ -15,6 +15,7 @@ package main
 //   Model            random histories against a naive model
 //   Correct          PUT /values
 //   Document         openapi.json against the routes, the answers and its own examples
+//   SQL              what docs/SQL.md says, run as it stands there
 //   Faults           killed servers and databases, cut and frozen connections, overload, shutdown; script/faults runs them for longer
 //   Benchmarks, fuzz targets
 
@@ -4419,6 +4420,154 @@ func TestDocumentNamesTheParametersAndFieldsThatThereAre(t *testing.T) {
 			t.Errorf("%s %s: the document names %s\nthe server takes %s", c.request, c.schema, described, taken)
 		}
 	}
+}
+
+// ---- SQL
+
+// mustNorth uploads what the queries of docs/SQL.md ask for, as the page's tenant and with other values as tenant B, and runs the
+// page's SQL for that tenant's role. It returns the page's queries as they then run, with Grafana's macros written out as the page
+// says; and the database as that role.
+func mustNorth(t *testing.T) (s *testServer, key string, queries []string, reader *sql.DB) {
+	t.Helper()
+	s = mustServer(t)
+	key = s.mustUser(t, "7d1f0c52-3b8e-4f5a-9c46-2a6be01d9f37", "north@example.com")
+	other := s.mustUser(t, tenantB, "b@example.com")
+	day := func(value int, name string, step time.Duration) (csv string) { // from an hour before the day to an hour after it
+		for at := -time.Hour; at <= 24*time.Hour; at += step {
+			csv += fmt.Sprintf("%s,%s,%d\n", time.Date(2025, 1, 2, 0, 0, 0, 0, time.UTC).Add(at).Format(time.RFC3339), name, value+int(at/step))
+		}
+		return csv
+	}
+	now := time.Now().UTC().Truncate(time.Hour) // in the middle of a row of values_table
+	later := fmt.Sprintf("%s,wind_measured,-7\n%s,wind_measured,-8\n", now.Format(time.RFC3339), now.Add(5*time.Hour).Format(time.RFC3339))
+	for _, run := range []struct{ key, known, csv string }{
+		{key, "2025-01-01T12:00Z", day(100, "wind_forecast", time.Hour)}, {key, "2025-01-02T06:00Z", day(200, "wind_forecast", time.Hour)},
+		{key, "2025-01-03", day(90, "wind_measured", 20*time.Minute) + later},
+		{other, "2025-01-01T13:00Z", day(700, "wind_forecast", time.Hour)}, {other, "2025-01-03", day(700, "wind_measured", time.Minute)},
+	} {
+		s.must(t, 200, "POST", "/upload?run_start_time=2025-01-01&known_time="+run.known, run.key,
+			"valid_time,value_key,value\n"+run.csv, "Content-Type: text/csv")
+	}
+	correct := func(series, hour, value string) string {
+		return `{"series_key":"` + series + `","valid_time":"2025-01-02T` + hour + `Z","value":` + value + `}`
+	}
+	s.must(t, 200, "PUT", "/values", key, `{"updates":[`+strings.Join([]string{correct("wind_measured", "05:20", "null"),
+		correct("wind_measured", "07:00", "null"), correct("wind_measured", "07:20", "null"), correct("wind_measured", "07:40", "null"),
+		strings.Replace(correct("wind_forecast", "03:00", "50"), "{", `{"known_time":"2025-01-01T12:00Z",`, 1)}, ",")+`]}`)
+	page, err := os.ReadFile("docs/SQL.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?s)\n```sql\n(.*?)```").FindAllStringSubmatch(string(page), -1)
+	expanded := regexp.MustCompile("expand: `(.*)`, and `(.*)`").FindStringSubmatch(string(page))
+	if len(blocks) != 5 || expanded == nil {
+		t.Fatalf("docs/SQL.md has %d blocks of SQL and macros %q", len(blocks), expanded)
+	}
+	// A role belongs to the cluster, and this test's database has another name.
+	role, password := fmt.Sprintf("timedb_test_north_%016x", rand.Uint64()), fmt.Sprintf("north-password-%x", rand.Uint64())
+	database := strings.TrimPrefix(mustParse(t, s.dsn).Path, "/")
+	names := strings.NewReplacer("north_reader", role, "DATABASE timedb", "DATABASE "+database)
+	t.Cleanup(func() { mustExec(t, s.db, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
+	mustExec(t, s.db, "GRANT CREATE ON SCHEMA public TO PUBLIC") // as PostgreSQL 14 has it
+	mustExec(t, s.db, names.Replace(blocks[3][1]))
+	mustExec(t, s.db, "ALTER ROLE "+role+" PASSWORD '"+password+"'")
+	macros := strings.NewReplacer("$__time(valid_time)", expanded[1], "$__timeFilter(valid_time)", expanded[2])
+	for _, i := range []int{0, 1, 2, 4} {
+		queries = append(queries, macros.Replace(blocks[i][1]))
+	}
+	return s, key, queries, mustOpen(t, databaseURL(database, url.UserPassword(role, password))+"&timezone=UTC")
+}
+
+func TestQueriesOfTheSQLDocumentAnswerAsTheAPIDoes(t *testing.T) {
+	t.Parallel()
+	s, key, queries, reader := mustNorth(t)
+	const day = "/values?start_valid=2025-01-02&end_valid=2025-01-03&series_key="
+	read := func(path string) []answerRow {
+		return mustDecode[readAnswer](t, s.must(t, 200, "GET", path, key, "")).Data
+	}
+	type row = map[string]any
+	want := make([][]row, len(queries))
+	for _, r := range read(day + "wind_measured&bucket=PT1H&agg=mean") {
+		want[0] = append(want[0], row{"hour": r.Valid, "mean": r.Value})
+	}
+	newest, measured := map[string]answerRow{}, map[time.Time]float64{}
+	for _, r := range read("/values?end_valid=" + time.Now().UTC().Format(time.RFC3339)) {
+		newest[r.Series] = r
+	}
+	for _, id := range slices.Sorted(maps.Keys(newest)) {
+		r := newest[id]
+		want[1] = append(want[1], row{"series_key": r.Key, "valid_time": r.Valid, "value": r.Value, "unit": r.Unit})
+	}
+	for _, r := range read(day + "wind_measured") {
+		if want[3] = append(want[3], row{"time": r.Valid, "wind_measured": r.Value}); r.Value != nil {
+			measured[r.Valid] = *r.Value
+		}
+	}
+	for _, r := range read(day + "wind_forecast&end_known=2025-01-02") {
+		if m, ok := measured[r.Valid]; ok {
+			want[2] = append(want[2], row{"valid_time": r.Valid, "forecast": r.Value, "measured": m, "error": *r.Value - m})
+		}
+	}
+	// What is known beforehand, so that the two are not wrong together.
+	for i, known := range []string{`05:00:00Z","mean":106}`, `"value":-7}`, `{"error":-49,"forecast":50,"measured":99,`,
+		`05:20:00Z","wind_measured":null}`} {
+		wanted, _ := json.Marshal(want[i])
+		if len(want[i]) != []int{23, 2, 23, 72}[i] || !strings.Contains(string(wanted), known) {
+			t.Errorf("the API answers %d rows %s, want %s in it", len(want[i]), wanted, known)
+		}
+		query := "SELECT replace(json_agg(q)::text, '+00:00', 'Z') FROM (" + strings.TrimSuffix(queries[i], ";\n") + ") AS q"
+		for name, db := range map[string]*sql.DB{"owner": mustOpen(t, s.dsn+"&timezone=UTC"), "role": reader} {
+			if got, _ := json.Marshal(mustDecode[[]row](t, mustQuery(t, db, query))); string(got) != string(wanted) {
+				t.Errorf("%s\nanswers the %s\n%s\nwant\n%s", queries[i], name, got, wanted)
+			}
+		}
+	}
+}
+
+func TestSQLRoleOfATenantSeesItsTenantAndNothingElse(t *testing.T) {
+	t.Parallel()
+	s, _, _, reader := mustNorth(t)
+	const north = "7d1f0c52-3b8e-4f5a-9c46-2a6be01d9f37"
+	for _, view := range []string{"current_values", "values_table", "series_table"} {
+		const digest = `SELECT concat(count(*), ' ', md5(string_agg(v::text, ',' ORDER BY v::text))) FROM `
+		want := mustQuery(t, s.db, digest+"public."+view+" v WHERE tenant_id = $1", north)
+		if got := mustQuery(t, reader, digest+view+" v"); got != want || strings.HasPrefix(got, "0") {
+			t.Errorf("%s shows the role %s, want %s", view, got, want)
+		}
+	}
+	// A function that tells what it is given, and that the planner would like to call first, is given no other tenant's rows.
+	mustExec(t, s.db, `CREATE FUNCTION tell(tenant uuid) RETURNS boolean IMMUTABLE COST 0.0001 LANGUAGE plpgsql AS $$ BEGIN
+		IF tenant <> '`+north+`' THEN RAISE EXCEPTION 'told of %', tenant; END IF; RETURN true; END $$`)
+	for _, view := range []string{"current_values", "values_table", "series_table"} {
+		mustExec(t, reader, `SET enable_indexscan = off; SET enable_bitmapscan = off; SELECT FROM `+view+` WHERE public.tell(tenant_id)`)
+	}
+	for _, refused := range []string{
+		`SELECT FROM public.current_values`, `SELECT FROM public.values_table`, `SELECT FROM public.series_table`, `SELECT FROM public.runs_table`,
+		`SELECT FROM public.users_table`, `INSERT INTO public.runs_table (tenant_id) VALUES (NULL)`,
+		`UPDATE public.users_table SET is_active = true`,
+		`INSERT INTO series_table (series_key) VALUES ('x')`, `UPDATE values_table SET annotation = 'x'`, `DELETE FROM series_table`,
+		`SET search_path = public; SELECT correct_values('` + north + `', 'x', '[]')`, `TRUNCATE public.values_table`,
+		`DROP VIEW north.current_values`,
+		`CREATE TABLE public.x ()`, `CREATE TABLE north.x ()`, `CREATE TEMPORARY TABLE x ()`, `CREATE SCHEMA x`, `CREATE VIEW north.x AS SELECT`,
+		`CREATE FUNCTION pg_temp.x() RETURNS int RETURN 1`, `CREATE FUNCTION public.x() RETURNS int RETURN 1`, `CREATE ROLE x`,
+		`COPY (SELECT) TO PROGRAM 'true'`, `SELECT pg_read_file('PG_VERSION')`,
+		`SET ROLE ` + pq.QuoteIdentifier(mustQuery(t, s.db, `SELECT current_user`)),
+	} {
+		_, err := reader.Exec(refused)
+		if failed, ok := errors.AsType[*pq.Error](err); !ok || failed.Code != "42501" {
+			t.Errorf("%s: %v, want it to be denied", refused, err)
+		}
+	}
+	if got := mustQuery(t, reader, `SELECT concat_ws(' ', current_setting('statement_timeout'), current_setting('search_path'), rolconnlimit)
+		FROM pg_roles WHERE rolname = user`); got != "30s north 5" {
+		t.Errorf("the role's limits are %q", got)
+	}
+	mustCreateTables(t, s.dsn) // as an upgrade does; and what depends on the tables keeps them
+	if _, stderr := mustRun(t, 1, s.dsn, "", "delete", "tables", "-y"); !strings.Contains(stderr, "depend") {
+		t.Errorf("delete tables beside the tenant's schema says %q", stderr)
+	}
+	mustExec(t, s.db, "DROP SCHEMA north CASCADE")
+	mustRun(t, 0, s.dsn, "", "delete", "tables", "-y")
 }
 
 // ---- Faults
