@@ -35,7 +35,7 @@ type cli struct {
 	tenant                                                                                   uuid
 	expires                                                                                  expiry
 	grace                                                                                    span
-	port                                                                                     int64
+	port                                                                                     int
 }
 
 // command is one line of the command table. "!" marks flags that must be given.
@@ -72,6 +72,8 @@ func (c *cli) flags() *flag.FlagSet {
 			set.StringVar(field, spelling, *field, "")
 		case *bool:
 			set.BoolVar(field, spelling, *field, "")
+		case *int:
+			set.IntVar(field, spelling, *field, "")
 		default:
 			set.Func(spelling, "", func(text string) error { return inputError("--"+name, setField(field, []byte(text))) })
 		}
