@@ -40,9 +40,7 @@ const (
 
 // A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.
 var keyPattern = regexp.MustCompile(`(tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43})[A-Za-z0-9_-]{6}`)
-
-// secretPattern finds a key, or what is left of one that was cut off, in a text that is to be logged.
-var secretPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]*`)
+var secretPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]*`) // a key in a text, or what is left of one
 
 // Caller is whom a request acts for. Only this file makes one; every method of store that touches tenant data takes it.
 type Caller struct {

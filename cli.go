@@ -292,13 +292,13 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 
 func (c *cli) api(ctx context.Context, st *store) error {
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
-	// Keys are looked up in a pool of their own: what is at work, or waits for a frozen database, keeps no one from being judged.
+	// Keys are looked up in a pool of their own, and health by a connection of its own: what is at work, or waits for a frozen
+	// database, keeps no one from being judged, and a crowd to be judged keeps no one from asking whether it is well.
 	lookups, err := openStore(c.dsn, c.schema, lookupTimeout, lookupPool)
 	if err != nil {
 		return err
 	}
 	defer lookups.db.Close()
-	// And health is asked over a connection of its own, for which no crowd of requests waits.
 	health, err := openStore(c.dsn, c.schema, lookupTimeout, 1)
 	if err != nil {
 		return err

@@ -183,7 +183,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding"), large: &s.large}
 	c, answer, err := s.serve(w, r)
 	if answer != "" {
-		err = w.sendJSON(http.StatusOK, answer)
+		err = w.send(http.StatusOK, "application/json", []byte(answer), true)
 	}
 	broken, reason := err != nil && w.status != 0, ""
 	if err != nil {
@@ -195,7 +195,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if reason == unlogged {
 		return
 	}
-	level := map[bool]slog.Level{true: slog.LevelError, false: slog.LevelInfo}[broken || w.status >= 500]
+	level := map[bool]slog.Level{true: slog.LevelError, false: slog.LevelInfo}[(broken || w.status >= 500) && r.Context().Err() == nil]
 	hide := func(text string) string { return secretPattern.ReplaceAllLiteralString(text, "(a key)") } // wherever it was pasted
 	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hide(r.URL.Path), "status", w.status, "broken", broken,
 		"reason", hide(reason), "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
@@ -252,7 +252,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, answer string, e
 	}
 	result, err := do(ctx)
 	if err == nil && result != nil {
-		answer = asJSON(result)
+		answer = asJSON(result) + "\n"
 	}
 	return c, answer, err
 }
@@ -271,13 +271,10 @@ func (w *response) fail(err error) (reason string) {
 		w.Header().Set("Retry-After", "1")
 	}
 	if w.status == 0 {
-		_ = w.sendJSON(e.status, asJSON(map[string]string{"detail": e.message})) // it fails only when the client is gone
+		detail := asJSON(map[string]string{"detail": e.message}) + "\n"
+		_ = w.send(e.status, "application/json", []byte(detail), true) // it fails only when the client is gone
 	}
 	return cmp.Or(e.reason, e.message)
-}
-
-func (w *response) sendJSON(status int, text string) error {
-	return w.send(status, "application/json", []byte(text+"\n"), true)
 }
 
 // body is what a request sends, unpacked. It is decoded while it arrives: a slow client holds only what it sent, as rows.
@@ -374,7 +371,8 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 var inWords = strings.NewReplacer("*", "", "[]main.label", "list of texts", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
 	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "main.uuid", "UUID",
 	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
-	"main.number", "finite number or null", "main.uploadRow", "object", "bool", "true or false", "int64", "whole number of at least 1")
+	"main.number", "finite number or null", "main.uploadRow", "object", "main.rawJSON", "at most 1 MiB", "bool", "true or false",
+	"int64", "whole number of at least 1")
 
 // inputError says what is wrong with the input at field. What says so already passes.
 func inputError(field string, err error) error {
@@ -461,11 +459,9 @@ func checkTenant(c Caller, id uuid) error {
 func getPage(name, contentType string) func(*response, *http.Request, Caller) (work, error) {
 	text, err := web.ReadFile("web/" + name)
 	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-	for _, tag := range []string{"script", "style"} {
-		_, inline, _ := bytes.Cut(text, []byte("<"+tag+">"))
-		inline, _, _ = bytes.Cut(inline, []byte("</"+tag+">"))
-		digest := sha256.Sum256(inline)
-		policy += fmt.Sprintf("; %s-src 'sha256-%s'", tag, base64.StdEncoding.EncodeToString(digest[:]))
+	for _, inline := range regexp.MustCompile(`(?s)<(script|style)>(.*?)</(?:script|style)>`).FindAllSubmatch(text, -1) {
+		digest := sha256.Sum256(inline[2])
+		policy += fmt.Sprintf("; %s-src 'sha256-%s'", inline[1], base64.StdEncoding.EncodeToString(digest[:]))
 	}
 	return func(w *response, _ *http.Request, _ Caller) (work, error) {
 		w.Header().Set("Content-Security-Policy", policy)
@@ -592,9 +588,9 @@ func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
 }
 
 func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
-	u, tenant := &upload{workflowID: "api-workflow", points: map[seriesRef][]point{}}, uuid("")
+	u, tenant, descriptions := &upload{workflowID: "api-workflow", points: map[seriesRef][]point{}}, uuid(""), rawJSON("{}")
 	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
-		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &u.descriptions}
+		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &descriptions}
 	b, digest := openBody(w, r, "application/json", "text/csv"), sha256.New()
 	in := io.TeeReader(b, digest)
 	var err error
@@ -609,7 +605,7 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 	return func(ctx context.Context) (any, error) {
 		ids, err := s.store.Upload(ctx, c, u)
 		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
-	}, cmp.Or(err, checkTenant(c, tenant), u.check())
+	}, cmp.Or(err, inputError("series_descriptions", json.Unmarshal(descriptions, &u.descriptions)), checkTenant(c, tenant), u.check())
 }
 
 // check checks what is not a row.
@@ -627,7 +623,7 @@ func (u *upload) check() error {
 
 // decodeUpdate reads one of updates: whose value it corrects, and the members as correct_values takes them. Absent keeps what
 // is there and null clears it, so what is absent stays absent. Tags get the form in which they are stored.
-func decodeUpdate(c Caller, text json.RawMessage) (ref seriesRef, update map[string]any, err error) {
+func decodeUpdate(c Caller, text rawJSON) (ref seriesRef, update map[string]any, err error) {
 	var time micros
 	var tenant uuid
 	var tags []label
@@ -653,7 +649,7 @@ func decodeUpdate(c Caller, text json.RawMessage) (ref seriesRef, update map[str
 func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
 	refs, updates := []seriesRef{}, []map[string]any{}
 	err := decodeJSON(w, r, c, fields{"updates": list(func(decode func(into any) error) error {
-		var text json.RawMessage
+		var text rawJSON
 		broken := decode(&text)
 		ref, update, err := decodeUpdate(c, text)
 		refs, updates = append(refs, ref), append(updates, update)
@@ -914,6 +910,16 @@ var uuidPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a
 func (u *uuid) UnmarshalText(text []byte) error {
 	*u = uuid(strings.ToLower(string(text)))
 	return expect[uuid](uuidPattern.MatchString(string(*u)), text)
+}
+
+// rawJSON is JSON that is decoded later. It is bounded before that, as a list or object of many small things takes much memory.
+type rawJSON []byte
+
+func (j *rawJSON) UnmarshalJSON(b []byte) error {
+	if len(b) <= largeBody {
+		*j = bytes.Clone(b)
+	}
+	return expect[rawJSON](len(b) <= largeBody, b[:min(len(b), 40)])
 }
 
 // label is a key, unit, workflow_id, e-mail address or tag; PostgreSQL indexes keys up to some 2,700 bytes.

@@ -1896,6 +1896,23 @@ func TestRefusedLargeBodyIsNotDecodedToItsEnd(t *testing.T) { // S23
 	}
 }
 
+// Many small things take much more memory than their text: they are refused before they are decoded.
+func TestLongListsAreRefusedBeforeTheyAreDecoded(t *testing.T) { // S23
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	for path, c := range map[string]struct{ method, body, want string }{
+		"/upload": {"POST", `{"run_start_time":"2025-01-01","series_descriptions":{"k":"` + strings.Repeat(`","k":"`, 200_000) + `"},"value_rows":[]}`,
+			"series_descriptions: expected at most 1 MiB"},
+		"/values": {"PUT", `{"updates":[{"series_key":"load","valid_time":"2025-01-01","tags":["a"` + strings.Repeat(`,"a"`, 300_000) + `]}]}`,
+			"updates[0]: expected at most 1 MiB"},
+	} {
+		if got := s.must(t, 422, c.method, path, key, c.body); !strings.Contains(got, c.want) {
+			t.Errorf("%s: got %s, want %s", path, got, c.want)
+		}
+	}
+}
+
 func TestUploadOfTooManySeriesIs422AndStoresNothing(t *testing.T) { // S23
 	t.Parallel()
 	s := mustServer(t)
@@ -4760,10 +4777,36 @@ func (p *proxy) cut() {
 	})
 }
 
+func TestFaultHealthAnswersWhileEveryLookupWaits(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	tx, err := s.db.Begin()
+	if err == nil {
+		_, err = tx.Exec(`LOCK TABLE users_table`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for range 8 * lookupPool {
+		all.Go(func() { s.do("GET", "/values", key, "") })
+	}
+	for deadline := time.Now().Add(time.Minute); mustQuery(t, s.db, `SELECT count(*) FROM pg_stat_activity
+		WHERE datname = current_database() AND wait_event_type = 'Lock'`) != fmt.Sprint(lookupPool); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the lookups do not wait")
+		}
+	}
+	s.must(t, 200, "GET", "/healthz", "", "")
+	tx.Rollback()
+	all.Wait()
+}
+
 func TestFaultFrozenDatabaseIsGivenUpWithinItsConnectTimeout(t *testing.T) {
 	t.Parallel()
 	p := mustProxy(t, mustDatabase(t))
-	st, err := openStore(p.dsn+"?connect_timeout=1", "public", statementTimeout, 1)
+	st, err := openStore(p.dsn+"&connect_timeout=1", "public", statementTimeout, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
