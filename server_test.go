@@ -5620,7 +5620,7 @@ func FuzzUpdates(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body []byte) {
 		var updates []map[string]any
 		err := fields{"updates": list(func(decode func(into any) error) error {
-			var text json.RawMessage
+			var text rawJSON
 			if err := decode(&text); err != nil {
 				return err
 			}
