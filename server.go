@@ -368,11 +368,11 @@ func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 }
 
 // inWords turns Go's name of a field or type into the contract's.
-var inWords = strings.NewReplacer("*", "", "[]main.label", "list of texts", "main.micros", "ISO 8601 timestamp of the years 1677 to 2262",
-	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "main.uuid", "UUID",
+var inWords = strings.NewReplacer("*", "", "[]main.label", "list of texts",
+	"main.micros", "ISO 8601 timestamp such as 2025-01-31T12:00Z, of the years 1677 to 2262", "main.uuid", "UUID",
+	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "bool", "true or false",
 	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
-	"main.number", "finite number or null", "main.uploadRow", "object", "main.rawJSON", "at most 1 MiB", "bool", "true or false",
-	"int64", "whole number of at least 1")
+	"main.number", "finite number or null", "main.uploadRow", "object", "main.rawJSON", "at most 1 MiB", "int64", "whole number of at least 1")
 
 // inputError says what is wrong with the input at field. What says so already passes.
 func inputError(field string, err error) error {
