@@ -269,7 +269,7 @@ func (c *cli) changeUser(ctx context.Context, st *store) error {
 	}
 	switch {
 	case len(users) == 0:
-		return fmt.Errorf("no user has the email '%s'", c.email)
+		return fmt.Errorf("no user has the email '%s'; see: timedb users list", c.email)
 	case len(users) > 1:
 		return fmt.Errorf("the email '%s' exists in several tenants; nothing was changed. Pass --tenant-id, one of:%s", c.email, tenants)
 	case c.name == "users regenerate-key" && users[0].Status == "expired" && c.expires == 0:

@@ -4777,6 +4777,36 @@ func (p *proxy) cut() {
 	})
 }
 
+func TestFaultClientThatHangsUpIsNoErrorInTheLog(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-01", "1")))
+	tx, err := s.db.Begin()
+	if err == nil {
+		_, err = tx.Exec(`LOCK TABLE values_table`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	ctx, hangUp := context.WithTimeout(context.Background(), time.Second)
+	defer hangUp()
+	r, _ := http.NewRequestWithContext(ctx, "GET", s.url+"/values", nil)
+	r.Header.Set("X-API-Key", key)
+	if _, err := s.client.Do(r); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatal(err)
+	}
+	line := regexp.MustCompile(`level=(\w+) msg=request method=GET path=/values status=503`)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if found := line.FindStringSubmatch(s.log.String()); found != nil && found[1] == "INFO" {
+			return
+		} else if found != nil || time.Now().After(deadline) {
+			t.Fatalf("the log has %q", s.log)
+		}
+	}
+}
+
 func TestFaultHealthAnswersWhileEveryLookupWaits(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
