@@ -4819,6 +4819,8 @@ func TestFaultHealthAnswersWhileEveryLookupWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	var all sync.WaitGroup
+	defer all.Wait()
+	defer tx.Rollback()
 	for range 8 * lookupPool {
 		all.Go(func() { s.do("GET", "/values", key, "") })
 	}
@@ -4829,8 +4831,6 @@ func TestFaultHealthAnswersWhileEveryLookupWaits(t *testing.T) {
 		}
 	}
 	s.must(t, 200, "GET", "/healthz", "", "")
-	tx.Rollback()
-	all.Wait()
 }
 
 func TestFaultFrozenDatabaseIsGivenUpWithinItsConnectTimeout(t *testing.T) {
