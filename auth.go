@@ -156,6 +156,11 @@ func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 	return Caller{tenant: openTenant}, nil
 }
 
+// isLoopback tells whether host, a name or an address without port, is this machine.
+func isLoopback(host string) bool {
+	return host == "localhost" || net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
+}
+
 // refuse answers any key that does not open the door, with the same bytes whatever the reason, until it was too often.
 func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
 	count := a.failures.add("", r.RemoteAddr)

@@ -112,11 +112,6 @@ func (c *boundedConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// isLoopback tells whether host, a name or an address without port, is this machine.
-func isLoopback(host string) bool {
-	return host == "localhost" || net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
-}
-
 // QueryContext prepares query once per connection: that saves planning it, and only so does lib/pq receive bytea in binary.
 func (s *store) QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error) {
 	st, known := s.statements.Load(query)
