@@ -34,8 +34,8 @@ const (
 	openTenant    = "00000000-0000-0000-0000-000000000000" // owns all data while there is no users_table
 	lookupTimeout = 5 * time.Second                        // to get a connection and the answer; then the request gets 503
 	failureBurst  = 300                                    // bad keys of one address in a minute; then 429. No mistake in a script does that
-	maxAddresses  = 10_000
-	unlogged      = "not logged" // the reason of a failure beyond those that the log takes
+	maxAddresses  = 10_000                                 // counted at a time: a few megabytes at most
+	unlogged      = "not logged"                           // the reason of a failure beyond those that the log takes
 )
 
 // A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.

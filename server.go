@@ -45,16 +45,16 @@ const (
 	drainTimeout      = 30 * time.Second // for running requests after SIGTERM
 	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
 	maxBody           = 64 << 20         // some 600,000 rows as JSON, of 24 bytes each once decoded
-	largeBody         = 1 << 20
-	maxLarge          = 16      // large requests at once: fewer than the pool has connections, so small ones find one
-	maxSeries         = 100_000 // of one upload: each takes some hundred bytes, whatever its rows
-	maxUpdates        = 10_000  // per PUT /values: they hold their tenant's lock together
-	maxTags           = 100     // of one value
-	maxParams         = 16 << 10
-	maxLine           = 4 << 10  // of a CSV
-	maxRuns           = 10_000   // per GET /runs: they are collected in memory
-	flushBytes        = 64 << 10 // of a stream at a time
-	minGzip           = 16 << 10 // bytes of an answer: a smaller one is sent sooner than it is compressed
+	largeBody         = 1 << 20          // a body beyond it counts as large, and rawJSON takes no more
+	maxLarge          = 16               // large requests at once: fewer than the pool has connections, so small ones find one
+	maxSeries         = 100_000          // of one upload: each takes some hundred bytes, whatever its rows
+	maxUpdates        = 10_000           // per PUT /values: they hold their tenant's lock together
+	maxTags           = 100              // of one value
+	maxParams         = 16 << 10         // bytes of run_params, which PostgreSQL parses as jsonb
+	maxLine           = 4 << 10          // of a CSV
+	maxRuns           = 10_000           // per GET /runs: they are collected in memory
+	flushBytes        = 64 << 10         // of a stream at a time
+	minGzip           = 16 << 10         // bytes of an answer: a smaller one is sent sooner than it is compressed
 	defaultUnit       = "dimensionless"
 )
 
@@ -83,7 +83,7 @@ func invalidIf(broken bool, format string, args ...any) error {
 // route is one line of the route table. handle reads the request, all of it, and returns what answers it.
 type route struct {
 	pattern string
-	access  string // what it needs: a key that may "write", one that may "read", or being "open" and without data, none
+	access  string // "write" or "read": it needs a key that may; "open": it needs none, as it holds no data
 	handle  func(w *response, r *http.Request, c Caller) (work, error)
 }
 
@@ -99,7 +99,7 @@ type server struct {
 	auth    *authenticator
 	log     *slog.Logger
 	mux     *http.ServeMux
-	large   atomic.Int64  // requests with a large body or a long answer that are being served
+	large   atomic.Int64  // large requests that are being served; claimIf counts them
 	working chan struct{} // holds one for each request that may use the database: as many as the pool has connections
 }
 
@@ -240,7 +240,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, answer string, e
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), statementTimeout) // what moves as it should ends long before
 	defer cancel()
-	if rt.access != "open" { // the place is left before the answer is sent: however slowly a client reads, it keeps nobody waiting
+	if rt.access != "open" { // left before JSON is sent, so a slow client keeps nobody waiting; of streams maxLarge are fewer than places
 		select {
 		case s.working <- struct{}{}:
 			defer func() { <-s.working }()
@@ -509,7 +509,7 @@ type uploadRow struct {
 	Value        number `json:"value"`
 }
 
-// add is the list of rows.
+// add takes one of value_rows: it is their list.
 func (u *upload) add(decode func(into any) error) error {
 	row := &u.row
 	*row = uploadRow{Value: notGiven}
