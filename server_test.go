@@ -7,7 +7,7 @@ package main
 // Contents
 //   Harness          mustDatabase, mustRun, mustAPI, mustServer, and requests
 //   Command line     DSN, exit codes, tables, users, questions
-//   Authentication   keys, life cycle, open mode, faults of the database, log
+//   Authentication   keys, life cycle, open mode, faults of the database, limits, log
 //   Source           what can be read off the source and the catalog
 //   Tenancy          one tenant's ids in another's hands
 //   Upload           what is stored, what is refused, retries
