@@ -237,8 +237,11 @@ func (c *cli) showKey(err error, u *user, key string) error {
 
 func (c *cli) usersList(ctx context.Context, st *store) error {
 	users, err := st.Users(ctx, string(c.tenant), "")
-	if err != nil || c.asJSON {
-		text, _ := json.MarshalIndent(users, "", "  ") // it fails on types that a user has none of
+	if err != nil {
+		return err
+	}
+	if c.asJSON {
+		text, err := json.MarshalIndent(users, "", "  ")
 		return c.report(err, "%s\n", text)
 	}
 	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)

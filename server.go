@@ -611,8 +611,7 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error
 // check checks what is not a row.
 func (u *upload) check() error {
 	params := *cmp.Or(u.params, new(json.RawMessage("{}")))
-	err := cmp.Or(
-		invalidIf(u.start == 0, "run_start_time is required"),
+	err := cmp.Or(invalidIf(u.start == 0, "run_start_time is required"),
 		invalidIf(u.finish != 0 && u.finish < u.start, "run_finish_time: expected a time not before run_start_time"),
 		invalidIf(params[0] != '{' || len(params) > maxParams, "run_params: expected a JSON object of at most %d bytes", maxParams))
 	for key := range u.descriptions {
@@ -675,8 +674,7 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error)
 		invalidIf(mode != "flat" && mode != "overlapping", "mode: expected flat or overlapping"),
 		invalidIf(format != "json" && format != "csv", "format: expected json or csv"),
 		invalidIf((q.bucket == 0) != (q.agg == ""), "bucket and agg: expected both or none, and a bucket longer than nothing"),
-		invalidIf(q.bucket != 0 && (q.overlapping || out.detail),
-			"bucket: aggregates only what mode=flat shows, without detail or all_versions"),
+		invalidIf(q.bucket != 0 && (q.overlapping || out.detail), "bucket: aggregates only what mode=flat shows, without detail or all_versions"),
 		invalidIf(!slices.Contains([]label{"", "mean", "min", "max", "sum", "count"}, q.agg), "agg: expected mean, min, max, sum or count"),
 		invalidIf(q.end <= q.start, "end_valid: expected a time after start_valid"),
 		invalidIf(q.endKnown <= q.startKnown, "end_known: expected a time after start_known"))

@@ -32,7 +32,7 @@ const (
 	maxBlockValues     = 1000
 	maxBlockSpan       = micros(32 * 24 * time.Hour / time.Microsecond)
 	blocksPerStatement = 250              // so that the parameters of one INSERT stay within some megabytes
-	poolSize           = 24               // keeps a dozen cores busy; with lookupPool and one for health two servers fit PostgreSQL's default of 100
+	poolSize           = 24               // keeps a dozen cores busy; with lookupPool and health's, two servers fit PostgreSQL's default of 100
 	lookupPool         = 8                // connections for looking up keys alone
 	connMaxLifetime    = 30 * time.Minute // retires a connection that went bad
 	schemaVersion      = 2                // of the tables that this program knows; schema.sql writes it down
@@ -833,8 +833,7 @@ func (s *store) SeriesByID(ctx context.Context, c Caller) (answer json.RawMessag
 }
 
 // Runs is {"count", "data"} of the tenant's runs known in start <= t < end, the newest known first; a workflow of "" is any.
-func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end micros, limit int64) (
-	answer json.RawMessage, err error) {
+func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end micros, limit int64) (answer json.RawMessage, err error) {
 	err = s.db.QueryRowContext(ctx, `
 		SELECT json_build_object('count', count(*), 'data', coalesce(json_agg(r), '[]')) FROM (
 			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time, iso_time(run_finish_time) AS run_finish_time,
