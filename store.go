@@ -32,7 +32,7 @@ const (
 	maxBlockValues     = 1000
 	maxBlockSpan       = micros(32 * 24 * time.Hour / time.Microsecond)
 	blocksPerStatement = 250              // so that the parameters of one INSERT stay within some megabytes
-	poolSize           = 24               // keeps a dozen cores busy; with lookupPool and health's, two servers fit PostgreSQL's default of 100
+	poolSize           = 24               // keeps a dozen cores busy; two servers, with lookupPool, fit PostgreSQL's default of 100
 	lookupPool         = 8                // connections for looking up keys alone
 	connMaxLifetime    = 30 * time.Minute // retires a connection that went bad
 	schemaVersion      = 2                // of the tables that this program knows; schema.sql writes it down
