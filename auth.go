@@ -1,16 +1,19 @@
 package main
 
-// Who is calling, and for which tenant. This file can be read alone.
+// Who is calling, and for which tenant. This file can be read alone, from top to bottom: the
+// caller, the decision, open mode, the throttle, the keys.
 //
-// Defended: whoever has no key, or a guessed, mistyped, expired, deactivated or replaced one, or a stolen copy of the
-// database (it holds digests, not keys), gets nothing. While users_table may exist but is missing, unreadable or
-// unreachable, everyone gets 503: doubt never opens the door. A change by the operator holds from the next request on,
-// on every server, because nothing about a key is cached.
+// Defended: someone without a key, or with a guessed, mistyped, expired, deactivated or replaced
+// one, or with a stolen copy of the database (it holds digests, not keys), gets nothing. While
+// users_table may exist but is missing, unreadable or unreachable, everyone gets 503: doubt never
+// opens the door. A change by the operator holds from the next request on, on every server,
+// because nothing about a key is cached.
 //
-// Not defended: whoever reads a key on its way (use TLS) or where the client keeps it has it. Whoever may write to
-// users_table, or controls this process, decides who gets in.
+// Not defended: whoever reads a key on its way (use TLS), or where its user keeps it, has it.
+// Whoever may write to users_table, or controls this process, decides who gets in.
 //
-// A key is 256 random bits: one fast SHA-256 is the right digest of it, and failures are throttled only to spare the log.
+// A key is 256 random bits, so one fast SHA-256 is the right digest of it. Failures are throttled
+// to spare the log and the database, not because guessing could succeed.
 
 import (
 	"context"
@@ -31,162 +34,284 @@ import (
 )
 
 const (
-	openTenant    = "00000000-0000-0000-0000-000000000000" // owns all data while there is no users_table
-	lookupTimeout = 5 * time.Second                        // to get a connection and the answer; then the request gets 503
-	failureBurst  = 300                                    // bad keys of one address in a minute; then 429. No mistake in a script does that
-	maxAddresses  = 10_000                                 // counted at a time: a few megabytes at most
-	unlogged      = "not logged"                           // the reason of a failure beyond those that the log takes
+	// openTenant owns all data while there is no users_table.
+	openTenant = "00000000-0000-0000-0000-000000000000"
+
+	// authTimeout bounds the wait for a connection and for the database's answer; then the
+	// request gets 503. A healthy database answers in a millisecond.
+	authTimeout = 5 * time.Second
+
+	// touchTimeout bounds the note of a key's last use, which nobody waits for.
+	touchTimeout = 5 * time.Second
+
+	// lastUsePrecision is how old a noted last use may become before it is noted anew: a write
+	// for each request would cost more than the request.
+	lastUsePrecision = 5 * time.Minute
+
+	// failureBurst is how many bad keys of one address in a minute get 401; more get 429. No
+	// mistake in a script reaches it.
+	failureBurst = 300
+
+	// maxAddresses are counted at a time, which takes a few megabytes at most.
+	maxAddresses = 10_000
+
+	keyIDLength = 8
 )
 
-// A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that tells a typo from a key.
-var keyPattern = regexp.MustCompile(`(tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43})[A-Za-z0-9_-]{6}`)
-var secretPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]*`) // a key in a text, or what is left of one
-
-// Caller is whom a request acts for. Only this file makes one; every method of store that touches tenant data takes it.
+// Caller is whom a request acts for. Only this file makes one; every method of the store that
+// touches tenant data takes it.
 type Caller struct {
-	tenant       string // a UUID
-	email, keyID string // "" in open mode
-	readOnly     bool
+	tenant   string // a UUID
+	email    string // "" in open mode
+	keyID    string // likewise
+	readOnly bool
+	open     bool // there is no users_table, and everyone is this caller
 }
 
-// keyRecord is what the database knows, by its clock, of a user and a key: the current one, or the one before in its grace.
+// denialKind is what a refused caller is told. server.go gives each kind its HTTP status.
+type denialKind string
+
+const (
+	noKeyGiven     denialKind = "API key required. Please provide X-API-Key header."
+	badKeyGiven    denialKind = "Invalid or inactive API key."
+	tooManyBadKeys denialKind = "Too many failed authentications. Try again in a minute."
+	usersUnknown   denialKind = "The database is not available."
+	usersRequired  denialKind = "Authentication is required but not set up."
+	foreignHost    denialKind = "The Host header names another host than this server."
+	crossOrigin    denialKind = "Cross-origin requests are refused."
+)
+
+// denial is the error of a caller that is not let in.
+type denial struct {
+	kind   denialKind
+	reason string // for the log alone
+	quiet  bool   // the log has had enough of these from this address
+}
+
+func (d *denial) Error() string { return string(d.kind) }
+
+// keyRecord is what the database knows of a user and a key. It holds facts; judge decides.
 type keyRecord struct {
-	userID, tenant, email     string
-	digest                    []byte
-	readOnly, active, expired bool
-	useIsStale                bool // last_used_at is due
+	userID, tenant, email string
+	readOnly, active      bool
+	digest                []byte     // of the current key
+	previousDigest        []byte     // of the key before it, if that was given a grace
+	now                   time.Time  // by the database's clock, as are the times below
+	expiresAt             *time.Time // nil: never
+	previousEndsAt        *time.Time // the end of the grace; nil: there is no grace
+	lastUsedAt            *time.Time // nil: not used yet
 }
 
-// keyLookup finds a user, in whatever state, by a key's SHA-256 digest; if there is none, a record without a digest.
-type keyLookup interface {
+// keyStore is the part of the database that decides who gets in.
+type keyStore interface {
+	// UsersTableExists: true is present, false is proven absent, an error is neither.
+	UsersTableExists(ctx context.Context) (bool, error)
+
+	// LookupKey finds a user, in whatever state, by a key's SHA-256 digest. If there is none, the
+	// record has no digest.
 	LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
+
+	// TouchKey notes that the user's key was used now.
+	TouchKey(ctx context.Context, userID string) error
 }
 
 // authenticator decides for every request; it lives as long as the server.
 type authenticator struct {
-	keys             keyLookup
-	usersTableExists func(context.Context) (bool, error) // false: proven absent; an error: unknown
-	touch            func(ctx context.Context, userID string) error
-	requireAuth      bool   // refuse everyone, rather than admit everyone, while there is no users_table
-	host             string // the host that the server was told to listen on
+	keys        keyStore
+	requireAuth bool   // without users_table refuse everyone, rather than admit everyone
+	host        string // the host that the server was told to listen on
 
-	failures failures
-	touching atomic.Bool // a last_used_at is being written
-	latched  atomic.Bool // users_table was seen: from now on its absence is a fault, not an invitation
+	badKeys, missingKeys failures
+	touching             atomic.Bool // a last use is being written
+
+	// latched: users_table was seen. From then on its absence is a fault, not an invitation.
+	latched atomic.Bool
 }
 
-// failures counts refused keys by address within a minute. With maxAddresses it begins anew, so that memory is bounded.
-type failures struct {
-	sync.Mutex
-	minute    time.Time
-	byAddress map[string]int
-}
-
-// add counts one of kind from remote, an address with port, and returns how many that makes. X-Forwarded-For is not trusted.
-func (f *failures) add(kind, remote string) int {
-	host, _, _ := net.SplitHostPort(remote) // as net/http has made it
-	f.Lock()
-	defer f.Unlock()
-	if minute := time.Now().Truncate(time.Minute); minute != f.minute || len(f.byAddress) == maxAddresses {
-		f.minute, f.byAddress = minute, map[string]int{}
-	}
-	f.byAddress[kind+host]++
-	return f.byAddress[kind+host]
-}
-
-// authenticate returns whom r acts for, or an apiError: 401, 403 and 429 refuse the caller, 503 says that it is not known.
+// authenticate returns whom r acts for, or a *denial.
 func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
-	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), authTimeout)
 	defer cancel()
 	if !a.latched.Load() {
-		switch exists, err := a.usersTableExists(ctx); {
-		case err != nil:
-			return Caller{}, &apiError{http.StatusServiceUnavailable, "The database is not available.", "users_table: " + err.Error()}
-		case !exists:
+		exists, err := a.keys.UsersTableExists(ctx)
+		if err != nil {
+			return Caller{}, &denial{kind: usersUnknown, reason: "users_table: " + err.Error()}
+		}
+		if !exists {
 			return a.openCaller(r)
 		}
 		a.latched.Store(true)
 	}
-	key := strings.Join(r.Header.Values("X-API-Key"), ",") // several are malformed, as no key has a comma
-	switch {
-	case key == "":
-		reason := map[bool]string{true: unlogged, false: "no key"}[a.failures.add("no key ", r.RemoteAddr) > failureBurst]
-		return Caller{}, &apiError{http.StatusUnauthorized, "API key required. Please provide X-API-Key header.", reason}
-	case !wellFormedKey(key):
-		return a.refuse(r, "malformed key")
+	values := r.Header.Values("X-API-Key")
+	if len(values) == 0 || len(values) == 1 && values[0] == "" {
+		tooMany := a.missingKeys.add(r.RemoteAddr) > failureBurst
+		return Caller{}, &denial{kind: noKeyGiven, reason: "no key", quiet: tooMany}
 	}
+	if len(values) > 1 || !wellFormedKey(values[0]) {
+		return Caller{}, a.refuse(r, "malformed key")
+	}
+	return a.judge(ctx, r, values[0])
+}
+
+// judge looks up a well-formed key and decides whether it opens the door. All refusals are the
+// same to the client; the log gets the reason and the id, which may be shown.
+func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
-	id := key[len("tdb_"):][:8] // the part that may be shown
+	id := key[len("tdb_"):][:keyIDLength]
 	k, err := a.keys.LookupKey(ctx, digest[:])
 	if err != nil {
-		return Caller{}, &apiError{http.StatusServiceUnavailable, "The database is not available.", "key lookup: " + err.Error()}
+		return Caller{}, &denial{kind: usersUnknown, reason: "key lookup: " + err.Error()}
 	}
-	// The database compared already, but not in constant time and not in code that is read here.
+	// The database has compared already, but not in constant time and not in code that is read here.
+	isCurrent := sameDigest(digest[:], k.digest)
+	isPrevious := sameDigest(digest[:], k.previousDigest)
 	switch {
-	case subtle.ConstantTimeCompare(digest[:], k.digest) != 1:
-		return a.refuse(r, "unknown key")
+	case !isCurrent && !isPrevious:
+		return Caller{}, a.refuse(r, "unknown key")
 	case !k.active:
-		return a.refuse(r, "deactivated key "+id)
-	case k.expired:
-		return a.refuse(r, "expired key "+id)
+		return Caller{}, a.refuse(r, "deactivated key "+id)
+	case k.expiresAt != nil && !k.now.Before(*k.expiresAt):
+		return Caller{}, a.refuse(r, "expired key "+id)
+	case isPrevious && !k.inGrace():
+		return Caller{}, a.refuse(r, "replaced key "+id)
 	}
-	if k.useIsStale && a.touching.CompareAndSwap(false, true) {
-		go func() { // beside the request, one at a time; what it misses, a later request notes
-			defer a.touching.Store(false)
-			_ = a.touch(context.WithoutCancel(ctx), k.userID) // best effort: a database that fails shows where it matters
-		}()
-	}
+	a.noteUse(ctx, k)
 	return Caller{tenant: k.tenant, email: k.email, keyID: id, readOnly: k.readOnly}, nil
 }
 
-// openCaller admits r without a key, there being no users_table. A web page must not be able to use the visitor's
-// browser for that: by cross-origin requests, or by a name of its own that resolves to this server (DNS rebinding).
+func sameDigest(a, b []byte) bool { return subtle.ConstantTimeCompare(a, b) == 1 }
+
+// inGrace tells whether the key before the current one still works. Without an end of its grace
+// it does not.
+func (k *keyRecord) inGrace() bool {
+	return k.previousEndsAt != nil && k.now.Before(*k.previousEndsAt)
+}
+
+// refuse is the answer to any key that does not open the door: the same bytes whatever the reason,
+// until one address has sent too many.
+func (a *authenticator) refuse(r *http.Request, reason string) error {
+	count := a.badKeys.add(r.RemoteAddr)
+	if count <= failureBurst {
+		return &denial{kind: badKeyGiven, reason: reason}
+	}
+	// The log gets the first of those that are throttled.
+	return &denial{kind: tooManyBadKeys, reason: reason, quiet: count > failureBurst+1}
+}
+
+// noteUse writes down that a key was used, at most every lastUsePrecision. It works beside the
+// request, one at a time. What it misses a later request notes, so its error is of no interest: a
+// database that fails shows where it matters.
+func (a *authenticator) noteUse(ctx context.Context, k keyRecord) {
+	if k.lastUsedAt != nil && k.now.Sub(*k.lastUsedAt) < lastUsePrecision {
+		return
+	}
+	if !a.touching.CompareAndSwap(false, true) {
+		return
+	}
+	go func() {
+		defer a.touching.Store(false)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), touchTimeout)
+		defer cancel()
+		_ = a.keys.TouchKey(ctx, k.userID)
+	}()
+}
+
+// openCaller admits r without a key, because there is no users_table. A web page must not be able
+// to use its visitor's browser for that: neither by a cross-origin request, nor by a name of its
+// own that resolves to this server (DNS rebinding).
 func (a *authenticator) openCaller(r *http.Request) (Caller, error) {
 	if a.requireAuth {
-		return Caller{}, &apiError{http.StatusServiceUnavailable, "Authentication is required but not set up.", "no users_table"}
+		return Caller{}, &denial{kind: usersRequired, reason: "no users_table"}
 	}
-	host := (&url.URL{Host: r.Host}).Hostname()
-	anyAddress := net.ParseIP(a.host).IsUnspecified() && net.ParseIP(host) != nil // an address cannot be rebound
-	if !isLoopback(host) && host != a.host && !anyAddress {
-		return Caller{}, &apiError{http.StatusForbidden, "The Host header names another host than this server.", "foreign host"}
+	if !a.isOwnHost(r.Host) {
+		return Caller{}, &denial{kind: foreignHost, reason: "foreign host"}
 	}
 	if err := new(http.CrossOriginProtection).Check(r); err != nil {
-		return Caller{}, &apiError{http.StatusForbidden, "Cross-origin requests are refused.", "cross-origin"}
+		return Caller{}, &denial{kind: crossOrigin, reason: "cross-origin"}
 	}
-	return Caller{tenant: openTenant}, nil
+	return Caller{tenant: openTenant, open: true}, nil
+}
+
+// isOwnHost tells whether a Host header names this server by something that no foreign page can
+// bring its visitor's browser to send.
+func (a *authenticator) isOwnHost(header string) bool {
+	host := (&url.URL{Host: header}).Hostname()
+	if host == "" {
+		return false
+	}
+	if isLoopback(host) || host == a.host {
+		return true
+	}
+	// A server on all addresses may be called by any of them: an address cannot be rebound.
+	listensOn := net.ParseIP(a.host)
+	return listensOn != nil && listensOn.IsUnspecified() && net.ParseIP(host) != nil
 }
 
 // isLoopback tells whether host, a name or an address without port, is this machine.
 func isLoopback(host string) bool {
-	return host == "localhost" || net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
+	address := net.ParseIP(strings.Trim(host, "[]"))
+	return host == "localhost" || address != nil && address.IsLoopback()
 }
 
-// refuse answers any key that does not open the door, with the same bytes whatever the reason, until it was too often.
-func (a *authenticator) refuse(r *http.Request, reason string) (Caller, error) {
-	count := a.failures.add("", r.RemoteAddr)
-	reason = map[bool]string{true: unlogged, false: reason}[count > failureBurst+1]
-	if count > failureBurst {
-		return Caller{}, &apiError{http.StatusTooManyRequests, "Too many failed authentications. Try again in a minute.", reason}
+// failures counts refusals by address within a minute.
+type failures struct {
+	mu        sync.Mutex
+	minute    time.Time
+	byAddress map[string]int
+}
+
+// otherAddresses are counted together, once maxAddresses are known in a minute.
+const otherAddresses = "others"
+
+// add counts one more refusal of remote, an address with port, and returns how many that makes.
+// X-Forwarded-For is not trusted: anyone can write it.
+func (f *failures) add(remote string) int {
+	address, _, err := net.SplitHostPort(remote)
+	if err != nil {
+		address = remote // net/http has always sent an address with port so far
 	}
-	return Caller{}, &apiError{http.StatusUnauthorized, "Invalid or inactive API key.", reason}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	minute := time.Now().Truncate(time.Minute)
+	if minute != f.minute {
+		f.minute = minute
+		f.byAddress = map[string]int{}
+	}
+	_, known := f.byAddress[address]
+	if !known && len(f.byAddress) >= maxAddresses {
+		address = otherAddresses
+	}
+	f.byAddress[address]++
+	return f.byAddress[address]
 }
 
-// newKey makes a key, and returns its id and digest too: the only source of keys. crypto/rand ends the program if it fails.
+// A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that
+// tells a typo from a key.
+var keyPattern = regexp.MustCompile(`^(tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43})[A-Za-z0-9_-]{6}$`)
+
+// secretPattern finds a key in a text, or what is left of one.
+var secretPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]*`)
+
+// newKey makes a key, and returns its id and digest too. It is the only source of keys.
+// crypto/rand ends the program if it fails.
 func newKey() (key, id string, digest []byte) {
 	secret := make([]byte, 32)
 	rand.Read(secret)
-	id = strings.ToLower(rand.Text()[:8]) // rand.Text writes base32
+	id = strings.ToLower(rand.Text()[:keyIDLength]) // rand.Text writes base32
 	key = withChecksum("tdb_" + id + "_" + base64.RawURLEncoding.EncodeToString(secret))
 	sum := sha256.Sum256([]byte(key))
 	return key, id, sum[:]
 }
 
+// withChecksum appends the CRC-32 of body to it.
 func withChecksum(body string) string {
-	return body + base64.RawURLEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, crc32.ChecksumIEEE([]byte(body))))
+	sum := binary.BigEndian.AppendUint32(nil, crc32.ChecksumIEEE([]byte(body)))
+	return body + base64.RawURLEncoding.EncodeToString(sum)
 }
 
-// wellFormedKey tells whether key could be one of ours. It is no control: anyone can compute a checksum.
+// wellFormedKey tells whether key could be one of ours. It is no control: anyone can compute a
+// checksum.
 func wellFormedKey(key string) bool {
-	found := keyPattern.FindStringSubmatch(key)
-	return found != nil && withChecksum(found[1]) == key
+	parts := keyPattern.FindStringSubmatch(key)
+	return parts != nil && withChecksum(parts[1]) == key
 }

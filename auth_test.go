@@ -1,10 +1,13 @@
 package main
 
+// These tests cover who is calling, and for which tenant: keys, which requests are let in, keys that end, a database
+// that leaves it in doubt, use without users, throttling, the log, and the wall between tenants. The last group reads
+// the source and docs/SECURITY.md.
+
 import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"database/sql"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
@@ -28,947 +31,71 @@ import (
 	"time"
 )
 
+// ---- Helpers
+
+// mustServerWithoutUsers starts the API on a database of its own that has no users_table.
+func mustServerWithoutUsers(t testing.TB, args ...string) *testServer {
+	t.Helper()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	return mustAPI(t, dsn, args...)
+}
+
+func (s *testServer) mustActivate(t testing.TB, email string) {
+	t.Helper()
+	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", email)
+}
+
+func (s *testServer) mustDeactivate(t testing.TB, email string) {
+	t.Helper()
+	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", email)
+}
+
+// mustReplaceKey gives the user a new key on the command line and returns it.
+func (s *testServer) mustReplaceKey(t testing.TB, email string, flags ...string) string {
+	t.Helper()
+	args := append([]string{"users", "regenerate-key", "-q", "-y", "-e", email}, flags...)
+	key, _ := mustRun(t, 0, s.dsn, "", args...)
+	return strings.TrimSpace(key)
+}
+
+// mustCutOff ends the server's connections to its database, which then accepts no new ones until restore is called.
+func (s *testServer) mustCutOff(t testing.TB) (restore func()) {
+	t.Helper()
+	admin := mustOpen(t, databaseURL("", nil))
+	name := mustQuery(t, s.db, `SELECT current_database()`)
+	restore = func() {
+		t.Helper()
+		mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS true`)
+	}
+	t.Cleanup(restore) // a test that fails before it restores must not leave the database behind
+	mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS false`)
+	mustExec(t, admin, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+		WHERE datname = $1 AND usename = $2`, name, appRole.name)
+	return restore
+}
+
+// ---- Keys
+
 func TestEveryKeyIsAnother(t *testing.T) { // S5
 	seen := map[string]bool{}
 	for range 10_000 {
 		key, id, digest := newKey()
+		if !wellFormedKey(key) || !strings.HasPrefix(key, "tdb_"+id+"_") {
+			t.Fatalf("newKey returns the key %q with the id %q", key, id)
+		}
 		sum := sha256.Sum256([]byte(key))
+		if !bytes.Equal(digest, sum[:]) {
+			t.Fatalf("newKey returns the key %q with the digest %x", key, digest)
+		}
 		secret := key[len("tdb_")+8+1:][:43]
-		if !wellFormedKey(key) || !strings.HasPrefix(key, "tdb_"+id+"_") || !bytes.Equal(digest, sum[:]) || seen[secret] || strings.Contains(secret, "AAAAAAAA") {
-			t.Fatalf("newKey returns %q, %q, %x", key, id, digest)
+		if seen[secret] {
+			t.Fatalf("newKey returns %q twice", secret)
+		}
+		if strings.Contains(secret, "AAAAAAAA") {
+			t.Fatalf("newKey returns %q, which holds a run of zero bits", secret)
 		}
 		seen[secret] = true
-	}
-}
-
-func TestSweepFindsSecrets(t *testing.T) { // S6: or finding none would mean nothing
-	t.Parallel()
-	dsn := mustDatabase(t)
-	db := mustOpen(t, dsn)
-	key, _, _ := newKey()
-	password, _ := mustParse(t, dsn).User.Password()
-	if password == "" {
-		password = appRole.password
-	}
-	for secret, want := range map[string]string{key: "a key", password: "a password", appRole.password: "a password"} {
-		mustExec(t, db, `CREATE TABLE leak AS SELECT 'x' || $1::text || 'y' AS held`, secret)
-		if found := secretsIn(t, dsn); found != want {
-			t.Errorf("in a database that holds %s the sweep finds %q", want, found)
-		}
-		mustExec(t, db, `DROP TABLE leak`)
-	}
-}
-
-func TestEveryRouteNeedsAKey(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	for _, path := range []string{"/upload", "/values", "/series", "/list_timeseries", "/runs", "/", "/healthz", "/docs", "/openapi.json",
-		"/nope", "/values/", "/docs/", "/values/x", "//values", "/./values", "/upload?x=%zz", "/users", "/debug/pprof/", "/.git/config"} {
-		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"} {
-			isOpen := slices.Contains([]string{"/", "/healthz", "/docs", "/openapi.json"}, path) && (method == "GET" || method == "HEAD")
-			resp, body, err := s.do(method, path, "", "")
-			if err != nil {
-				t.Fatal(err)
-			}
-			if isOpen && resp.StatusCode != 200 {
-				t.Errorf("%s %s: status %d, want 200", method, path, resp.StatusCode)
-			}
-			if !isOpen && (resp.StatusCode != 401 || method != "HEAD" && body != noKey ||
-				resp.Header.Get("WWW-Authenticate") != "ApiKey") {
-				t.Errorf("%s %s without a key: status %d, %v %q", method, path, resp.StatusCode, resp.Header, body)
-			}
-			for name := range resp.Header {
-				if strings.HasPrefix(name, "Access-Control-") { // S24
-					t.Errorf("%s %s: CORS header %s", method, path, name)
-				}
-			}
-		}
-	}
-	for _, target := range []string{"OPTIONS *", "GET *", "CONNECT 127.0.0.1:1", "GET http://other.example/values"} {
-		if line := s.mustRaw(t, target+" HTTP/1.1\r\nHost: x\r\n\r\n"); !strings.Contains(line, " 40") {
-			t.Errorf("%s: %q, want a refusal", target, line)
-		}
-	}
-	if line := s.mustRaw(t, "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"); !strings.Contains(line, " 401 ") {
-		t.Errorf("OPTIONS *: %q, want 401", line)
-	}
-}
-
-func TestMalformedKeysAreRefusedWithoutALookup(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	s.must(t, 200, "GET", "/list_timeseries", key, "")
-	mustExec(t, s.db, "REVOKE ALL ON users_table FROM "+appRole.name) // from now on a lookup would be 503
-	s.must(t, 503, "GET", "/list_timeseries", key, "")
-	for _, c := range []struct{ body, path, header string }{
-		{noKey, "/list_timeseries", "X-Other: x"}, {noKey, "/list_timeseries", "X-API-Key: "},
-		{noKey, "/list_timeseries?api_key=" + key + "&X-API-Key=" + key, "X-Other: x"},
-		{noKey, "/list_timeseries", "Authorization: ApiKey " + key}, {noKey, "/list_timeseries", "Cookie: X-API-Key=" + key},
-		{badKey, "/list_timeseries", "X-API-Key: x"}, {badKey, "/list_timeseries", "X-API-Key: " + key + key},
-		{badKey, "/list_timeseries", "X-API-Key: " + strings.Repeat("k", 8000)},
-		{badKey, "/list_timeseries", "X-API-Key: " + key[:len(key)-1]}, {badKey, "/list_timeseries", "X-API-Key: " + strings.ToUpper(key)},
-		{badKey, "/list_timeseries", "X-API-Key: " + key[:20] + "é" + key[22:]},
-		{badKey, "/list_timeseries", "X-API-Key: " + key + "," + key},
-	} {
-		if body := s.must(t, 401, "GET", c.path, "", "", c.header); body != c.body {
-			t.Errorf("%.80s: %q, want %q", c.header, body, c.body)
-		}
-	}
-	if body := s.must(t, 401, "GET", "/list_timeseries", key, "", "X-API-Key: "+key); body != badKey {
-		t.Errorf("the header given twice: %q", body)
-	}
-	mustExec(t, s.db, "GRANT SELECT ON users_table TO "+appRole.name)
-	if body := s.must(t, 401, "GET", "/list_timeseries?api_key="+key, "", ""); body != noKey {
-		t.Errorf("a key in the query string: %q", body)
-	}
-}
-
-func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	unknown, _, _ := newKey()
-	stored := s.mustUser(t, tenantA, "stored@example.com")
-	off := s.mustUser(t, tenantA, "off@example.com")
-	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "off@example.com")
-	expired := s.mustUser(t, tenantA, "expired@example.com")
-	s.must(t, 200, "GET", "/list_timeseries", expired, "")
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() - interval '1 microsecond' WHERE email = 'expired@example.com'`)
-	replaced := s.mustUser(t, tenantA, "replaced@example.com")
-	mustRun(t, 0, s.dsn, "", "users", "regenerate-key", "-y", "-e", "replaced@example.com")
-	keys := map[string]string{"unknown": unknown, "malformed": "tdb_x", "deactivated": off, "expired": expired, "replaced": replaced}
-	digest := sha256.Sum256([]byte(stored)) // S4: what a stolen database holds opens nothing
-	keys["hex digest"], keys["digest in base64"] = hex.EncodeToString(digest[:]), base64.RawURLEncoding.EncodeToString(digest[:])
-	keys["digest in a key's form"] = stored[:13] + base64.RawURLEncoding.EncodeToString(digest[:]) + stored[56:]
-	var first string
-	for _, name := range []string{"unknown", "malformed", "deactivated", "expired", "replaced", "hex digest",
-		"digest in base64", "digest in a key's form"} {
-		resp, body, err := s.do("GET", "/values", keys[name], "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Header.Del("Date")
-		head, _ := httputil.DumpResponse(resp, false)
-		if answer := string(head) + body; first == "" {
-			first = answer
-		} else if answer != first {
-			t.Errorf("%s key: %q, want the same as an unknown key: %q", name, answer, first)
-		}
-	}
-	if !strings.Contains(first, "401") || !strings.Contains(first, badKey) ||
-		!strings.Contains(strings.ToLower(first), "www-authenticate: apikey") {
-		t.Errorf("a refused key: %q", first)
-	}
-}
-
-func TestRevokedKeyIsRefusedOnTheNextRequestOfEveryServer(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	servers := []*testServer{s, mustAPI(t, s.dsn)}
-	key := s.mustUser(t, tenantA, "a@example.com")
-	everywhere := func(want int, key, when string) {
-		t.Helper()
-		for _, one := range servers {
-			if resp, _, err := one.do("GET", "/list_timeseries", key, ""); err != nil || resp.StatusCode != want {
-				t.Fatalf("%s: %v %v, want status %d", when, resp, err, want)
-			}
-		}
-	}
-	a := []string{"-y", "-e", "a@example.com"}
-	everywhere(200, key, "new key")
-	mustRun(t, 0, s.dsn, "", append([]string{"users", "deactivate"}, a...)...)
-	everywhere(401, key, "deactivated")
-	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...)
-	everywhere(200, key, "activated")
-
-	text, _ := mustRun(t, 0, s.dsn, "", append([]string{"users", "regenerate-key", "-q"}, a...)...)
-	second := strings.TrimSpace(text)
-	everywhere(401, key, "replaced")
-	everywhere(200, second, "the new key")
-	mustRun(t, 0, s.dsn, "", append([]string{"users", "deactivate"}, a...)...)
-	everywhere(401, second, "the new key, deactivated")
-	mustRun(t, 0, s.dsn, "", append([]string{"users", "activate"}, a[1:]...)...) // S10
-	everywhere(401, key, "activated after it was replaced")
-	everywhere(200, second, "the new key, activated")
-}
-
-func TestReadOnlyKeyMayOnlyRead(t *testing.T) { // S17
-	t.Parallel()
-	s := mustServer(t)
-	text, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-q", "--read-only", "-t", tenantA, "-e", "reader@example.com")
-	key := strings.TrimSpace(text)
-	before := s.stored(t)
-	for _, rt := range (&server{}).routes() {
-		method, path, _ := strings.Cut(strings.TrimSuffix(rt.pattern, "{$}"), " ")
-		if rt.access == "open" || rt.access == "read" && method == "GET" {
-			s.must(t, 200, method, path, key, "")
-			continue
-		}
-		for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
-			s.must(t, 403, method, path, key, body)
-			s.must(t, 403, method, path+"?run_start_time=2025-01-01", key, "valid_time,value_key,value\n", "Content-Type: text/csv")
-		}
-	}
-	if s.stored(t) != before {
-		t.Error("a read-only key stored something")
-	}
-}
-
-func TestKeyEndsWhenItExpires(t *testing.T) { // S10
-	t.Parallel()
-	s := mustServer(t)
-	for i, when := range []string{"90d", "12h", "P1DT1H", "1h30m", "2200-01-01", "2199-12-31T23:59:59+05:00"} {
-		email := fmt.Sprintf("user%d@example.com", i)
-		text, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-t", tenantA, "-e", email, "--expires", when)
-		key := strings.TrimPrefix(regexp.MustCompile(`API Key: tdb_\S+`).FindString(text), "API Key: ")
-		const own = `FROM users_table WHERE email = $1`
-		ends := mustQuery(t, s.db, `SELECT to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') `+own, email)
-		if list, _ := mustRun(t, 0, s.dsn, "", "users", "list"); ends == "" || !strings.Contains(list, ends) || !strings.Contains(text, ends) {
-			t.Errorf("--expires %s: %q; the list is\n%s", when, text, list)
-		}
-		s.must(t, 200, "GET", "/list_timeseries", key, "")
-		mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() WHERE email = $1`, email)
-		s.must(t, 401, "GET", "/list_timeseries", key, "")
-		if list, _ := mustRun(t, 0, s.dsn, "", "users", "list"); !regexp.MustCompile(email + `.* expired `).MatchString(list) {
-			t.Errorf("the list does not tell that a key has expired:\n%s", list)
-		}
-	}
-	for _, when := range []string{"", "soon", "2020-01-01", "-1h", "0s", "90", "P1M"} {
-		mustRun(t, 2, s.dsn, "", "users", "create", "-t", tenantA, "-e", "late@example.com", "--expires", when)
-	}
-}
-
-func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
-	t.Parallel()
-	s := mustServer(t)
-	keys := []string{s.mustUser(t, tenantA, "a@example.com")}
-	replace := func(flags ...string) {
-		text, _ := mustRun(t, 0, s.dsn, "", append([]string{"users", "regenerate-key", "-q", "-y", "-e", "a@example.com"}, flags...)...)
-		keys = append(keys, strings.TrimSpace(text))
-	}
-	mustAnswer := func(when string, want ...int) {
-		t.Helper()
-		for i, status := range want {
-			if resp, _, err := s.do("GET", "/list_timeseries", keys[i], ""); err != nil || resp.StatusCode != status {
-				t.Errorf("%s: key %d: %v %v, want %d", when, i, resp, err, status)
-			}
-		}
-	}
-	replace("--grace", "1h")
-	mustAnswer("in its grace", 200, 200)
-	mustExec(t, s.db, `UPDATE users_table SET is_active = false`)
-	mustAnswer("deactivated", 401, 401)
-	mustExec(t, s.db, `UPDATE users_table SET is_active = true, expires_at = clock_timestamp()`)
-	mustAnswer("expired", 401, 401)
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = NULL, previous_ends_at = clock_timestamp()`)
-	mustAnswer("after its grace", 401, 200)
-	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
-	mustAnswer("activated after its grace", 401, 200)
-	replace("--grace", "PT24H")
-	mustAnswer("replaced twice", 401, 200, 200)
-	replace("--grace", "1d")
-	mustAnswer("only one key before has a grace", 401, 401, 200, 200)
-	replace()
-	mustAnswer("replaced without a grace", 401, 401, 401, 401, 200)
-	replace("--grace", "30d")
-	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
-	mustAnswer("deactivated in a grace", 401, 401, 401, 401, 401, 401)
-	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
-	mustAnswer("activated in a grace that deactivation has ended", 401, 401, 401, 401, 401, 200)
-	mustExec(t, s.db, `UPDATE users_table SET previous_digest = sha256($1::bytea), previous_ends_at = NULL`, []byte(keys[4]))
-	mustAnswer("a key before without an end", 401, 401, 401, 401, 401, 200)
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp()`)
-	_, stderr := mustRun(t, 1, s.dsn, "", "users", "regenerate-key", "-q", "-y", "-e", "a@example.com")
-	if !strings.Contains(stderr, "--expires") {
-		t.Errorf("a new key for an expired user: %q", stderr)
-	}
-	replace("--expires", "90d", "--grace", "1h")
-	mustAnswer("replaced after it had expired", 401, 401, 401, 401, 401, 401, 200)
-	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
-	replace("--grace", "1h")
-	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
-	mustAnswer("replaced while it was deactivated", 401, 401, 401, 401, 401, 401, 401, 200)
-	for _, grace := range []string{"", "-1h", "long", "P1Y"} {
-		mustRun(t, 2, s.dsn, "", "users", "regenerate-key", "-y", "-e", "a@example.com", "--grace", grace)
-	}
-	mustAnswer("after wrong usage", 401, 401, 401, 401, 401, 401, 401, 200)
-}
-
-// Clients hammer two servers of one database while a user is deactivated and activated again. A request that began after
-// deactivate had returned, and was answered before activate was begun, must not have been let in.
-func TestDeactivationHoldsForEveryLaterRequestUnderLoad(t *testing.T) { // S9
-	t.Parallel()
-	s := mustServer(t)
-	servers := []*testServer{s, mustAPI(t, s.dsn)}
-	key := s.mustUser(t, tenantA, "a@example.com")
-	var phase atomic.Int64 // odd while the user is deactivated for certain
-	var refused, admitted, wrong atomic.Int64
-	stop := make(chan struct{})
-	var clients sync.WaitGroup
-	for i := range 6 {
-		clients.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				before := phase.Load()
-				resp, _, err := servers[i%2].do("GET", "/list_timeseries", key, "")
-				if err != nil || !slices.Contains([]int{200, 401, 429}, resp.StatusCode) {
-					t.Errorf("%v %v", resp, err)
-					return
-				}
-				if after := phase.Load(); before == after && before%2 == 1 && resp.StatusCode == 200 {
-					wrong.Add(1)
-				}
-				map[bool]*atomic.Int64{true: &admitted, false: &refused}[resp.StatusCode == 200].Add(1)
-			}
-		})
-	}
-	const rounds = 200
-	for range rounds {
-		mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
-		phase.Add(1)
-		for done := refused.Load() + 4; refused.Load() < done && !t.Failed(); {
-			time.Sleep(100 * time.Microsecond)
-		}
-		phase.Add(1)
-		mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
-	}
-	close(stop)
-	clients.Wait()
-	if wrong.Load() != 0 || admitted.Load() < rounds || refused.Load() < rounds {
-		t.Errorf("in %d rounds %d requests were admitted after deactivate had returned (%d admitted, %d refused in all)",
-			rounds, wrong.Load(), admitted.Load(), refused.Load())
-	}
-}
-
-// A command that is interrupted leaves all of it or nothing.
-func TestInterruptedCommandLeavesAllOrNothing(t *testing.T) { // S12
-	t.Parallel()
-	dsn := mustDatabase(t)
-	db := mustOpen(t, dsn)
-	full, outcomes, whole := "", map[bool]int{}, time.Duration(0) // how long an undisturbed command takes here and now
-	for round := range 60 {
-		begin := time.Now()
-		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rand.Int63n(int64(whole)*3/2+1)))
-		if round%20 == 0 {
-			ctx = context.Background()
-		}
-		env := func(name string) string { return map[string]string{"TIMEDB_DSN": dsn}[name] }
-		var out bytes.Buffer
-		code := run(ctx, []string{"create", "tables", "-y", "--with-users"}, env, strings.NewReader(""), &out, &out)
-		cancel()
-		if round%20 == 0 {
-			whole = time.Since(begin)
-		}
-		mustExec(t, db, `SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0))`) // until it has ended
-		got := relations(t, db, "public")
-		if round == 0 {
-			full = got
-		}
-		if got != full && got != "" || code == 0 && got != full {
-			t.Fatalf("exit %d left %q, want nothing or %q", code, got, full)
-		}
-		outcomes[got == full]++
-		mustRun(t, 0, dsn, "", "delete", "tables", "-y")
-	}
-	if outcomes[true] < 4 || outcomes[false] < 2 { // three were not interrupted
-		t.Errorf("the interruptions came all too early or all too late: %v", outcomes)
-	}
-}
-
-func TestDoubtNeverOpensTheDoor(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	s.must(t, 200, "POST", "/upload", key, oneValue)
-	admin := mustOpen(t, databaseURL("", nil))
-	name := mustQuery(t, s.db, `SELECT current_database()`)
-	disconnect := `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = '` + name + `' AND usename = '` + appRole.name + `'`
-	for _, c := range []struct {
-		db           *sql.DB
-		breaks, ends string
-	}{
-		{s.db, `ALTER TABLE users_table RENAME TO elsewhere`, `ALTER TABLE elsewhere RENAME TO users_table`},
-		{s.db, `REVOKE SELECT ON users_table FROM ` + appRole.name + `; REVOKE SELECT (key_digest) ON users_table FROM ` + appRole.name,
-			`GRANT SELECT ON users_table TO ` + appRole.name},
-		{s.db, `ALTER TABLE users_table RENAME COLUMN is_active TO was_active`,
-			`ALTER TABLE users_table RENAME COLUMN was_active TO is_active`},
-		{s.db, `CREATE SCHEMA hidden; ALTER TABLE users_table SET SCHEMA hidden`,
-			`ALTER TABLE hidden.users_table SET SCHEMA public; DROP SCHEMA hidden`},
-		{admin, `ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS false; ` + disconnect,
-			`ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS true`},
-		{s.db, `DROP TABLE users_table`, ""},
-	} {
-		mustExec(t, c.db, c.breaks)
-		for _, path := range []string{"/values", "/list_timeseries", "/nope"} {
-			for _, key := range []string{key, ""} {
-				resp, body, err := s.do("GET", path, key, "")
-				if err != nil || resp.StatusCode != 503 && (key != "" || resp.StatusCode != 401) {
-					t.Errorf("after %q GET %s: %v %v, want 503", c.breaks, path, resp, err)
-					continue
-				}
-				if resp.StatusCode == 503 && resp.Header.Get("Retry-After") == "" ||
-					regexp.MustCompile(`pq:|users_table|load|SELECT`).MatchString(body) {
-					t.Errorf("after %q GET %s: %v %q", c.breaks, path, resp.Header, body)
-				}
-			}
-		}
-		if c.db == admin {
-			s.must(t, 503, "GET", "/healthz", "", "")
-		}
-		if c.ends == "" {
-			break
-		}
-		mustExec(t, c.db, c.ends)
-		for tries := 0; ; tries++ { // a statement that was planned before may fail once on each connection
-			if resp, _, err := s.do("GET", "/list_timeseries", key, ""); err == nil && resp.StatusCode == 200 {
-				break
-			} else if tries > 100 {
-				t.Fatalf("after %q was undone: %v %v, want 200", c.breaks, resp, err)
-			}
-		}
-	}
-	mustExec(t, s.db, `DROP TABLE values_table CASCADE`)
-	for _, path := range []string{"/values", "/values?mode=overlapping&detail=true"} {
-		if resp, _, err := s.do("GET", path, key, ""); err != nil || resp.StatusCode != 503 {
-			t.Errorf("without tables GET %s: %v %v", path, resp, err)
-		}
-	}
-}
-
-// No server that is asked here has ever seen a users_table.
-func TestUnknownStateOfUsersTableIsNotOpen(t *testing.T) {
-	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
-	s := mustAPI(t, dsn)
-	s.must(t, 200, "GET", "/list_timeseries", "", "")
-	mustExec(t, s.db, `REVOKE SELECT ON pg_catalog.pg_class FROM PUBLIC`) // the data can be read; whether there are users, not
-	s.must(t, 503, "GET", "/list_timeseries", "", "")
-	s.must(t, 503, "POST", "/upload", "", oneValue)
-	mustExec(t, s.db, `GRANT SELECT ON pg_catalog.pg_class TO PUBLIC`)
-	s.must(t, 200, "GET", "/list_timeseries", "", "")
-	admin, name := mustOpen(t, databaseURL("", nil)), mustQuery(t, s.db, `SELECT current_database()`)
-	mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS false; SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = '`+name+`'`)
-	s.must(t, 503, "GET", "/list_timeseries", "", "")
-	s.must(t, 503, "POST", "/upload", "", oneValue)
-	mustExec(t, admin, `ALTER DATABASE `+name+` ALLOW_CONNECTIONS true`)
-}
-
-func TestServerThatStartedWithUsersNeverOpens(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	mustExec(t, s.db, `ALTER TABLE users_table RENAME TO x`) // before the first request
-	s.must(t, 401, "GET", "/values", "", "")
-	key, _, _ := newKey()
-	s.must(t, 503, "GET", "/values", key, "")
-}
-
-func TestFirstUsersTableTakesEffectOnARunningServer(t *testing.T) {
-	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
-	s := mustAPI(t, dsn)
-	s.must(t, 200, "POST", "/upload", "", oneValue)
-	mustRun(t, 0, dsn, "", "create", "tables", "-y", "--with-users") // without --app-role: keys cannot be looked up yet
-	s.must(t, 401, "GET", "/values", "", "")
-	key := s.mustUser(t, tenantA, "a@example.com")
-	s.must(t, 503, "GET", "/values", key, "")
-	mustCreateTables(t, dsn)
-	if text := s.must(t, 200, "GET", "/values", key, ""); strings.Contains(text, "load") {
-		t.Errorf("a tenant sees what was stored without users: %s", text)
-	}
-	mustRun(t, 0, dsn, "", "delete", "tables", "-y")
-	mustCreateTables(t, dsn)
-	s.must(t, 503, "GET", "/values", key, "") // it was there: its absence is a fault
-	s.must(t, 401, "GET", "/values", "", "")
-}
-
-func TestRequireAuthRefusesEveryoneWithoutUsersTable(t *testing.T) {
-	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
-	s := mustAPI(t, dsn, "--require-auth")
-	unknown, _, _ := newKey()
-	for _, key := range []string{"", unknown} {
-		s.must(t, 503, "GET", "/list_timeseries", key, "")
-		s.must(t, 503, "POST", "/upload", key, emptyRun)
-	}
-	s.must(t, 200, "GET", "/", "", "")
-}
-
-func TestOpenModeIsNotForWebPages(t *testing.T) { // S24
-	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
-	s := mustAPI(t, dsn)
-	port := s.url[strings.LastIndex(s.url, ":"):]
-	for _, c := range []struct {
-		status int
-		header []string
-	}{
-		{200, nil}, {200, []string{"Host: localhost" + port}}, {200, []string{"Host: [::1]" + port}}, {200, []string{"Origin: " + s.url}},
-		{403, []string{"Host: evil.example"}}, {403, []string{"Host: evil.example" + port}},
-		{403, []string{"Host: 127.0.0.1.evil.example"}},
-		{403, []string{"Host: 192.0.2.1" + port}}, {403, []string{"Origin: https://evil.example"}}, {403, []string{"Origin: null"}},
-		{403, []string{"Sec-Fetch-Site: cross-site"}}, {403, []string{"Sec-Fetch-Site: same-site"}},
-	} {
-		s.must(t, c.status, "POST", "/upload", "", emptyRun, c.header...)
-	}
-	s.must(t, 403, "GET", "/values", "", "", "Host: evil.example")
-}
-
-func TestTooManyBadKeysAreThrottledAndValidOnesAreNot(t *testing.T) { // S31, S27
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	unknown, _, _ := newKey()
-	statuses := map[int]int{}
-	const tries = 3 * failureBurst
-	for i := range tries {
-		// Who sends is who connects, whatever the request says.
-		resp, body, err := s.do("GET", "/values", pick(rand.New(rand.NewSource(int64(i))), "x", unknown), "", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i%200))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if statuses[resp.StatusCode]++; resp.StatusCode == 401 && body != badKey || resp.StatusCode == 429 && !strings.Contains(body, "minute") {
-			t.Fatalf("%v %q", resp, body)
-		}
-		if i%100 == 0 {
-			s.must(t, 200, "GET", "/list_timeseries", key, "")
-			s.must(t, 401, "GET", "/list_timeseries", "", "") // no key is no bad key
-		}
-	}
-	if statuses[401] < failureBurst || statuses[429] == 0 || statuses[401]+statuses[429] != tries { // a minute may have turned
-		t.Errorf("%d bad keys were answered %v", tries, statuses)
-	}
-	for range tries {
-		s.must(t, 401, "GET", "/list_timeseries", "", "")
-	}
-	s.stop()
-	if lines := strings.Count(s.log.String(), `"no key"`); lines < failureBurst || lines > 2*failureBurst {
-		t.Errorf("%d requests without a key are in the log as %d lines", tries, lines)
-	}
-	bad, throttled := strings.Count(s.log.String(), "status=401"), strings.Count(s.log.String(), "status=429")
-	if bad > statuses[401]+2*failureBurst || throttled < 1 || throttled > 2 { // the first of each minute
-		t.Errorf("%d refusals and %d that were throttled are in the log", bad, throttled)
-	}
-}
-
-func TestMemoryOfTheThrottleIsBounded(t *testing.T) { // S31
-	t.Parallel()
-	var f failures
-	for i := range 3 * maxAddresses {
-		if n := f.add("", fmt.Sprintf("[2001:db8::%x]:%d", i, 1+i%1000)); n != 1 {
-			t.Fatalf("the first failure of an address counts as %d", n)
-		}
-		if len(f.byAddress) > maxAddresses {
-			t.Fatalf("%d addresses are remembered", len(f.byAddress))
-		}
-	}
-	for want := 1; want <= 5; want++ {
-		if n := f.add("", fmt.Sprintf("192.0.2.1:%d", want)); n != want && n != 1 { // a minute may have turned
-			t.Errorf("failure %d of an address counts as %d", want, n)
-		}
-	}
-}
-
-func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	unknown, _, _ := newKey()
-	s.must(t, 200, "GET", "/list_timeseries", key, "")
-	s.must(t, 401, "GET", "/list_timeseries", unknown, "")
-	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", "a@example.com")
-	s.must(t, 401, "GET", "/list_timeseries", key, "")
-	mustRun(t, 0, s.dsn, "", "users", "activate", "-e", "a@example.com")
-	for _, path := range []string{"/x%0d%0atime=2025-01-01T00:00:00Z%20level=INFO%20msg=forged", "/x%0alevel=INFO", "/%1b[2Jx",
-		"/%e2%80%a8x", "/%00"} {
-		s.must(t, 404, "GET", path, key, "")
-		s.must(t, 401, "GET", path, "", "")
-	}
-	s.must(t, 422, "GET", "/values?series_key=a%0d%0alevel=INFO%20msg=forged&nope=1", key, "")
-	s.must(t, 401, "GET", "/"+unknown[:12]+"%0d%0aforged", "x", "")
-	s.must(t, 404, "GET", "/"+key, key, "") // a key that is pasted into the wrong place
-	s.must(t, 422, "GET", "/values?limit="+key, key, "")
-	s.must(t, 404, "GET", "/values?series_key="+key, key, "")
-	s.must(t, 422, "GET", "/values?"+key+"=1", key, "")
-	s.stop()
-	text := s.log.String()
-	for line := range strings.Lines(text) {
-		if !strings.HasPrefix(line, "time=") || !strings.Contains(line, "Z level=") {
-			t.Errorf("a log line that is not ours, or not in UTC: %q", line)
-		}
-	}
-	if strings.ContainsAny(text, "\x1b\r\x00") || strings.Contains(text, "\u2028") {
-		t.Error("the log holds control characters")
-	}
-	keyID := mustQuery(t, s.db, `SELECT key_id FROM users_table`)
-	for _, want := range []string{keyID, tenantA, "127.0.0.1:", "status=200", "status=401", "deactivated", "unknown"} {
-		if !strings.Contains(text, want) {
-			t.Errorf("the log has no %q:\n%s", want, text)
-		}
-	}
-	for _, secret := range []string{key[13:], unknown[13:]} {
-		if strings.Contains(text, secret) {
-			t.Error("the log holds a key")
-		}
-	}
-}
-
-// The program itself, in another time zone than UTC, stopped by a signal.
-func TestProgramLogsInUTCAndStopsOnSIGTERM(t *testing.T) { // S27, S30
-	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
-	binary := filepath.Join(t.TempDir(), "timedb")
-	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v %s", err, out)
-	}
-	cmd := exec.Command(binary, "api", "--port", "0")
-	cmd.Env = append(os.Environ(), "TZ=Asia/Tokyo", "TIMEDB_DSN="+asAppRole(dsn))
-	var out, log logBuffer
-	cmd.Stdout, cmd.Stderr = &out, &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	for !servesLine.MatchString(out.String()) {
-		time.Sleep(time.Millisecond)
-	}
-	cmd.Process.Signal(syscall.SIGTERM)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("stopped by SIGTERM: %v", err)
-	}
-	for line := range strings.Lines(log.String()) {
-		if !regexp.MustCompile(`^time=\S+Z level=`).MatchString(line) {
-			t.Errorf("a line that is not in UTC: %q", line)
-		}
-	}
-	if !strings.Contains(log.String(), "stopping") {
-		t.Errorf("the log is %q", log.String())
-	}
-}
-
-func TestUseOfAKeyIsNoted(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	s.must(t, 200, "GET", "/list_timeseries", key, "")
-	for mustQuery(t, s.db, `SELECT last_used_at FROM users_table`) == "" { // it is written beside the request
-		time.Sleep(time.Millisecond)
-	}
-}
-
-// inspect parses one source file and calls fn for each of its nodes.
-func inspect(t *testing.T, file string, fn func(ast.Node)) {
-	t.Helper()
-	tree, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ast.Inspect(tree, func(n ast.Node) bool { fn(n); return true })
-}
-
-func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
-	touches := regexp.MustCompile(`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|current_values)\b`)
-	var seen, withCaller int
-	check := func(where string, needsTenant bool, tree ast.Node) {
-		ast.Inspect(tree, func(n ast.Node) bool {
-			lit, ok := n.(*ast.BasicLit)
-			if !ok || lit.Kind != token.STRING || !touches.MatchString(lit.Value) {
-				return true
-			}
-			seen++
-			if !needsTenant {
-				t.Errorf("%s touches tenant data without a Caller: %s", where, lit.Value)
-			}
-			if !regexp.MustCompile(`tenant_id = \$1|\(tenant_id,`).MatchString(lit.Value) {
-				t.Errorf("%s: SQL without tenant_id: %s", where, lit.Value)
-			}
-			return true
-		})
-	}
-	tree, err := parser.ParseFile(token.NewFileSet(), "store.go", nil, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, decl := range tree.Decls {
-		fn, ok := decl.(*ast.FuncDecl)
-		if !ok {
-			check("a constant", true, decl) // it is run by some function below
-			continue
-		}
-		hasCaller := slices.ContainsFunc(fn.Type.Params.List, func(f *ast.Field) bool {
-			id, ok := f.Type.(*ast.Ident)
-			return ok && id.Name == "Caller"
-		})
-		if hasCaller {
-			withCaller++
-		}
-		check(fn.Name.Name, hasCaller, fn)
-	}
-	if seen < 5 || withCaller < 5 {
-		t.Errorf("only %d statements and %d functions with a Caller were found: does this test still look in the right place?",
-			seen, withCaller)
-	}
-}
-
-// SQL is never assembled: wherever it is run, it is a literal, a constant or a parameter of that name; and whoever calls
-// with such a parameter gives one of these. What create and delete tables run comes from schema.sql.
-func TestSQLIsNotAssembled(t *testing.T) { // S18
-	runs := map[string]int{"QueryContext": 1, "ExecContext": 1, "QueryRowContext": 1, "PrepareContext": 1, "query": 1, "exec": 1, "document": 1}
-	seen := 0
-	for _, file := range []string{"store.go", "cli.go", "server.go", "auth.go"} {
-		inspect(t, file, func(n ast.Node) {
-			call, ok := n.(*ast.CallExpr)
-			if !ok {
-				return
-			}
-			name := ""
-			switch fn := call.Fun.(type) {
-			case *ast.SelectorExpr:
-				name = fn.Sel.Name
-			case *ast.Ident:
-				name = fn.Name
-			}
-			at, ok := runs[name]
-			if !ok || len(call.Args) <= at {
-				return
-			}
-			seen++
-			switch sql := call.Args[at].(type) {
-			case *ast.BasicLit:
-			case *ast.Ident:
-				prepared := sql.Name == "args" && call.Ellipsis.IsValid() // a statement that was prepared from a query
-				if sql.Name != "query" && !prepared && (file != "cli.go" || sql.Name != "text") {
-					t.Errorf("%s: %s runs %s", file, name, sql.Name)
-				}
-			case *ast.CallExpr:
-				if fn, ok := sql.Fun.(*ast.Ident); !ok || fn.Name != "schemaSections" {
-					t.Errorf("%s: %s runs what another call made", file, name)
-				}
-			case *ast.SelectorExpr: // c.run(c, ctx, st) and the like
-				seen--
-			default:
-				t.Errorf("%s: %s runs a %T", file, name, sql)
-			}
-		})
-	}
-	if seen < 15 {
-		t.Errorf("only %d places were found: does this test still look in the right place?", seen)
-	}
-}
-
-func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
-	limits, compares := map[string]bool{}, 0
-	defer func() {
-		for _, name := range []string{"ReadHeaderTimeout", "ReadTimeout", "WriteTimeout", "IdleTimeout", "MaxHeaderBytes"} {
-			if !limits[name] {
-				t.Errorf("the server has no %s", name)
-			}
-		}
-		if compares != 1 {
-			t.Errorf("digests are compared in constant time in %d places", compares)
-		}
-	}()
-	files, _ := filepath.Glob("*.go")
-	for _, file := range files {
-		if strings.HasSuffix(file, "_test.go") {
-			continue
-		}
-		inspect(t, file, func(n ast.Node) {
-			switch n := n.(type) {
-			case *ast.CompositeLit:
-				if id, ok := n.Type.(*ast.Ident); ok && id.Name == "Caller" && file != "auth.go" {
-					t.Errorf("%s makes a Caller", file)
-				}
-			case *ast.SelectorExpr:
-				if id, ok := n.X.(*ast.Ident); ok && id.Name == "os" && n.Sel.Name == "Exit" && file != "main.go" {
-					t.Errorf("%s calls os.Exit", file)
-				}
-			case *ast.KeyValueExpr: // S20
-				if id, ok := n.Key.(*ast.Ident); ok && file == "cli.go" {
-					limits[id.Name] = true
-				}
-			case *ast.CallExpr: // S5, S7
-				if fn, ok := n.Fun.(*ast.SelectorExpr); ok && fn.Sel.Name == "ConstantTimeCompare" {
-					compares++
-				} else if id, ok := n.Fun.(*ast.Ident); ok && id.Name == "newKey" && file != "cli.go" {
-					t.Errorf("%s makes keys", file)
-				}
-			case *ast.ImportSpec:
-				if path := n.Path.Value; strings.HasSuffix(path, `/rand"`) && (path != `"crypto/rand"` || file != "auth.go") {
-					t.Errorf("%s imports %s", file, path)
-				}
-				if path := n.Path.Value; (path == `"database/sql"` || strings.Contains(path, "lib/pq")) && file == "auth.go" ||
-					path == `"net/http"` && file == "store.go" {
-					t.Errorf("%s imports %s", file, path)
-				}
-			}
-		})
-	}
-}
-
-func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
-	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
-	db := mustOpen(t, dsn)
-	const keys = `SELECT conrelid::regclass::text AS tab, conname::text AS name, conkey[1] AS col, conrelid AS rel FROM pg_constraint WHERE contype IN ('p', 'u', 'f')
-		UNION ALL SELECT confrelid::regclass::text, conname, confkey[1], confrelid FROM pg_constraint WHERE contype = 'f'
-		UNION ALL SELECT indrelid::regclass::text, indexrelid::regclass::text, indkey[0], indrelid FROM pg_index WHERE indisunique`
-	const of = `(` + keys + `) k JOIN pg_attribute a ON a.attrelid = k.rel AND a.attnum = k.col WHERE tab IN ('runs_table', 'series_table', 'values_table')`
-	if bad := mustQuery(t, db, `SELECT string_agg(tab || ': ' || name, ', ') FROM `+of+` AND attname <> 'tenant_id'`); bad != "" {
-		t.Errorf("keys that do not start with tenant_id: %s", bad)
-	}
-	if n, _ := strconv.Atoi(mustQuery(t, db, `SELECT count(*) FROM `+of)); n < 9 {
-		t.Errorf("only %d keys were found", n)
-	}
-}
-
-// docs/SECURITY.md names for each item the functions that enforce it and the tests; they must exist.
-func TestSecurityDocumentNamesWhatThereIs(t *testing.T) { // S32
-	text, err := os.ReadFile("docs/SECURITY.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	declared := map[string]bool{}
-	for _, file := range []string{"auth.go", "server.go", "store.go", "cli.go", "main.go",
-		"auth_test.go", "cli_test.go", "faults_test.go", "server_test.go", "store_test.go"} {
-		source, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, m := range regexp.MustCompile(`(?m)^(?:func (?:\([^)]*\) )?|\t|var |type )([A-Za-z0-9]+)`).FindAllStringSubmatch(string(source), -1) {
-			declared[file+":"+m[1]] = true
-		}
-	}
-	for i := 1; i <= 32; i++ {
-		row := regexp.MustCompile(fmt.Sprintf(`(?m)^\| S%d \|.*$`, i)).FindString(string(text))
-		tests := regexp.MustCompile("Test[A-Za-z0-9]+").FindAllString(row, -1)
-		places := regexp.MustCompile("`([a-z_]+\\.go):([A-Za-z0-9]+)`").FindAllStringSubmatch(row, -1)
-		if len(tests) == 0 || len(places) == 0 && !strings.Contains(row, "schema.sql") && !strings.Contains(row, "docs/") {
-			t.Errorf("S%d: %q names no place or no test", i, row)
-		}
-		for _, name := range tests {
-			if !slices.ContainsFunc([]string{"auth", "cli", "faults", "server", "store"},
-				func(file string) bool { return declared[file+"_test.go:"+name] }) {
-				t.Errorf("S%d: there is no %s", i, name)
-			}
-		}
-		for _, place := range places {
-			if !declared[place[1]+":"+place[2]] {
-				t.Errorf("S%d: there is no %s in %s", i, place[2], place[1])
-			}
-		}
-	}
-}
-
-func TestTenantInTheRequestChangesNothing(t *testing.T) { // S13
-	t.Parallel()
-	s := mustServer(t)
-	a, b := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
-	s.must(t, 200, "POST", "/upload", a, oneValue)
-	before := s.stored(t)
-	s.mustAll(t, b, []httpCase{
-		{"POST", "/upload", strings.Replace(oneValue, `{`, `{"tenant_id":"`+tenantA+`",`, 1), 403, []string{"tenant_id"}},
-		{"POST", "/upload?tenant_id=" + tenantA, oneValue, 403, []string{"tenant_id"}},
-		{"PUT", "/values", `{"updates":[{"tenant_id":"` + tenantA + `","valid_time":"2025-01-01","series_key":"load","value":5}]}`, 403, []string{"tenant_id"}},
-		{"GET", "/runs?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
-		{"GET", "/values?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
-		{"GET", "/list_timeseries?tenant_id=" + tenantA, "", 403, []string{"tenant_id"}},
-		{"GET", "/values?tenant_id=nonsense", "", 422, []string{"tenant_id"}},
-		{"GET", "/values?tenant_id=" + strings.ToUpper(tenantB), "", 200, []string{`"count":0`}},
-	})
-	for _, header := range []string{"X-Tenant-ID: ", "Tenant-Id: ", "X-Forwarded-User: ", "Cookie: tenant_id="} {
-		if text := s.must(t, 200, "GET", "/values", b, "", header+tenantA); strings.Contains(text, "load") {
-			t.Errorf("%s opens another tenant: %s", header, text)
-		}
-	}
-	if s.stored(t) != before {
-		t.Error("a refused request stored something")
-	}
-	s.must(t, 200, "POST", "/upload", a, strings.Replace(emptyRun, `{`, `{"tenant_id":"`+tenantA+`",`, 1))
-}
-
-func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
-	t.Parallel()
-	s := mustServer(t)
-	a, b := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
-	uploaded := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", a, oneValue))
-	seriesA, runA := uploaded.SeriesIDs["load"], uploaded.RunID
-	own := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", b,
-		strings.ReplaceAll(strings.ReplaceAll(oneValue, "load", "own"), "known_time", "run_finish_time")))
-	const point = `"valid_time":"2025-01-01T00:00:00Z","value":7}]}`
-	before, aData := s.stored(t), s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "")
-	// What each route is asked with an id of tenant A in place of ID, then with one that never existed.
-	type probe struct{ query, body, id, never string }
-	refused := map[string][]probe{
-		"GET /values": {{"?series_id=ID", "", seriesA, nobody}, {"?series_key=ID", "", "load", "liad"},
-			{"?mode=overlapping&series_id=" + own.SeriesIDs["own"] + "&series_id=ID", "", seriesA, nobody}},
-		"PUT /values": {{"", `{"updates":[{"series_id":"ID",` + point, seriesA, nobody},
-			{"", `{"updates":[{"series_key":"ID",` + point, "load", "liad"},
-			{"", `{"updates":[{"series_id":"` + seriesA + `","run_id":"ID",` + point, runA, nobody},
-			{"", `{"updates":[{"series_key":"own","run_id":"ID",` + point, runA, nobody},
-			{"", `{"updates":[{"series_key":"own","known_time":"ID",` + point, "2025-01-01T00:00:00Z", "2024-05-05T00:00:00Z"}},
-		"POST /upload": {{"", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID",` + point, seriesA, nobody},
-			{"", `{"run_start_time":"2025-01-01","value_rows":[{"series_id":"ID","value_key":"load",` + point, seriesA, nobody},
-			{"?run_start_time=2025-01-01", "valid_time,value,series_id\n2025-01-01,1,ID\n", seriesA, nobody}},
-		// These take no id: what they answer, or store, is looked at below.
-		"POST /series": {}, "GET /list_timeseries": {}, "GET /runs": {},
-	}
-	// What tenant B may be answered 200 for must not show anything of tenant A's.
-	shown := map[string][]string{"GET /values": {"", "?mode=overlapping&detail=true", "?format=csv", "?bucket=1d&agg=sum", "?as_of=2100-01-01"},
-		"GET /list_timeseries": {""}, "GET /runs": {"", "?workflow_id=api-workflow", "?start_known=2000-01-01"}}
-	for _, rt := range (&server{}).routes() {
-		method, path, _ := strings.Cut(rt.pattern, " ")
-		probes, known := refused[rt.pattern]
-		if rt.access == "open" {
-			continue
-		}
-		if !known || rt.access == "read" && shown[rt.pattern] == nil {
-			t.Errorf("%s is not tried with another tenant's ids: add how to this test", rt.pattern)
-		}
-		for _, c := range probes {
-			var header []string
-			if !strings.HasPrefix(c.body, "{") {
-				header = []string{"Content-Type: text/csv"}
-			}
-			var answers [2]string
-			for i, id := range []string{c.id, c.never} {
-				text := s.must(t, 404, method, path+strings.ReplaceAll(c.query, "ID", url.QueryEscape(id)), b, strings.ReplaceAll(c.body, "ID", id), header...)
-				answers[i] = strings.ReplaceAll(text, id, "ID")
-			}
-			if answers[0] != answers[1] {
-				t.Errorf("%s %v: %q for another tenant's, %q for one that never existed", rt.pattern, c, answers[0], answers[1])
-			}
-			if s.stored(t) != before {
-				t.Fatalf("%s %v stored something", rt.pattern, c)
-			}
-		}
-		for _, query := range shown[rt.pattern] {
-			if text := s.must(t, 200, method, path+query, b, ""); strings.Contains(text, "load") || strings.Contains(text, runA) ||
-				strings.Contains(text, seriesA) {
-				t.Errorf("%s%s shows another tenant's: %s", rt.pattern, query, text)
-			}
-		}
-	}
-	// A series of the same name is another one, whatever its unit.
-	for _, name := range []string{"load", "liad"} {
-		if text := s.must(t, 200, "POST", "/series", b, `{"name":"`+name+`","unit":"kW"}`); !strings.Contains(text, "created") || strings.Contains(text, seriesA) {
-			t.Errorf("tenant B creates %q: %s", name, text)
-		}
-	}
-	// A run_id is the tenant's own: another tenant's choice of the same neither clashes nor tells.
-	for _, id := range []string{runA, nobody} {
-		s.must(t, 200, "POST", "/upload", b, strings.Replace(emptyRun, `{`, `{"run_id":"`+id+`",`, 1))
-	}
-	if got := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, ""); got != aData {
-		t.Errorf("tenant A's data changed from %s to %s", aData, got)
 	}
 }
 
@@ -990,4 +117,1367 @@ func FuzzKey(f *testing.F) {
 			t.Errorf("%q is well-formed, and so is %q", key, typo)
 		}
 	})
+}
+
+// Every test ends with a search of its database for secrets. That search must be able to find one.
+func TestSweepFindsSecrets(t *testing.T) { // S6
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	key, _, _ := newKey()
+	type secretCase struct{ name, secret, found string }
+	cases := []secretCase{
+		{"a key", key, "a key"},
+		{"the password of the API's role", appRole.password, "a password"},
+	}
+	if owner, given := mustParse(t, dsn).User.Password(); given && owner != "" {
+		cases = append(cases, secretCase{"the owner's password", owner, "a password"})
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			mustExec(t, db, `CREATE TABLE leak AS SELECT 'x' || $1::text || 'y' AS held`, c.secret)
+			if found := secretsIn(t, dsn); found != c.found {
+				t.Errorf("the sweep finds %q, want %q", found, c.found)
+			}
+			mustExec(t, db, `DROP TABLE leak`)
+		})
+	}
+}
+
+// ---- Who is let in
+
+func TestEveryRouteNeedsAKey(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	paths := []string{
+		"/upload", "/values", "/series", "/list_timeseries", "/runs",
+		"/", "/healthz", "/docs", "/openapi.json",
+		"/nope", "/values/", "/docs/", "/values/x", "//values", "/./values", "/upload?x=%zz",
+		"/users", "/debug/pprof/", "/.git/config",
+	}
+	holdNoData := []string{"/", "/healthz", "/docs", "/openapi.json"}
+	methods := []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"}
+	for _, path := range paths {
+		for _, method := range methods {
+			t.Run(method+" "+path, func(t *testing.T) {
+				resp, body, err := s.do(method, path, "", "")
+				if err != nil {
+					t.Fatal(err)
+				}
+				isRead := method == "GET" || method == "HEAD"
+				if isRead && slices.Contains(holdNoData, path) {
+					if resp.StatusCode != 200 {
+						t.Errorf("status %d, want 200", resp.StatusCode)
+					}
+				} else {
+					if resp.StatusCode != 401 || resp.Header.Get("WWW-Authenticate") != "ApiKey" {
+						t.Errorf("status %d, %v, want 401", resp.StatusCode, resp.Header)
+					}
+					if method != "HEAD" && body != noKey {
+						t.Errorf("body %q, want %q", body, noKey)
+					}
+				}
+				for name := range resp.Header {
+					if strings.HasPrefix(name, "Access-Control-") { // S24
+						t.Errorf("CORS header %s", name)
+					}
+				}
+			})
+		}
+	}
+	for _, c := range []struct{ name, target, status string }{
+		{"OPTIONS of the whole server", "OPTIONS *", " 401 "},
+		{"GET of the whole server", "GET *", " 40"},
+		{"a tunnel", "CONNECT 127.0.0.1:1", " 40"},
+		{"a request to a proxy", "GET http://other.example/values", " 40"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			line := s.mustRaw(t, c.target+" HTTP/1.1\r\nHost: x\r\n\r\n")
+			if !strings.Contains(line, c.status) {
+				t.Errorf("%s: %q, want %q in it", c.target, line, c.status)
+			}
+		})
+	}
+}
+
+func TestMalformedKeysAreRefusedWithoutALookup(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	// From here on a look-up of a key is answered with 503.
+	mustExec(t, s.db, "REVOKE ALL ON users_table FROM "+appRole.name)
+	s.must(t, 503, "GET", "/list_timeseries", key, "")
+	for _, c := range []struct {
+		name, query string
+		header      []string
+		want        string
+	}{
+		{"no key", "", nil, noKey},
+		{"an empty header", "", []string{"X-API-Key: "}, noKey},
+		{"a key in the query string", "?api_key=" + key + "&X-API-Key=" + key, nil, noKey},
+		{"a key in Authorization", "", []string{"Authorization: ApiKey " + key}, noKey},
+		{"a key in a cookie", "", []string{"Cookie: X-API-Key=" + key}, noKey},
+		{"one letter", "", []string{"X-API-Key: x"}, badKey},
+		{"8000 letters", "", []string{"X-API-Key: " + strings.Repeat("k", 8000)}, badKey},
+		{"a key and the key again", "", []string{"X-API-Key: " + key + key}, badKey},
+		{"a key, a comma and the key again", "", []string{"X-API-Key: " + key + "," + key}, badKey},
+		{"the header given twice", "", []string{"X-API-Key: " + key, "X-API-Key: " + key}, badKey},
+		{"a key without its last letter", "", []string{"X-API-Key: " + key[:len(key)-1]}, badKey},
+		{"a key in capitals", "", []string{"X-API-Key: " + strings.ToUpper(key)}, badKey},
+		{"a key with a letter beyond ASCII", "", []string{"X-API-Key: " + key[:20] + "é" + key[22:]}, badKey},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if body := s.must(t, 401, "GET", "/list_timeseries"+c.query, "", "", c.header...); body != c.want {
+				t.Errorf("%q, want %q", body, c.want)
+			}
+		})
+	}
+	// A key in the query string is no key when look-ups work, either.
+	mustExec(t, s.db, "GRANT SELECT ON users_table TO "+appRole.name)
+	if body := s.must(t, 401, "GET", "/list_timeseries?api_key="+key, "", ""); body != noKey {
+		t.Errorf("a key in the query string: %q", body)
+	}
+}
+
+func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
+	t.Parallel()
+	s, stored := mustTenant(t)
+	deactivated := s.mustUser(t, tenantA, "deactivated@example.com")
+	s.mustDeactivate(t, "deactivated@example.com")
+	expired := s.mustUser(t, tenantA, "expired@example.com")
+	s.must(t, 200, "GET", "/list_timeseries", expired, "")
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() - interval '1 microsecond'
+		WHERE email = 'expired@example.com'`)
+	replaced := s.mustUser(t, tenantA, "replaced@example.com")
+	s.mustReplaceKey(t, "replaced@example.com")
+
+	answer := func(t *testing.T, key string) string {
+		t.Helper()
+		resp, body, err := s.do("GET", "/values", key, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Header.Del("Date")
+		head, err := httputil.DumpResponse(resp, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(head) + body
+	}
+	unknown, _, _ := newKey()
+	want := answer(t, unknown)
+	if !strings.Contains(want, "401") || !strings.Contains(want, badKey) ||
+		!strings.Contains(strings.ToLower(want), "www-authenticate: apikey") {
+		t.Errorf("an unknown key: %q", want)
+	}
+	digest := sha256.Sum256([]byte(stored))
+	digestInBase64 := base64.RawURLEncoding.EncodeToString(digest[:])
+	for _, c := range []struct{ name, key string }{
+		{"malformed", "tdb_x"},
+		{"deactivated", deactivated},
+		{"expired", expired},
+		{"replaced", replaced},
+		// S4: what a stolen database holds opens nothing.
+		{"a stored digest in hex", hex.EncodeToString(digest[:])},
+		{"a stored digest in base64", digestInBase64},
+		{"a stored digest in the form of a key", stored[:13] + digestInBase64 + stored[56:]},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if got := answer(t, c.key); got != want {
+				t.Errorf("%q, want the same as for an unknown key: %q", got, want)
+			}
+		})
+	}
+}
+
+func TestReadOnlyKeyMayOnlyRead(t *testing.T) { // S17
+	t.Parallel()
+	s := mustServer(t)
+	text, _ := mustRun(t, 0, s.dsn, "",
+		"users", "create", "-q", "--read-only", "-t", tenantA, "-e", "reader@example.com")
+	key := strings.TrimSpace(text)
+	before := s.stored(t)
+	for _, rt := range (&server{}).routes() {
+		t.Run(rt.pattern, func(t *testing.T) {
+			method, path, _ := strings.Cut(strings.TrimSuffix(rt.pattern, "{$}"), " ")
+			if rt.access == open || rt.access == reads && method == "GET" {
+				s.must(t, 200, method, path, key, "")
+				return
+			}
+			for _, body := range []string{emptyRun, `{"name":"x"}`, `{"updates":[]}`, `{`, ""} {
+				s.must(t, 403, method, path, key, body)
+			}
+			s.must(t, 403, method, path+"?run_start_time=2025-01-01", key, "valid_time,value_key,value\n",
+				"Content-Type: text/csv")
+		})
+	}
+	if s.stored(t) != before {
+		t.Error("a read-only key stored something")
+	}
+}
+
+func TestUseOfAKeyIsNoted(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	waitUntil(t, "last_used_at is set", func() bool { // the server writes it after it has answered
+		return mustQuery(t, s.db, `SELECT last_used_at FROM users_table`) != ""
+	})
+}
+
+// ---- Keys that end
+
+func TestRevokedKeyIsRefusedOnTheNextRequestOfEveryServer(t *testing.T) {
+	t.Parallel()
+	s, first := mustTenant(t)
+	servers := []*testServer{s, mustAPI(t, s.dsn)}
+	everywhere := func(want int, key, when string) {
+		t.Helper()
+		for i, one := range servers {
+			resp, _, err := one.do("GET", "/list_timeseries", key, "")
+			if err != nil || resp.StatusCode != want {
+				t.Fatalf("%s: server %d: %v %v, want status %d", when, i, resp, err, want)
+			}
+		}
+	}
+	everywhere(200, first, "new key")
+	s.mustDeactivate(t, "a@example.com")
+	everywhere(401, first, "deactivated")
+	s.mustActivate(t, "a@example.com")
+	everywhere(200, first, "activated")
+
+	second := s.mustReplaceKey(t, "a@example.com")
+	everywhere(401, first, "replaced")
+	everywhere(200, second, "the new key")
+	s.mustDeactivate(t, "a@example.com")
+	everywhere(401, second, "the new key, deactivated")
+	s.mustActivate(t, "a@example.com")
+	everywhere(401, first, "activated after it was replaced") // S10
+	everywhere(200, second, "the new key, activated")
+}
+
+// Clients hammer two servers of one database while a user is deactivated and activated again and again. A request that
+// began after deactivate had returned, and was answered before activate began, must not have been let in.
+func TestDeactivationHoldsForEveryLaterRequestUnderLoad(t *testing.T) { // S9
+	t.Parallel()
+	s, key := mustTenant(t)
+	servers := []*testServer{s, mustAPI(t, s.dsn)}
+	var phase atomic.Int64 // odd while the user is certainly deactivated
+	var refused, admitted, wrong atomic.Int64
+	ask := func(server *testServer) error {
+		before := phase.Load()
+		resp, _, err := server.do("GET", "/list_timeseries", key, "")
+		if err != nil {
+			return err
+		}
+		after := phase.Load()
+		switch resp.StatusCode {
+		case 200:
+			admitted.Add(1)
+			if before == after && before%2 == 1 {
+				wrong.Add(1)
+			}
+		case 401, 429:
+			refused.Add(1)
+		default:
+			return fmt.Errorf("status %d, want 200, 401 or 429", resp.StatusCode)
+		}
+		return nil
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var clients sync.WaitGroup
+	for i := range 6 {
+		clients.Go(func() {
+			for ctx.Err() == nil {
+				if err := ask(servers[i%2]); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	stopAndWait := func() {
+		stop()
+		clients.Wait()
+	}
+	t.Cleanup(stopAndWait) // the clients must not outlive a test that fails
+	failed := func() bool { return wrong.Load() > 0 || t.Failed() }
+	const rounds = 200
+	for round := 0; round < rounds && !failed(); round++ {
+		s.mustDeactivate(t, "a@example.com")
+		phase.Add(1)
+		enough := refused.Load() + 4
+		waitUntil(t, "four more requests were refused", func() bool {
+			return refused.Load() >= enough || failed()
+		})
+		phase.Add(1)
+		s.mustActivate(t, "a@example.com")
+	}
+	stopAndWait()
+	if wrong.Load() != 0 {
+		t.Errorf("%d requests were admitted after deactivate had returned", wrong.Load())
+	}
+	if admitted.Load() < rounds || refused.Load() < rounds {
+		t.Errorf("in %d rounds only %d requests were admitted and %d refused", rounds, admitted.Load(), refused.Load())
+	}
+}
+
+func TestKeyEndsWhenItExpires(t *testing.T) { // S10
+	t.Parallel()
+	s := mustServer(t)
+	for i, c := range []struct{ name, expires string }{
+		{"days", "90d"},
+		{"hours", "12h"},
+		{"an ISO 8601 duration", "P1DT1H"},
+		{"hours and minutes", "1h30m"},
+		{"a date", "2200-01-01"},
+		{"a time with an offset", "2199-12-31T23:59:59+05:00"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			email := fmt.Sprintf("user%d@example.com", i)
+			text, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-t", tenantA, "-e", email, "--expires", c.expires)
+			key := strings.TrimPrefix(regexp.MustCompile(`API Key: tdb_\S+`).FindString(text), "API Key: ")
+			ends := mustQuery(t, s.db, `SELECT to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+				FROM users_table WHERE email = $1`, email)
+			listed, _ := mustRun(t, 0, s.dsn, "", "users", "list")
+			if ends == "" || !strings.Contains(listed, ends) || !strings.Contains(text, ends) {
+				t.Errorf("the key ends at %q; users create prints %q; the list is\n%s", ends, text, listed)
+			}
+			s.must(t, 200, "GET", "/list_timeseries", key, "")
+
+			mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() WHERE email = $1`, email)
+			s.must(t, 401, "GET", "/list_timeseries", key, "")
+			listed, _ = mustRun(t, 0, s.dsn, "", "users", "list")
+			if !regexp.MustCompile(email + `.* expired `).MatchString(listed) {
+				t.Errorf("the list does not say that the key has expired:\n%s", listed)
+			}
+		})
+	}
+	for _, c := range []struct{ name, expires string }{
+		{"nothing is refused", ""},
+		{"a word is refused", "soon"},
+		{"a date in the past is refused", "2020-01-01"},
+		{"a negative duration is refused", "-1h"},
+		{"a duration of zero is refused", "0s"},
+		{"a number without a unit is refused", "90"},
+		{"a month is refused", "P1M"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			mustRun(t, 2, s.dsn, "", "users", "create", "-t", tenantA, "-e", "late@example.com", "--expires", c.expires)
+		})
+	}
+}
+
+func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
+	t.Parallel()
+	s, first := mustTenant(t)
+	keys := []string{first} // all that there have been, the oldest first
+	replace := func(flags ...string) string {
+		t.Helper()
+		key := s.mustReplaceKey(t, "a@example.com", flags...)
+		keys = append(keys, key)
+		return key
+	}
+	// onlyThese checks that the server admits these of the keys and refuses all others.
+	onlyThese := func(when string, admitted ...string) {
+		t.Helper()
+		for i, key := range keys {
+			want := 401
+			if slices.Contains(admitted, key) {
+				want = 200
+			}
+			resp, _, err := s.do("GET", "/list_timeseries", key, "")
+			if err != nil || resp.StatusCode != want {
+				t.Errorf("%s: key %d: %v %v, want status %d", when, i, resp, err, want)
+			}
+		}
+	}
+
+	second := replace("--grace", "1h")
+	onlyThese("in its grace", first, second)
+	mustExec(t, s.db, `UPDATE users_table SET is_active = false`)
+	onlyThese("deactivated")
+	mustExec(t, s.db, `UPDATE users_table SET is_active = true, expires_at = clock_timestamp()`)
+	onlyThese("expired")
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = NULL, previous_ends_at = clock_timestamp()`)
+	onlyThese("after its grace", second)
+	s.mustActivate(t, "a@example.com")
+	onlyThese("activated after its grace", second)
+
+	third := replace("--grace", "PT24H")
+	onlyThese("replaced twice", second, third)
+	fourth := replace("--grace", "1d")
+	onlyThese("only the last key before has a grace", third, fourth)
+	fifth := replace()
+	onlyThese("replaced without a grace", fifth)
+
+	sixth := replace("--grace", "30d")
+	s.mustDeactivate(t, "a@example.com")
+	onlyThese("deactivated in a grace")
+	s.mustActivate(t, "a@example.com")
+	onlyThese("activated after deactivation has ended the grace", sixth)
+	mustExec(t, s.db, `UPDATE users_table SET previous_digest = sha256($1::bytea), previous_ends_at = NULL`,
+		[]byte(fifth))
+	onlyThese("a previous key without an end", sixth)
+
+	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp()`)
+	_, stderr := mustRun(t, 1, s.dsn, "", "users", "regenerate-key", "-q", "-y", "-e", "a@example.com")
+	if !strings.Contains(stderr, "--expires") {
+		t.Errorf("a new key for an expired user: %q", stderr)
+	}
+	seventh := replace("--expires", "90d", "--grace", "1h")
+	onlyThese("replaced after it had expired", seventh)
+
+	s.mustDeactivate(t, "a@example.com")
+	eighth := replace("--grace", "1h")
+	s.mustActivate(t, "a@example.com")
+	onlyThese("replaced while it was deactivated", eighth)
+
+	for _, c := range []struct{ name, grace string }{
+		{"nothing is refused", ""},
+		{"a negative duration is refused", "-1h"},
+		{"a word is refused", "long"},
+		{"a year is refused", "P1Y"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			mustRun(t, 2, s.dsn, "", "users", "regenerate-key", "-y", "-e", "a@example.com", "--grace", c.grace)
+		})
+	}
+	onlyThese("after refused commands", eighth)
+}
+
+// ---- Doubt
+
+func TestDoubtNeverOpensTheDoor(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	explains := regexp.MustCompile(`pq:|users_table|load|SELECT`)
+	mustBeClosed := func(t *testing.T) {
+		t.Helper()
+		for _, path := range []string{"/values", "/list_timeseries", "/nope"} {
+			for _, sent := range []string{key, ""} {
+				resp, body, err := s.do("GET", path, sent, "")
+				if err != nil {
+					t.Errorf("GET %s: %v", path, err)
+					continue
+				}
+				isRefused := resp.StatusCode == 401 && sent == ""
+				if resp.StatusCode != 503 && !isRefused {
+					t.Errorf("GET %s: status %d, want 503", path, resp.StatusCode)
+					continue
+				}
+				if resp.StatusCode == 503 && resp.Header.Get("Retry-After") == "" {
+					t.Errorf("GET %s: 503 without Retry-After: %v", path, resp.Header)
+				}
+				if explains.MatchString(body) {
+					t.Errorf("GET %s: the body explains: %q", path, body)
+				}
+			}
+		}
+	}
+	mustServeAgain := func(t *testing.T, key string) {
+		t.Helper()
+		last := ""
+		for range 100 { // a statement that was planned before may fail once on each connection
+			resp, _, err := s.do("GET", "/list_timeseries", key, "")
+			if err == nil && resp.StatusCode == 200 {
+				return
+			}
+			last = fmt.Sprint(resp, err)
+		}
+		t.Fatalf("after the fault was undone: %s, want 200", last)
+	}
+
+	for _, c := range []struct{ name, breaks, undo string }{
+		{
+			"users_table has another name",
+			`ALTER TABLE users_table RENAME TO elsewhere`,
+			`ALTER TABLE elsewhere RENAME TO users_table`,
+		},
+		{
+			"users_table may not be read",
+			`REVOKE SELECT ON users_table FROM ` + appRole.name + `;
+				REVOKE SELECT (key_digest) ON users_table FROM ` + appRole.name,
+			`GRANT SELECT ON users_table TO ` + appRole.name,
+		},
+		{
+			"a column of users_table has another name",
+			`ALTER TABLE users_table RENAME COLUMN is_active TO was_active`,
+			`ALTER TABLE users_table RENAME COLUMN was_active TO is_active`,
+		},
+		{
+			"users_table is in another schema",
+			`CREATE SCHEMA hidden; ALTER TABLE users_table SET SCHEMA hidden`,
+			`ALTER TABLE hidden.users_table SET SCHEMA public; DROP SCHEMA hidden`,
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			mustExec(t, s.db, c.breaks)
+			mustBeClosed(t)
+			mustExec(t, s.db, c.undo)
+			mustServeAgain(t, key)
+		})
+	}
+	t.Run("the database accepts no connections", func(t *testing.T) {
+		restore := s.mustCutOff(t)
+		mustBeClosed(t)
+		s.must(t, 503, "GET", "/healthz", "", "")
+		restore()
+		mustServeAgain(t, key)
+	})
+	t.Run("users_table is gone", func(t *testing.T) {
+		mustExec(t, s.db, `DROP TABLE users_table`)
+		mustBeClosed(t)
+	})
+	t.Run("users_table is new and values_table is gone", func(t *testing.T) {
+		mustCreateTables(t, s.dsn, "--with-users")
+		newer := s.mustUser(t, tenantA, "a@example.com")
+		mustServeAgain(t, newer)
+		mustExec(t, s.db, `DROP TABLE values_table CASCADE`)
+		s.must(t, 503, "GET", "/values", newer, "")
+		s.must(t, 503, "GET", "/values?mode=overlapping&detail=true", newer, "")
+	})
+}
+
+// A server that has never seen a users_table must still not take doubt for its absence.
+func TestUnknownStateOfUsersTableIsNotOpen(t *testing.T) {
+	t.Parallel()
+	s := mustServerWithoutUsers(t)
+	s.must(t, 200, "GET", "/list_timeseries", "", "")
+
+	// The server can read the data, but cannot find out whether there is a users_table.
+	mustExec(t, s.db, `REVOKE SELECT ON pg_catalog.pg_class FROM PUBLIC`)
+	s.must(t, 503, "GET", "/list_timeseries", "", "")
+	s.must(t, 503, "POST", "/upload", "", oneValue)
+	mustExec(t, s.db, `GRANT SELECT ON pg_catalog.pg_class TO PUBLIC`)
+	s.must(t, 200, "GET", "/list_timeseries", "", "")
+
+	restore := s.mustCutOff(t)
+	s.must(t, 503, "GET", "/list_timeseries", "", "")
+	s.must(t, 503, "POST", "/upload", "", oneValue)
+	restore()
+}
+
+func TestServerThatStartedWithUsersNeverOpens(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	mustExec(t, s.db, `ALTER TABLE users_table RENAME TO x`) // before the first request
+	s.must(t, 401, "GET", "/values", "", "")
+	key, _, _ := newKey()
+	s.must(t, 503, "GET", "/values", key, "")
+}
+
+func TestFirstUsersTableTakesEffectOnARunningServer(t *testing.T) {
+	t.Parallel()
+	s := mustServerWithoutUsers(t)
+	s.must(t, 200, "POST", "/upload", "", oneValue)
+
+	// Without --app-role the server may not look keys up yet.
+	mustRun(t, 0, s.dsn, "", "create", "tables", "-y", "--with-users")
+	s.must(t, 401, "GET", "/values", "", "")
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 503, "GET", "/values", key, "")
+	mustCreateTables(t, s.dsn)
+	if text := s.must(t, 200, "GET", "/values", key, ""); strings.Contains(text, "load") {
+		t.Errorf("a tenant sees what was stored without users: %s", text)
+	}
+
+	// The server has seen users_table: from now on its absence is a fault.
+	mustRun(t, 0, s.dsn, "", "delete", "tables", "-y")
+	mustCreateTables(t, s.dsn)
+	s.must(t, 503, "GET", "/values", key, "")
+	s.must(t, 401, "GET", "/values", "", "")
+}
+
+// ---- Without users
+
+func TestRequireAuthRefusesEveryoneWithoutUsersTable(t *testing.T) {
+	t.Parallel()
+	s := mustServerWithoutUsers(t, "--require-auth")
+	unknown, _, _ := newKey()
+	for _, c := range []struct{ name, key string }{
+		{"no key", ""},
+		{"an unknown key", unknown},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.must(t, 503, "GET", "/list_timeseries", c.key, "")
+			s.must(t, 503, "POST", "/upload", c.key, emptyRun)
+		})
+	}
+	s.must(t, 200, "GET", "/", "", "")
+}
+
+func TestOpenModeIsNotForWebPages(t *testing.T) { // S24
+	t.Parallel()
+	s := mustServerWithoutUsers(t)
+	port := s.url[strings.LastIndex(s.url, ":"):]
+	for _, c := range []struct {
+		name   string
+		status int
+		header []string
+	}{
+		{"a program", 200, nil},
+		{"localhost", 200, []string{"Host: localhost" + port}},
+		{"the loopback address of IPv6", 200, []string{"Host: [::1]" + port}},
+		{"the server's own page", 200, []string{"Origin: " + s.url}},
+		{"another host", 403, []string{"Host: evil.example"}},
+		{"another host with the server's port", 403, []string{"Host: evil.example" + port}},
+		{"another host that starts like this one", 403, []string{"Host: 127.0.0.1.evil.example"}},
+		{"another address", 403, []string{"Host: 192.0.2.1" + port}},
+		{"a page of another origin", 403, []string{"Origin: https://evil.example"}},
+		{"a page without an origin", 403, []string{"Origin: null"}},
+		{"a page of another site", 403, []string{"Sec-Fetch-Site: cross-site"}},
+		{"a page of another host of the site", 403, []string{"Sec-Fetch-Site: same-site"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.must(t, c.status, "POST", "/upload", "", emptyRun, c.header...)
+		})
+	}
+	s.must(t, 403, "GET", "/values", "", "", "Host: evil.example")
+}
+
+// ---- Throttling and the log
+
+func TestTooManyBadKeysAreThrottledAndValidOnesAreNot(t *testing.T) { // S31, S27
+	t.Parallel()
+	s, key := mustTenant(t)
+	unknown, _, _ := newKey()
+	const tries = 3 * failureBurst
+	statuses := map[int]int{}
+	for i := range tries {
+		bad := "x"
+		if i%2 == 1 {
+			bad = unknown
+		}
+		// The address that counts is that of the connection, whatever the request says.
+		resp, body, err := s.do("GET", "/values", bad, "", fmt.Sprintf("X-Forwarded-For: 192.0.2.%d", i%200))
+		if err != nil {
+			t.Fatal(err)
+		}
+		statuses[resp.StatusCode]++
+		if resp.StatusCode == 401 && body != badKey {
+			t.Fatalf("401 with the body %q, want %q", body, badKey)
+		}
+		if resp.StatusCode == 429 && !strings.Contains(body, "minute") {
+			t.Fatalf("429 with the body %q, which does not say when to try again", body)
+		}
+		if i%100 == 0 {
+			s.must(t, 200, "GET", "/list_timeseries", key, "")
+			s.must(t, 401, "GET", "/list_timeseries", "", "") // a missing key is not a bad key
+		}
+	}
+	// More than failureBurst may get 401: the server counts anew when a minute of the clock begins.
+	if statuses[401] < failureBurst || statuses[429] == 0 || statuses[401]+statuses[429] != tries {
+		t.Errorf("%d bad keys were answered %v", tries, statuses)
+	}
+	for range tries {
+		s.must(t, 401, "GET", "/list_timeseries", "", "")
+	}
+
+	s.stop()
+	logged := s.log.String()
+	if lines := strings.Count(logged, `"no key"`); lines < failureBurst || lines > 2*failureBurst {
+		t.Errorf("%d requests without a key are in the log as %d lines", tries, lines)
+	}
+	if lines := strings.Count(logged, "status=401"); lines > statuses[401]+2*failureBurst {
+		t.Errorf("%d refused keys are in the log as %d lines", statuses[401], lines)
+	}
+	if lines := strings.Count(logged, "status=429"); lines < 1 || lines > 2 { // the first of each minute
+		t.Errorf("throttled requests are in the log as %d lines", lines)
+	}
+}
+
+func TestMemoryOfTheThrottleIsBounded(t *testing.T) { // S31
+	t.Parallel()
+	var f failures
+	for i := range 3 * maxAddresses {
+		n := f.add(fmt.Sprintf("[2001:db8::%x]:%d", i, 1+i%1000))
+		if i < maxAddresses && n != 1 {
+			t.Fatalf("the first failure of an address counts as %d", n)
+		}
+		if len(f.byAddress) > maxAddresses+1 { // and those that are counted together
+			t.Fatalf("%d addresses are remembered", len(f.byAddress))
+		}
+	}
+	if n := f.add("[2001:db8::1]:1"); n > 3 {
+		t.Errorf("a known address is counted with the others: %d", n)
+	}
+	f = failures{}
+	for want := 1; want <= 5; want++ {
+		if n := f.add(fmt.Sprintf("192.0.2.1:%d", want)); n != want && n != 1 { // 1: a new minute has begun
+			t.Errorf("failure %d of an address counts as %d", want, n)
+		}
+	}
+}
+
+func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	unknown, _, _ := newKey()
+	s.must(t, 200, "GET", "/list_timeseries", key, "")
+	s.must(t, 401, "GET", "/list_timeseries", unknown, "")
+	s.mustDeactivate(t, "a@example.com")
+	s.must(t, 401, "GET", "/list_timeseries", key, "")
+	s.mustActivate(t, "a@example.com")
+
+	for _, c := range []struct{ name, path string }{
+		{"a whole line", "/x%0d%0atime=2025-01-01T00:00:00Z%20level=INFO%20msg=forged"},
+		{"a line feed", "/x%0alevel=INFO"},
+		{"an escape sequence of the terminal", "/%1b[2Jx"},
+		{"a line separator of Unicode", "/%e2%80%a8x"},
+		{"a zero byte", "/%00"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.must(t, 404, "GET", c.path, key, "")
+			s.must(t, 401, "GET", c.path, "", "")
+		})
+	}
+	s.must(t, 422, "GET", "/values?series_key=a%0d%0alevel=INFO%20msg=forged&nope=1", key, "")
+	s.must(t, 401, "GET", "/"+unknown[:12]+"%0d%0aforged", "x", "")
+
+	// A key may be pasted into the wrong place.
+	s.must(t, 404, "GET", "/"+key, key, "")
+	s.must(t, 422, "GET", "/values?limit="+key, key, "")
+	s.must(t, 404, "GET", "/values?series_key="+key, key, "")
+	s.must(t, 422, "GET", "/values?"+key+"=1", key, "")
+
+	s.stop()
+	logged := s.log.String()
+	for line := range strings.Lines(logged) {
+		if !strings.HasPrefix(line, "time=") || !strings.Contains(line, "Z level=") {
+			t.Errorf("a log line that is not ours, or not in UTC: %q", line)
+		}
+	}
+	if strings.ContainsAny(logged, "\x1b\r\x00") || strings.Contains(logged, "\u2028") {
+		t.Error("the log holds control characters")
+	}
+	keyID := mustQuery(t, s.db, `SELECT key_id FROM users_table`)
+	for _, want := range []string{keyID, tenantA, "127.0.0.1:", "status=200", "status=401", "deactivated", "unknown"} {
+		if !strings.Contains(logged, want) {
+			t.Errorf("the log has no %q:\n%s", want, logged)
+		}
+	}
+	for _, secret := range []string{key[13:], unknown[13:]} {
+		if strings.Contains(logged, secret) {
+			t.Error("the log holds a key")
+		}
+	}
+}
+
+// This runs the program itself, in a time zone that is not UTC.
+func TestProgramLogsInUTCAndStopsOnSIGTERM(t *testing.T) { // S27, S30
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	binary := filepath.Join(t.TempDir(), "timedb")
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v %s", err, out)
+	}
+	cmd := exec.CommandContext(t.Context(), binary, "api", "--port", "0")
+	cmd.Env = append(os.Environ(), "TZ=Asia/Tokyo", "TIMEDB_DSN="+asAppRole(dsn))
+	var printed, logged logBuffer
+	cmd.Stdout = &printed
+	cmd.Stderr = &logged
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitUntil(t, "the program says that it serves", func() bool { return servesLine.MatchString(printed.String()) })
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("stopped by SIGTERM: %v", err)
+	}
+	startsInUTC := regexp.MustCompile(`^time=\S+Z level=`)
+	for line := range strings.Lines(logged.String()) {
+		if !startsInUTC.MatchString(line) {
+			t.Errorf("a line that is not in UTC: %q", line)
+		}
+	}
+	if !strings.Contains(logged.String(), "stopping") {
+		t.Errorf("the log is %q", logged.String())
+	}
+}
+
+// ---- Tenants
+
+func TestTenantInTheRequestChangesNothing(t *testing.T) { // S13
+	t.Parallel()
+	s, a := mustTenant(t)
+	b := s.mustUser(t, tenantB, "b@example.com")
+	s.must(t, 200, "POST", "/upload", a, oneValue)
+	before := s.stored(t)
+	uploadForA := strings.Replace(oneValue, `{`, `{"tenant_id":"`+tenantA+`",`, 1)
+	updateForA := `{"updates":[{"tenant_id":"` + tenantA + `",
+		"valid_time":"2025-01-01","series_key":"load","value":5}]}`
+	refused := []string{"tenant_id"}
+	nothing := []string{`"count":0`}
+	s.runRequests(t, b, []requestCase{
+		{"an upload that names another tenant", "POST", "/upload", uploadForA, 403, refused},
+		{"an upload to another tenant's URL", "POST", "/upload?tenant_id=" + tenantA, oneValue, 403, refused},
+		{"a correction that names another tenant", "PUT", "/values", updateForA, 403, refused},
+		{"another tenant's runs", "GET", "/runs?tenant_id=" + tenantA, "", 403, refused},
+		{"another tenant's values", "GET", "/values?tenant_id=" + tenantA, "", 403, refused},
+		{"another tenant's series", "GET", "/list_timeseries?tenant_id=" + tenantA, "", 403, refused},
+		{"a tenant that is no UUID", "GET", "/values?tenant_id=nonsense", "", 422, refused},
+		{"the own tenant in capitals", "GET", "/values?tenant_id=" + strings.ToUpper(tenantB), "", 200, nothing},
+	})
+	for _, c := range []struct{ name, header string }{
+		{"X-Tenant-ID", "X-Tenant-ID: " + tenantA},
+		{"Tenant-Id", "Tenant-Id: " + tenantA},
+		{"X-Forwarded-User", "X-Forwarded-User: " + tenantA},
+		{"a cookie", "Cookie: tenant_id=" + tenantA},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if text := s.must(t, 200, "GET", "/values", b, "", c.header); strings.Contains(text, "load") {
+				t.Errorf("%s opens another tenant: %s", c.header, text)
+			}
+		})
+	}
+	if s.stored(t) != before {
+		t.Error("a refused request stored something")
+	}
+	// A tenant may name itself.
+	s.must(t, 200, "POST", "/upload", a, strings.Replace(emptyRun, `{`, `{"tenant_id":"`+tenantA+`",`, 1))
+}
+
+func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
+	t.Parallel()
+	s, a := mustTenant(t)
+	b := s.mustUser(t, tenantB, "b@example.com")
+	uploaded := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", a, oneValue))
+	seriesA, runA := uploaded.SeriesIDs["load"], uploaded.RunID
+	ownValue := strings.NewReplacer("load", "own", "known_time", "run_finish_time").Replace(oneValue)
+	seriesB := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", b, ownValue)).SeriesIDs["own"]
+	before := s.stored(t)
+	dataOfA := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "")
+
+	// Each of these is asked twice by tenant B: with something of tenant A's in place of ID, then with something that
+	// never existed.
+	const endOfRow = `"valid_time":"2025-01-01T00:00:00Z","value":7}]}`
+	const startOfRun = `{"run_start_time":"2025-01-01","value_rows":[`
+	const csvRow = "valid_time,value,series_id\n2025-01-01,1,ID\n"
+	type probe struct{ name, route, query, body, theirs, never string }
+	probes := []probe{
+		{"read a series by id", "GET /values", "?series_id=ID", "", seriesA, nobody},
+		{"read a series by key", "GET /values", "?series_key=ID", "", "load", "liad"},
+		{"read a series beside an own one", "GET /values",
+			"?mode=overlapping&series_id=" + seriesB + "&series_id=ID", "", seriesA, nobody},
+		{"correct a series by id", "PUT /values", "", `{"updates":[{"series_id":"ID",` + endOfRow, seriesA, nobody},
+		{"correct a series by key", "PUT /values", "", `{"updates":[{"series_key":"ID",` + endOfRow, "load", "liad"},
+		{"correct another's run of another's series", "PUT /values", "",
+			`{"updates":[{"series_id":"` + seriesA + `","run_id":"ID",` + endOfRow, runA, nobody},
+		{"correct another's run of an own series", "PUT /values", "",
+			`{"updates":[{"series_key":"own","run_id":"ID",` + endOfRow, runA, nobody},
+		{"correct an own series at another's known_time", "PUT /values", "",
+			`{"updates":[{"series_key":"own","known_time":"ID",` + endOfRow,
+			"2025-01-01T00:00:00Z", "2024-05-05T00:00:00Z"},
+		{"upload to a series by id", "POST /upload", "", startOfRun + `{"series_id":"ID",` + endOfRow, seriesA, nobody},
+		{"upload to a series by id and key", "POST /upload", "",
+			startOfRun + `{"series_id":"ID","value_key":"load",` + endOfRow, seriesA, nobody},
+		{"upload CSV to a series by id", "POST /upload", "?run_start_time=2025-01-01", csvRow, seriesA, nobody},
+	}
+	// These are answered, and must not show anything of tenant A's.
+	probedReads := []struct{ name, route, query string }{
+		{"values", "GET /values", ""},
+		{"overlapping values in detail", "GET /values", "?mode=overlapping&detail=true"},
+		{"values as CSV", "GET /values", "?format=csv"},
+		{"sums of days", "GET /values", "?bucket=1d&agg=sum"},
+		{"values as of a time", "GET /values", "?as_of=2100-01-01"},
+		{"series", "GET /list_timeseries", ""},
+		{"runs", "GET /runs", ""},
+		{"runs of a workflow", "GET /runs", "?workflow_id=api-workflow"},
+		{"runs known since a time", "GET /runs", "?start_known=2000-01-01"},
+	}
+
+	// Every route must be tried by one of these tables.
+	takeNoID := []string{"POST /series", "GET /list_timeseries", "GET /runs"}
+	isProbed := map[string]bool{}
+	for _, c := range probes {
+		isProbed[c.route] = true
+	}
+	isRead := map[string]bool{}
+	for _, c := range probedReads {
+		isRead[c.route] = true
+	}
+	exists := map[string]bool{}
+	for _, rt := range (&server{}).routes() {
+		exists[rt.pattern] = true
+		if rt.access == open {
+			continue
+		}
+		isTried := isProbed[rt.pattern] || slices.Contains(takeNoID, rt.pattern)
+		if !isTried || rt.access == reads && !isRead[rt.pattern] {
+			t.Errorf("%s is not tried with another tenant's ids: add how to this test", rt.pattern)
+		}
+	}
+
+	for _, c := range probes {
+		t.Run(c.name, func(t *testing.T) {
+			if !exists[c.route] {
+				t.Fatalf("there is no %s", c.route)
+			}
+			contentType := "application/json"
+			if !strings.HasPrefix(c.body, "{") {
+				contentType = "text/csv"
+			}
+			method, path, _ := strings.Cut(c.route, " ")
+			answer := func(id string) string {
+				t.Helper()
+				query := strings.ReplaceAll(c.query, "ID", url.QueryEscape(id))
+				body := strings.ReplaceAll(c.body, "ID", id)
+				text := s.must(t, 404, method, path+query, b, body, "Content-Type: "+contentType)
+				return strings.ReplaceAll(text, id, "ID")
+			}
+			theirs, never := answer(c.theirs), answer(c.never)
+			if theirs != never {
+				t.Errorf("%q for another tenant's, %q for one that never existed", theirs, never)
+			}
+			if s.stored(t) != before {
+				t.Error("a refused request stored something")
+			}
+		})
+	}
+	for _, c := range probedReads {
+		t.Run(c.name, func(t *testing.T) {
+			method, path, _ := strings.Cut(c.route, " ")
+			text := s.must(t, 200, method, path+c.query, b, "")
+			for _, secret := range []string{"load", runA, seriesA} {
+				if strings.Contains(text, secret) {
+					t.Errorf("%s%s shows another tenant's %s: %s", c.route, c.query, secret, text)
+				}
+			}
+		})
+	}
+
+	// A series of the same name is another series, whatever its unit.
+	for _, c := range []struct{ name, series string }{
+		{"create a series of a name that another tenant uses", "load"},
+		{"create a series of a name that nobody uses", "liad"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			text := s.must(t, 200, "POST", "/series", b, `{"name":"`+c.series+`","unit":"kW"}`)
+			if !strings.Contains(text, "created") || strings.Contains(text, seriesA) {
+				t.Errorf("tenant B creates %q: %s", c.series, text)
+			}
+		})
+	}
+	// A run_id belongs to the tenant: the same run_id of another tenant neither clashes nor shows.
+	for _, c := range []struct{ name, id string }{
+		{"upload a run with a run_id that another tenant uses", runA},
+		{"upload a run with a run_id that nobody uses", nobody},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.must(t, 200, "POST", "/upload", b, strings.Replace(emptyRun, `{`, `{"run_id":"`+c.id+`",`, 1))
+		})
+	}
+	if got := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, ""); got != dataOfA {
+		t.Errorf("tenant A's data changed from %s to %s", dataOfA, got)
+	}
+}
+
+func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	db := mustOpen(t, dsn)
+	// These are the first columns of every primary, unique and foreign key, of what each foreign key refers to, and of
+	// every unique index.
+	const firstColumns = `
+		(SELECT conrelid::regclass::text AS tab, conname::text AS name, conkey[1] AS col, conrelid AS rel
+			FROM pg_constraint WHERE contype IN ('p', 'u', 'f')
+		UNION ALL SELECT confrelid::regclass::text, conname, confkey[1], confrelid
+			FROM pg_constraint WHERE contype = 'f'
+		UNION ALL SELECT indrelid::regclass::text, indexrelid::regclass::text, indkey[0], indrelid
+			FROM pg_index WHERE indisunique) k
+		JOIN pg_attribute a ON a.attrelid = k.rel AND a.attnum = k.col
+		WHERE tab IN ('runs_table', 'series_table', 'values_table')`
+	bad := mustQuery(t, db, `SELECT string_agg(tab || ': ' || name, ', ') FROM `+firstColumns+`
+		AND attname <> 'tenant_id'`)
+	if bad != "" {
+		t.Errorf("keys that do not start with tenant_id: %s", bad)
+	}
+	found, err := strconv.Atoi(mustQuery(t, db, `SELECT count(*) FROM `+firstColumns))
+	if err != nil || found < 9 {
+		t.Errorf("only %d keys were found: %v", found, err)
+	}
+}
+
+// ---- Commands of the operator
+
+func TestInterruptedCommandLeavesAllOrNothing(t *testing.T) { // S12
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	// createTables interrupts the command after limit.
+	createTables := func(limit time.Duration) (code int) {
+		ctx, cancel := context.WithTimeout(context.Background(), limit)
+		defer cancel()
+		env := func(name string) string {
+			if name == "TIMEDB_DSN" {
+				return dsn
+			}
+			return ""
+		}
+		var out bytes.Buffer
+		return run(ctx, []string{"create", "tables", "-y", "--with-users"}, env, strings.NewReader(""), &out, &out)
+	}
+	var full string           // what the command leaves when nothing interrupts it
+	var whole time.Duration   // how long it takes then, here and now
+	var complete, nothing int // how many commands left all, and how many nothing
+	for round := range 60 {
+		undisturbed := round%20 == 0
+		limit := time.Hour
+		if !undisturbed {
+			limit = time.Duration(rand.Int63n(int64(whole)*3/2 + 1))
+		}
+		begin := time.Now()
+		code := createTables(limit)
+		if undisturbed {
+			whole = time.Since(begin)
+		}
+		// The command holds this lock until the database has ended its transaction, which may be after the command has
+		// returned.
+		mustExec(t, db, `SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0))`)
+		got := relations(t, db, "public")
+		if round == 0 {
+			full = got
+		}
+		switch {
+		case got == full:
+			complete++
+		case got == "" && code != 0:
+			nothing++
+		default:
+			t.Fatalf("exit %d left %q, want %q, or nothing and another exit code than 0", code, got, full)
+		}
+		mustRun(t, 0, dsn, "", "delete", "tables", "-y")
+	}
+	if complete < 4 || nothing < 2 { // three were not interrupted
+		t.Errorf("the interruptions came all too early or all too late: %d left all, %d nothing", complete, nothing)
+	}
+}
+
+// ---- What can be read off the source
+
+// mustSources are the names of the program's source files, without the tests.
+func mustSources(t *testing.T) (files []string) {
+	t.Helper()
+	all, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range all {
+		if !strings.HasSuffix(file, "_test.go") {
+			files = append(files, file)
+		}
+	}
+	return files
+}
+
+func mustParseSource(t *testing.T, file string) *ast.File {
+	t.Helper()
+	tree, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tree
+}
+
+// inspect calls fn for each node of a source file.
+func inspect(t *testing.T, file string, fn func(ast.Node)) {
+	t.Helper()
+	ast.Inspect(mustParseSource(t, file), func(n ast.Node) bool {
+		fn(n)
+		return true
+	})
+}
+
+// inspectAll calls fn for each node of each source file.
+func inspectAll(t *testing.T, fn func(file string, n ast.Node)) {
+	t.Helper()
+	for _, file := range mustSources(t) {
+		inspect(t, file, func(n ast.Node) { fn(file, n) })
+	}
+}
+
+// isName tells whether an expression is this name, alone.
+func isName(expr ast.Expr, name string) bool {
+	id, ok := expr.(*ast.Ident)
+	return ok && id.Name == name
+}
+
+// calledName is the name of the function or method that a call names, without its package or receiver.
+func calledName(call *ast.CallExpr) string {
+	switch fn := call.Fun.(type) {
+	case *ast.SelectorExpr:
+		return fn.Sel.Name
+	case *ast.Ident:
+		return fn.Name
+	}
+	return ""
+}
+
+func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
+	touchesTenantData := regexp.MustCompile(
+		`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|current_values)\b`)
+	namesTenant := regexp.MustCompile(`tenant_id = \$1|\(tenant_id,`)
+	statements, functions := 0, 0
+	// check looks at each text under a node that touches tenant data.
+	check := func(where string, node ast.Node, hasCaller bool) {
+		ast.Inspect(node, func(n ast.Node) bool {
+			lit, ok := n.(*ast.BasicLit)
+			if !ok || lit.Kind != token.STRING || !touchesTenantData.MatchString(lit.Value) {
+				return true
+			}
+			statements++
+			if !hasCaller {
+				t.Errorf("%s touches tenant data without a Caller: %s", where, lit.Value)
+			}
+			if !namesTenant.MatchString(lit.Value) {
+				t.Errorf("%s: SQL without tenant_id: %s", where, lit.Value)
+			}
+			return true
+		})
+	}
+	for _, decl := range mustParseSource(t, "store.go").Decls {
+		fn, ok := decl.(*ast.FuncDecl)
+		if !ok {
+			check("a constant", decl, true) // some function runs it, and that is checked as well
+			continue
+		}
+		hasCaller := slices.ContainsFunc(fn.Type.Params.List, func(f *ast.Field) bool {
+			return isName(f.Type, "Caller")
+		})
+		if hasCaller {
+			functions++
+		}
+		check(fn.Name.Name, fn, hasCaller)
+	}
+	if statements < 5 || functions < 5 {
+		t.Errorf("only %d statements and %d functions with a Caller were found: "+
+			"does this test still look in the right place?", statements, functions)
+	}
+}
+
+// SQL is never assembled. Where it is run, it is a literal, a constant of the package, or the parameter named query of a
+// function that hands it on; whoever calls that function passes one of these. A function named statement chooses among
+// constants. What create and delete tables run comes from schema.sql.
+func TestSQLIsNotAssembled(t *testing.T) { // S18
+	// The position of the SQL among the arguments of what runs it.
+	position := map[string]int{
+		"QueryContext": 1, "ExecContext": 1, "QueryRowContext": 1, "PrepareContext": 1,
+		"prepare": 1, "exec": 1, "eachRow": 2, "readBlocks": 2,
+	}
+	found := 0
+	for _, file := range mustSources(t) {
+		tree := mustParseSource(t, file)
+		constants := constantsOf(tree)
+		for _, decl := range tree.Decls {
+			fn, ok := decl.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			ast.Inspect(fn, func(n ast.Node) bool {
+				call, isCall := n.(*ast.CallExpr)
+				if !isCall {
+					return true
+				}
+				at, runsSQL := position[calledName(call)]
+				if !runsSQL || len(call.Args) <= at {
+					return true
+				}
+				if call.Ellipsis.IsValid() {
+					return true // a prepared statement, of which these are the arguments
+				}
+				found++
+				if !isFixedSQL(call.Args[at], constants, takesQuery(fn)) && !isOfSchema(call.Args[at]) {
+					t.Errorf("%s: %s runs SQL that is no constant", file, fn.Name.Name)
+				}
+				return true
+			})
+			if fn.Name.Name == "statement" {
+				ast.Inspect(fn, func(n ast.Node) bool {
+					answer, isReturn := n.(*ast.ReturnStmt)
+					if isReturn && !isFixedSQL(answer.Results[0], constants, false) {
+						t.Errorf("%s: statement returns what is no constant", file)
+					}
+					return true
+				})
+			}
+		}
+	}
+	if found < 25 {
+		t.Errorf("only %d places were found: does this test still look in the right place?", found)
+	}
+}
+
+// constantsOf are the constants that a file declares at its top level.
+func constantsOf(tree *ast.File) []string {
+	var names []string
+	for _, decl := range tree.Decls {
+		block, ok := decl.(*ast.GenDecl)
+		if !ok || block.Tok != token.CONST {
+			continue
+		}
+		for _, spec := range block.Specs {
+			for _, name := range spec.(*ast.ValueSpec).Names {
+				names = append(names, name.Name)
+			}
+		}
+	}
+	return names
+}
+
+// takesQuery tells whether a function has a parameter named query, which it hands on.
+func takesQuery(fn *ast.FuncDecl) bool {
+	return slices.ContainsFunc(fn.Type.Params.List, func(f *ast.Field) bool {
+		return slices.ContainsFunc(f.Names, func(name *ast.Ident) bool { return name.Name == "query" })
+	})
+}
+
+// isFixedSQL tells whether an expression is a literal, a constant, what statement chose, or a query that is handed on.
+func isFixedSQL(x ast.Expr, constants []string, handsQueryOn bool) bool {
+	switch x := x.(type) {
+	case *ast.BasicLit:
+		return true
+	case *ast.Ident:
+		return slices.Contains(constants, x.Name) || x.Name == "query" && handsQueryOn
+	case *ast.CallExpr:
+		return calledName(x) == "statement"
+	}
+	return false
+}
+
+// isOfSchema tells whether an expression is a text made of sections of schema.sql.
+func isOfSchema(x ast.Expr) bool {
+	call, ok := x.(*ast.CallExpr)
+	return ok && (calledName(call) == "schemaSections" || calledName(call) == "tableSections")
+}
+
+func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
+	t.Run("only auth.go makes a Caller", func(t *testing.T) {
+		inspectAll(t, func(file string, n ast.Node) {
+			literal, ok := n.(*ast.CompositeLit)
+			if ok && isName(literal.Type, "Caller") && file != "auth.go" {
+				t.Errorf("%s makes a Caller", file)
+			}
+		})
+	})
+	t.Run("only main.go exits", func(t *testing.T) {
+		inspectAll(t, func(file string, n ast.Node) {
+			selector, ok := n.(*ast.SelectorExpr)
+			if ok && isName(selector.X, "os") && selector.Sel.Name == "Exit" && file != "main.go" {
+				t.Errorf("%s calls os.Exit", file)
+			}
+		})
+	})
+	t.Run("only cli.go has keys made", func(t *testing.T) { // S5
+		inspectAll(t, func(file string, n ast.Node) {
+			call, ok := n.(*ast.CallExpr)
+			if ok && isName(call.Fun, "newKey") && file != "cli.go" {
+				t.Errorf("%s makes keys", file)
+			}
+		})
+	})
+	t.Run("digests are compared in constant time", func(t *testing.T) { // S7
+		places := 0
+		inspectAll(t, func(_ string, n ast.Node) {
+			call, ok := n.(*ast.CallExpr)
+			if ok && calledName(call) == "ConstantTimeCompare" {
+				places++
+			}
+		})
+		if places != 1 {
+			t.Errorf("they are in %d places, want 1", places)
+		}
+	})
+	t.Run("the server has every limit", func(t *testing.T) { // S20
+		isSet := map[string]bool{}
+		inspect(t, "cli.go", func(n ast.Node) {
+			member, ok := n.(*ast.KeyValueExpr)
+			if !ok {
+				return
+			}
+			if id, ok := member.Key.(*ast.Ident); ok {
+				isSet[id.Name] = true
+			}
+		})
+		limits := []string{"ReadHeaderTimeout", "ReadTimeout", "WriteTimeout", "IdleTimeout", "MaxHeaderBytes"}
+		for _, limit := range limits {
+			if !isSet[limit] {
+				t.Errorf("the server has no %s", limit)
+			}
+		}
+	})
+	t.Run("each file imports what it may", func(t *testing.T) {
+		inspectAll(t, func(file string, n ast.Node) {
+			spec, ok := n.(*ast.ImportSpec)
+			if !ok {
+				return
+			}
+			path := spec.Path.Value
+			isRandom := strings.HasSuffix(path, `/rand"`)
+			isSQL := path == `"database/sql"` || strings.Contains(path, "lib/pq")
+			switch {
+			case isRandom && (path != `"crypto/rand"` || file != "auth.go"), // S5
+				isSQL && file == "auth.go",
+				path == `"net/http"` && file == "store.go":
+				t.Errorf("%s imports %s", file, path)
+			}
+		})
+	})
+}
+
+// docs/SECURITY.md names for each item the functions that enforce it and the tests. They must exist.
+func TestSecurityDocumentNamesWhatThereIs(t *testing.T) { // S32
+	text, err := os.ReadFile("docs/SECURITY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	declaration := regexp.MustCompile(`(?m)^(?:func (?:\([^)]*\) )?|\t|var |type )([A-Za-z0-9]+)`)
+	declared := map[string]bool{} // file:name
+	isTest := map[string]bool{}   // names that a test file declares
+	for _, file := range files {
+		source, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, found := range declaration.FindAllStringSubmatch(string(source), -1) {
+			name := found[1]
+			declared[file+":"+name] = true
+			if strings.HasSuffix(file, "_test.go") {
+				isTest[name] = true
+			}
+		}
+	}
+	testName := regexp.MustCompile("Test[A-Za-z0-9]+")
+	placeName := regexp.MustCompile("`([a-z_]+\\.go):([A-Za-z0-9]+)`")
+	for i := 1; i <= 32; i++ {
+		t.Run(fmt.Sprintf("S%d", i), func(t *testing.T) {
+			row := regexp.MustCompile(fmt.Sprintf(`(?m)^\| S%d \|.*$`, i)).FindString(string(text))
+			tests := testName.FindAllString(row, -1)
+			places := placeName.FindAllStringSubmatch(row, -1)
+			isElsewhere := strings.Contains(row, "schema.sql") || strings.Contains(row, "docs/")
+			if len(tests) == 0 || len(places) == 0 && !isElsewhere {
+				t.Errorf("%q names no place or no test", row)
+			}
+			for _, name := range tests {
+				if !isTest[name] {
+					t.Errorf("there is no %s", name)
+				}
+			}
+			for _, place := range places {
+				file, name := place[1], place[2]
+				if !declared[file+":"+name] {
+					t.Errorf("there is no %s in %s", name, file)
+				}
+			}
+		})
+	}
 }

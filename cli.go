@@ -1,9 +1,12 @@
 package main
 
+// The command line: how a command is found, one function for each command, and last what
+// `timedb api` wires together and checks before it serves.
+
 import (
-	"cmp"
 	"context"
 	_ "embed"
+	"encoding"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -13,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -23,234 +27,345 @@ const release = "0.9.0" // what `timedb version` and GET / tell
 //go:embed docs/usage.txt
 var usage string // the manual: an overview, and for each command a section
 
-// cli is one invocation: what it is to do, where it reads and writes, and the values of its flags.
+// cli is one invocation.
 type cli struct {
-	command
 	env            func(string) string
 	stdin          io.Reader
 	stdout, stderr io.Writer
-
-	dsn, schema, email, appRole, host, tlsCert, tlsKey                                       string
-	withUsers, citus, dryRun, yes, quiet, inactive, asJSON, readOnly, requireAuth, anonymous bool
-	tenant                                                                                   uuid
-	expires                                                                                  expiry
-	grace                                                                                    span
-	port                                                                                     int
+	flags          *flag.FlagSet // of the command, once it is known
 }
 
-// command is one line of the command table. "!" marks flags that must be given.
+// command is one line of the command table.
 type command struct {
-	name, flagNames string
-	run             func(c *cli, ctx context.Context, st *store) error
+	name string
+	run  func(c *cli, ctx context.Context, args []string) error
 }
 
-var commands = []command{
-	{"create tables", "d dsn s schema with-users app-role citus dry-run y yes", (*cli).createTables},
-	{"delete tables", "d dsn s schema y yes", (*cli).deleteTables},
-	{"users create", "d dsn s schema t tenant-id! e email! read-only expires q quiet", (*cli).usersCreate},
-	{"users list", "d dsn s schema t tenant-id include-inactive json", (*cli).usersList},
-	{"users deactivate", "d dsn s schema e email! t tenant-id y yes", (*cli).changeUser},
-	{"users activate", "d dsn s schema e email! t tenant-id", (*cli).changeUser},
-	{"users regenerate-key", "d dsn s schema e email! t tenant-id grace expires q quiet y yes", (*cli).changeUser},
-	{"api", "d dsn s schema host port tls-cert tls-key require-auth allow-anonymous", (*cli).api},
-	{"version", "", func(c *cli, _ context.Context, _ *store) error { return c.report(nil, "timedb %s\n", release) }},
-}
-
-// flags returns those of the command. Parsing them sets c's fields, which until then keep what they hold.
-func (c *cli) flags() *flag.FlagSet {
-	fields := map[string]any{"dsn": &c.dsn, "schema": &c.schema, "tenant-id": &c.tenant, "email": &c.email, "yes": &c.yes,
-		"quiet": &c.quiet, "with-users": &c.withUsers, "app-role": &c.appRole, "citus": &c.citus, "dry-run": &c.dryRun,
-		"include-inactive": &c.inactive, "json": &c.asJSON, "read-only": &c.readOnly, "expires": &c.expires, "grace": &c.grace, "host": &c.host,
-		"port": &c.port, "tls-cert": &c.tlsCert, "tls-key": &c.tlsKey, "require-auth": &c.requireAuth, "allow-anonymous": &c.anonymous}
-	set := flag.NewFlagSet("", flag.ContinueOnError)
-	set.SetOutput(io.Discard)
-	long := map[string]string{"d": "dsn", "s": "schema", "t": "tenant-id", "e": "email", "y": "yes", "q": "quiet"}
-	for _, spelling := range strings.Fields(strings.ReplaceAll(c.flagNames, "!", "")) {
-		name := cmp.Or(long[spelling], spelling)
-		switch field := fields[name].(type) {
-		case *string:
-			set.StringVar(field, spelling, *field, "")
-		case *bool:
-			set.BoolVar(field, spelling, *field, "")
-		case *int:
-			set.IntVar(field, spelling, *field, "")
-		default:
-			set.Func(spelling, "", func(text string) error { return inputError("--"+name, setField(field, []byte(text))) })
-		}
+func commands() []command {
+	return []command{
+		{"create tables", (*cli).createTables},
+		{"delete tables", (*cli).deleteTables},
+		{"users create", (*cli).usersCreate},
+		{"users list", (*cli).usersList},
+		{"users deactivate", (*cli).usersDeactivate},
+		{"users activate", (*cli).usersActivate},
+		{"users regenerate-key", (*cli).usersRegenerateKey},
+		{"api", (*cli).api},
+		{"version", (*cli).version},
 	}
-	return set
+}
+
+// usageError is an error of the command line itself.
+type usageError struct{ error }
+
+func wrongUsage(format string, args ...any) error {
+	return usageError{fmt.Errorf(format, args...)}
+}
+
+// mistyped is the usageError for what repeats the command line, unless that seems to hold a DSN.
+func mistyped(err error) error {
+	if strings.ContainsAny(err.Error(), "@=/") {
+		return wrongUsage("the command line is not understood")
+	}
+	return usageError{err}
 }
 
 // run carries out one command line and returns the exit code: 0 done, 1 failed, 2 wrong usage.
-func run(ctx context.Context, args []string, env func(string) string, stdin io.Reader, stdout, stderr io.Writer) int {
-	c := &cli{env: env, stdin: stdin, stdout: stdout, stderr: stderr, schema: "public", host: "127.0.0.1", port: 8000}
-	err := c.parse(args)
-	if errors.Is(err, flag.ErrHelp) {
-		_, section, _ := strings.Cut("== \n"+usage, "== "+c.name+"\n") // of no command: the overview
-		section, _, _ = strings.Cut(section, "\n== ")
-		fmt.Fprintln(stdout, strings.TrimSpace(section))
+func run(ctx context.Context, args []string, env func(string) string, stdin io.Reader,
+	stdout, stderr io.Writer) int {
+	c := &cli{env: env, stdin: stdin, stdout: stdout, stderr: stderr}
+	name, err := c.dispatch(ctx, args)
+	var wrong usageError
+	switch {
+	case err == nil:
 		return 0
-	}
-	if err != nil && strings.ContainsAny(err.Error(), "@=/") {
-		err = errors.New("the command line is not understood") // and not repeated: it seems to hold a DSN
-	}
-	if err = cmp.Or(err, c.check()); err != nil {
-		fmt.Fprintf(stderr, "ERROR: %v; see: timedb %s\n", err, strings.TrimSpace("help "+c.name))
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprintln(stdout, manual(name))
+		return 0
+	case errors.As(err, &wrong):
+		fmt.Fprintf(stderr, "ERROR: %v; see: timedb %s\n", err, strings.TrimSpace("help "+name))
 		return 2
+	case sqlState(err) == "42P01": // undefined_table
+		err = errors.New("there is no users_table: run timedb create tables --with-users")
 	}
-	if err := c.execute(ctx); err != nil {
-		fmt.Fprintln(stderr, "ERROR:", err)
-		return 1
-	}
-	return 0
+	fmt.Fprintln(stderr, "ERROR:", err)
+	return 1
 }
 
-// parse finds the command and reads its flags. Its errors are flag.ErrHelp, and sentences that repeat what was typed.
-func (c *cli) parse(args []string) error {
+// manual returns the section on a command, or the overview.
+func manual(name string) string {
+	_, section, _ := strings.Cut("== \n"+usage, "== "+name+"\n")
+	section, _, _ = strings.Cut(section, "\n== ")
+	return strings.TrimSpace(section)
+}
+
+// dispatch finds the command and runs it. It returns the command's name, "" if there is none.
+func (c *cli) dispatch(ctx context.Context, args []string) (name string, err error) {
 	line := strings.Join(args, " ")
-	for _, cmd := range commands {
+	if slices.Contains([]string{"", "-h", "--help", "help"}, line) {
+		return "", flag.ErrHelp
+	}
+	for _, cmd := range commands() {
+		if line == "help "+cmd.name {
+			return cmd.name, flag.ErrHelp
+		}
 		words := strings.Fields(cmd.name)
-		if line == "help "+cmd.name || slices.Equal(args[:min(len(args), len(words))], words) {
-			c.command, args = cmd, args[len(words):]
-			break
+		if len(args) >= len(words) && slices.Equal(args[:len(words)], words) {
+			return cmd.name, cmd.run(c, ctx, args[len(words):])
 		}
 	}
-	if slices.Contains([]string{"", "-h", "--help", "help", "help " + c.name}, line) {
-		return flag.ErrHelp
+	return "", mistyped(fmt.Errorf("unknown command %q", line))
+}
+
+// newFlags begins the flags of a command.
+func (c *cli) newFlags() {
+	c.flags = flag.NewFlagSet("", flag.ContinueOnError)
+	c.flags.SetOutput(io.Discard)
+}
+
+// word declares a flag, by one or two names, that reads itself.
+func (c *cli) word(into encoding.TextUnmarshaler, names ...string) {
+	for _, name := range names {
+		c.flags.Func(name, "", func(text string) error {
+			return inputError("--"+names[len(names)-1], into.UnmarshalText([]byte(text)))
+		})
 	}
-	if c.name == "" {
-		return fmt.Errorf("unknown command %q", line)
+}
+
+// text declares a flag, by one or two names, whose value is any text.
+func (c *cli) text(byDefault string, names ...string) *string {
+	value := new(string)
+	for _, name := range names {
+		c.flags.StringVar(value, name, byDefault, "")
 	}
-	set := c.flags()
-	if err := set.Parse(args); err != nil || set.NArg() == 0 {
+	return value
+}
+
+// yes declares a flag, by one or two names, that is given or not.
+func (c *cli) yes(names ...string) *bool {
+	value := new(bool)
+	for _, name := range names {
+		c.flags.BoolVar(value, name, false, "")
+	}
+	return value
+}
+
+// parse reads the flags. Nothing may follow them.
+func (c *cli) parse(args []string) error {
+	err := c.flags.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
 		return err
 	}
-	return fmt.Errorf("unexpected argument %q", set.Arg(0))
-}
-
-// check refuses what cannot be meant, before anything is done.
-func (c *cli) check() error {
-	c.dsn = cmp.Or(c.dsn, c.env("TIMEDB_DSN"), c.env("DATABASE_URL"))
-	c.email = strings.TrimSpace(c.email)
-	user, domain, _ := strings.Cut(c.email, "@")
-	return cmp.Or(
-		invalidIf(c.tenant == "" && strings.Contains(c.flagNames, "tenant-id!"), "--tenant-id is required"),
-		invalidIf(c.email == "" && strings.Contains(c.flagNames, "email!"), "--email is required"),
-		invalidIf(c.name == "users create" && (user == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil),
-			"--email: expected an address such as alice@example.com"),
-		invalidIf((c.tlsCert == "") != (c.tlsKey == ""), "--tls-cert and --tls-key: expected both or none"),
-		invalidIf(c.dsn == "" && c.flagNames != "" && !c.dryRun, "no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL"))
-}
-
-// execute runs the command, with a store if it needs one.
-func (c *cli) execute(ctx context.Context) error {
-	if c.flagNames == "" || c.dryRun {
-		return c.run(c, ctx, nil)
-	}
-	st, err := openStore(c.dsn, c.schema, map[string]time.Duration{"api": statementTimeout}[c.name], poolSize) // others: 0, no timeout
 	if err != nil {
-		return err
+		return mistyped(err)
 	}
-	defer st.db.Close()
-	if err = c.run(c, ctx, st); sqlState(err) == "42P01" {
-		return errors.New("there is no users_table: run timedb create tables --with-users")
+	if c.flags.NArg() > 0 {
+		return mistyped(fmt.Errorf("unexpected argument %q", c.flags.Arg(0)))
 	}
-	return err
+	return nil
 }
 
-// report prints what was done, unless err says that it was not.
-func (c *cli) report(err error, format string, args ...any) error {
-	if err == nil {
-		_, err = fmt.Fprintf(c.stdout, format, args...)
-	}
-	return err
+// database is where a command finds the tables.
+type database struct{ dsn, schema *string }
+
+// database declares its flags.
+func (c *cli) database() database {
+	return database{dsn: c.text("", "d", "dsn"), schema: c.text("public", "s", "schema")}
 }
 
-// confirm asks unless -y was given. Anything but yes, and nobody to ask, is an error.
-func (c *cli) confirm(question string, args ...any) error {
-	if c.yes {
+// open opens a store with so many connections, on which a statement ends after timeout; 0 means
+// never. The DSN is that of the flag or of the environment.
+func (c *cli) open(db database, timeout time.Duration, connections int) (*store, error) {
+	dsn := *db.dsn
+	for _, name := range []string{"TIMEDB_DSN", "DATABASE_URL"} {
+		if dsn == "" {
+			dsn = c.env(name)
+		}
+	}
+	if dsn == "" {
+		return nil, wrongUsage("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
+	}
+	return openStore(dsn, *db.schema, timeout, connections)
+}
+
+// confirm asks unless it was told yes. Anything but yes, and nobody to ask, is an error.
+func (c *cli) confirm(yes *bool, question string, args ...any) error {
+	if *yes {
 		return nil
 	}
 	fmt.Fprintf(c.stderr, question+" [y/N] ", args...)
-	answer := ""
-	if _, err := fmt.Fscanln(c.stdin, &answer); err == nil && slices.Contains([]string{"y", "yes"}, strings.ToLower(answer)) {
+	var answer string
+	_, err := fmt.Fscanln(c.stdin, &answer)
+	answer = strings.ToLower(answer)
+	if err == nil && (answer == "y" || answer == "yes") {
 		return nil
 	}
 	return errors.New("not confirmed; nothing was changed. Pass -y to do it without asking")
 }
 
-func (c *cli) createTables(ctx context.Context, st *store) (err error) {
-	var before catalog
-	if !c.dryRun {
-		before, err = st.catalog(ctx)
-	}
-	if err != nil || before.version > schemaVersion {
-		return cmp.Or(err, before.check())
-	}
-	users := c.withUsers || slices.Contains(before.names, "users_table")
-	text := schemaSections(c.schema, c.appRole, map[string]bool{"begin": true, "tables": true, "citus": c.citus,
-		"users":   c.withUsers || users && before.version == 1, // which then lacks columns
-		"upgrade": before.version < schemaVersion, "app role": c.appRole != "", "app role with users": c.appRole != "" && users})
-	if c.dryRun {
-		return c.report(nil, "BEGIN;\n%sCOMMIT;\n", text)
-	}
-	if err := c.confirm("Create timedb's tables in schema %q?", c.schema); err != nil {
+func (c *cli) version(_ context.Context, args []string) error {
+	c.newFlags()
+	if err := c.parse(args); err != nil {
 		return err
 	}
-	if err := st.exec(ctx, text); err != nil {
+	_, err := fmt.Fprintf(c.stdout, "timedb %s\n", release)
+	return err
+}
+
+// ---- Tables
+
+func (c *cli) createTables(ctx context.Context, args []string) error {
+	c.newFlags()
+	db := c.database()
+	withUsers := c.yes("with-users")
+	appRole := c.text("", "app-role")
+	citus := c.yes("citus")
+	dryRun := c.yes("dry-run")
+	yes := c.yes("y", "yes")
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	if *dryRun {
+		text := tableSections(*db.schema, catalog{}, *withUsers, *citus, *appRole)
+		_, err := fmt.Fprintf(c.stdout, "BEGIN;\n%sCOMMIT;\n", text)
+		return err
+	}
+	st, err := c.open(db, 0, 1)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	before, err := st.catalog(ctx)
+	if err != nil {
+		return err
+	}
+	if before.version > schemaVersion {
+		return before.check()
+	}
+	if err := c.confirm(yes, "Create timedb's tables in schema %q?", *db.schema); err != nil {
+		return err
+	}
+	err = st.exec(ctx, tableSections(*db.schema, before, *withUsers, *citus, *appRole))
+	if err != nil {
 		return err
 	}
 	after, err := st.catalog(ctx)
 	for _, name := range after.names {
-		state := map[bool]string{true: "exists", false: "created"}[slices.Contains(before.names, name)]
-		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
+		state := "created"
+		if slices.Contains(before.names, name) {
+			state = "exists"
+		}
+		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, *db.schema, name)
 	}
 	return err
 }
 
-func (c *cli) deleteTables(ctx context.Context, st *store) error {
-	before, err := st.catalog(ctx)
-	if err != nil || len(before.names) == 0 {
-		return c.report(err, "There is nothing of timedb in schema %q.\n", c.schema)
+// tableSections is the SQL that makes of what there is what there should be.
+func tableSections(schema string, before catalog, withUsers, citus bool, role string) string {
+	hasUsers := withUsers || slices.Contains(before.names, "users_table")
+	names := []string{"begin", "tables"}
+	if withUsers || hasUsers && before.version == 1 { // which lacks columns of users_table
+		names = append(names, "users")
 	}
-	names := strings.Join(before.names, ", ")
-	if err := c.confirm("Delete %s in schema %q, with ALL data?", names, c.schema); err != nil {
+	if citus {
+		names = append(names, "citus")
+	}
+	if before.version < schemaVersion {
+		names = append(names, "upgrade")
+	}
+	if role != "" {
+		names = append(names, "app role")
+	}
+	if role != "" && hasUsers {
+		names = append(names, "app role with users")
+	}
+	return schemaSections(schema, role, names...)
+}
+
+func (c *cli) deleteTables(ctx context.Context, args []string) error {
+	c.newFlags()
+	db := c.database()
+	yes := c.yes("y", "yes")
+	if err := c.parse(args); err != nil {
 		return err
 	}
-	return c.report(st.exec(ctx, schemaSections(c.schema, "", map[string]bool{"delete": true})), "deleted  %s\n", names)
-}
-
-func (c *cli) usersCreate(ctx context.Context, st *store) error {
-	key, id, digest := newKey()
-	u := &user{Tenant: string(c.tenant), Email: c.email, KeyID: id, Access: map[bool]string{true: "ro", false: "rw"}[c.readOnly]}
-	return c.showKey(st.CreateUser(ctx, u, digest, c.expires), u, key)
-}
-
-// showKey prints a new key, once: it is stored nowhere. err tells why there is none.
-func (c *cli) showKey(err error, u *user, key string) error {
-	if c.quiet {
-		return c.report(err, "%s\n", key)
-	}
-	return c.report(err, "User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nExpires: %s\nAPI Key: %s\n"+
-		"The key will not be shown again: keep it now.\n", u.ID, u.Tenant, u.Email, u.Access, showTime(u.ExpiresAt), key)
-}
-
-func (c *cli) usersList(ctx context.Context, st *store) error {
-	users, err := st.Users(ctx, string(c.tenant), "")
+	st, err := c.open(db, 0, 1)
 	if err != nil {
 		return err
 	}
-	if c.asJSON {
-		text, err := json.MarshalIndent(users, "", "  ")
-		return c.report(err, "%s\n", text)
+	defer st.db.Close()
+	before, err := st.catalog(ctx)
+	if err != nil {
+		return err
 	}
-	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
-	for _, u := range users {
-		fmt.Fprintln(w, strings.Join([]string{u.Email, u.Tenant, u.ID, u.KeyID, u.Access, u.Status,
-			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt)}, "\t"))
+	if len(before.names) == 0 {
+		_, err := fmt.Fprintf(c.stdout, "There is nothing of timedb in schema %q.\n", *db.schema)
+		return err
 	}
-	return w.Flush()
+	names := strings.Join(before.names, ", ")
+	err = c.confirm(yes, "Delete %s in schema %q, with ALL data?", names, *db.schema)
+	if err != nil {
+		return err
+	}
+	if err := st.exec(ctx, schemaSections(*db.schema, "", "delete")); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.stdout, "deleted  %s\n", names)
+	return err
+}
+
+// ---- Users
+
+func (c *cli) usersCreate(ctx context.Context, args []string) error {
+	var tenant uuid
+	var expires expiry
+	c.newFlags()
+	db := c.database()
+	c.word(&tenant, "t", "tenant-id")
+	email := c.text("", "e", "email")
+	readOnly := c.yes("read-only")
+	c.word(&expires, "expires")
+	quiet := c.yes("q", "quiet")
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	if tenant == "" {
+		return wrongUsage("--tenant-id is required")
+	}
+	address := strings.TrimSpace(*email)
+	if address == "" {
+		return wrongUsage("--email is required")
+	}
+	name, domain, _ := strings.Cut(address, "@")
+	if name == "" || domain == "" || new(label).UnmarshalText([]byte(address)) != nil {
+		return wrongUsage("--email: expected an address such as alice@example.com")
+	}
+	st, err := c.open(db, 0, 1)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	key, id, digest := newKey()
+	u := user{Tenant: string(tenant), Email: address, KeyID: id, Access: "rw"}
+	if *readOnly {
+		u.Access = "ro"
+	}
+	if err := st.CreateUser(ctx, &u, digest, expires); err != nil {
+		return err
+	}
+	return c.showKey(&u, key, *quiet)
+}
+
+// showKey prints a new key, once: it is stored nowhere.
+func (c *cli) showKey(u *user, key string, quiet bool) error {
+	if quiet {
+		_, err := fmt.Fprintln(c.stdout, key)
+		return err
+	}
+	_, err := fmt.Fprintf(c.stdout, "User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nExpires: %s\n"+
+		"API Key: %s\nThe key will not be shown again: keep it now.\n",
+		u.ID, u.Tenant, u.Email, u.Access, showTime(u.ExpiresAt), key)
+	return err
 }
 
 func showTime(t *time.Time) string {
@@ -260,74 +375,229 @@ func showTime(t *time.Time) string {
 	return t.UTC().Format(time.RFC3339)
 }
 
-// changeUser is users deactivate, activate and regenerate-key: it changes the one user that --email and --tenant-id name.
-func (c *cli) changeUser(ctx context.Context, st *store) error {
-	users, err := st.Users(ctx, string(c.tenant), c.email)
+func (c *cli) usersList(ctx context.Context, args []string) error {
+	var tenant uuid
+	c.newFlags()
+	db := c.database()
+	c.word(&tenant, "t", "tenant-id")
+	c.yes("include-inactive") // accepted for scripts; they are listed anyway
+	printJSON := c.yes("json")
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	st, err := c.open(db, 0, 1)
 	if err != nil {
 		return err
 	}
-	tenants := ""
-	for _, u := range users {
-		tenants += "\n  " + u.Tenant
-	}
-	switch {
-	case len(users) == 0:
-		return fmt.Errorf("no user has the email '%s'; see: timedb users list", c.email)
-	case len(users) > 1:
-		return fmt.Errorf("the email '%s' exists in several tenants; nothing was changed. Pass --tenant-id, one of:%s", c.email, tenants)
-	case c.name == "users regenerate-key" && users[0].Status == "expired" && c.expires == 0:
-		return errors.New("the user has expired, and with it any key: pass --expires")
-	}
-	u := &users[0]
-	if c.name == "users activate" {
-		return c.report(st.SetActive(ctx, u.ID, true), "Activated %s.\n", u.Email)
-	}
-	verb := map[string]string{"users deactivate": "Deactivate", "users regenerate-key": "Replace the key of"}[c.name]
-	if err := c.confirm("%s %s of tenant %s?", verb, u.Email, u.Tenant); err != nil {
+	defer st.db.Close()
+	users, err := st.Users(ctx, tenant, "")
+	if err != nil {
 		return err
 	}
-	if c.name == "users deactivate" {
-		return c.report(st.SetActive(ctx, u.ID, false), "Deactivated %s. The key is refused from now on.\n", u.Email)
+	if *printJSON {
+		out := json.NewEncoder(c.stdout)
+		out.SetIndent("", "  ")
+		return out.Encode(users)
 	}
-	key, id, digest := newKey()
-	return c.showKey(st.ReplaceKey(ctx, u, id, digest, c.grace, c.expires), u, key)
+	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
+	for _, u := range users {
+		fmt.Fprintln(w, strings.Join([]string{
+			u.Email, u.Tenant, u.ID, u.KeyID, u.Access, string(u.Status),
+			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt)}, "\t"))
+	}
+	return w.Flush()
 }
 
-func (c *cli) api(ctx context.Context, st *store) error {
+// namedUser declares the flags that name one user.
+type namedUser struct {
+	email  *string
+	tenant uuid
+}
+
+func (c *cli) namedUser() *namedUser {
+	n := &namedUser{email: c.text("", "e", "email")}
+	c.word(&n.tenant, "t", "tenant-id")
+	return n
+}
+
+// find opens the database and finds the one user of that name. The caller closes the store.
+func (c *cli) find(ctx context.Context, db database, n *namedUser) (*store, *user, error) {
+	email := strings.TrimSpace(*n.email)
+	if email == "" {
+		return nil, nil, wrongUsage("--email is required")
+	}
+	st, err := c.open(db, 0, 1)
+	if err != nil {
+		return nil, nil, err
+	}
+	users, err := st.Users(ctx, n.tenant, email)
+	switch {
+	case err != nil:
+	case len(users) == 0:
+		err = fmt.Errorf("no user has the email '%s'; see: timedb users list", email)
+	case len(users) > 1:
+		tenants := ""
+		for _, u := range users {
+			tenants += "\n  " + u.Tenant
+		}
+		err = fmt.Errorf("the email '%s' exists in several tenants; nothing was changed. "+
+			"Pass --tenant-id, one of:%s", email, tenants)
+	default:
+		return st, &users[0], nil
+	}
+	st.db.Close()
+	return nil, nil, err
+}
+
+func (c *cli) usersDeactivate(ctx context.Context, args []string) error {
+	c.newFlags()
+	db := c.database()
+	name := c.namedUser()
+	yes := c.yes("y", "yes")
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	st, u, err := c.find(ctx, db, name)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	if err := c.confirm(yes, "Deactivate %s of tenant %s?", u.Email, u.Tenant); err != nil {
+		return err
+	}
+	if err := st.DeactivateUser(ctx, u.ID); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.stdout, "Deactivated %s. The key is refused from now on.\n", u.Email)
+	return err
+}
+
+func (c *cli) usersActivate(ctx context.Context, args []string) error {
+	c.newFlags()
+	db := c.database()
+	name := c.namedUser()
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	st, u, err := c.find(ctx, db, name)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	if err := st.ActivateUser(ctx, u.ID); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.stdout, "Activated %s.\n", u.Email)
+	return err
+}
+
+func (c *cli) usersRegenerateKey(ctx context.Context, args []string) error {
+	var grace span
+	var expires expiry
+	c.newFlags()
+	db := c.database()
+	name := c.namedUser()
+	c.word(&grace, "grace")
+	c.word(&expires, "expires")
+	quiet := c.yes("q", "quiet")
+	yes := c.yes("y", "yes")
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	st, u, err := c.find(ctx, db, name)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	if u.Status == statusExpired && expires == 0 {
+		return errors.New("the user has expired, and with it any key: pass --expires")
+	}
+	if err := c.confirm(yes, "Replace the key of %s of tenant %s?", u.Email, u.Tenant); err != nil {
+		return err
+	}
+	key, id, digest := newKey()
+	if err := st.ReplaceKey(ctx, u, id, digest, grace, expires); err != nil {
+		return err
+	}
+	return c.showKey(u, key, *quiet)
+}
+
+// ---- The server
+
+// apiOptions are the flags of timedb api.
+type apiOptions struct {
+	host, tlsCert, tlsKey       *string
+	port                        *int
+	requireAuth, allowAnonymous *bool
+}
+
+func (c *cli) api(ctx context.Context, args []string) error {
+	c.newFlags()
+	db := c.database()
+	o := apiOptions{
+		host:           c.text("127.0.0.1", "host"),
+		port:           c.flags.Int("port", 8000, ""),
+		tlsCert:        c.text("", "tls-cert"),
+		tlsKey:         c.text("", "tls-key"),
+		requireAuth:    c.yes("require-auth"),
+		allowAnonymous: c.yes("allow-anonymous"),
+	}
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	if (*o.tlsCert == "") != (*o.tlsKey == "") {
+		return wrongUsage("--tls-cert and --tls-key: expected both or none")
+	}
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
-	// Keys are looked up in a pool of their own, and health by a connection of its own: what is at work, or waits for a frozen
-	// database, keeps no one from being judged, and a crowd to be judged keeps no one from asking whether it is well.
-	lookups, err := openStore(c.dsn, c.schema, lookupTimeout, lookupPool)
+	st, err := c.open(db, statementTimeout, poolSize)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	// A busy or frozen work pool must not block authentication, so keys are looked up in a pool of
+	// their own; queued authentications must not block /healthz, which has a connection of its own.
+	lookups, err := c.open(db, authTimeout, lookupPool)
 	if err != nil {
 		return err
 	}
 	defer lookups.db.Close()
-	health, err := openStore(c.dsn, c.schema, lookupTimeout, 1)
+	health, err := c.open(db, healthTimeout, 1)
 	if err != nil {
 		return err
 	}
 	defer health.db.Close()
-	auth := &authenticator{keys: lookups, usersTableExists: lookups.usersTableExists, touch: lookups.TouchKey,
-		requireAuth: c.requireAuth, host: c.host}
-	if err := c.checkStart(ctx, st, auth, log); err != nil {
+	auth := &authenticator{keys: lookups, requireAuth: *o.requireAuth, host: *o.host}
+	if err := checkStart(ctx, st, auth, o, log); err != nil {
 		return err
 	}
+	return c.serve(ctx, newServer(st, health, auth, log), o, log)
+}
+
+// serve serves until ctx ends, and then lets running requests finish.
+func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions, log *slog.Logger) error {
 	srv := &http.Server{
-		Handler:  newServer(st, health.usersTableExists, auth, log),
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxHeaderBytes: maxHeaderBytes,
-		ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: readTimeout + writeTimeout, IdleTimeout: idleTimeout,
+		Handler:                      handler,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		MaxHeaderBytes:               maxHeaderBytes,
+		ReadHeaderTimeout:            readHeaderTimeout,
+		ReadTimeout:                  readTimeout,
+		WriteTimeout:                 readTimeout + writeTimeout,
+		IdleTimeout:                  idleTimeout,
 		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort(c.host, fmt.Sprint(c.port)))
+	listener, err := net.Listen("tcp", net.JoinHostPort(*o.host, strconv.Itoa(*o.port)))
 	if err != nil {
 		return err
 	}
-	scheme, serve := "http", srv.Serve
-	if c.tlsCert != "" { // crypto/tls takes no less than TLS 1.2
-		scheme, serve = "https", func(l net.Listener) error { return srv.ServeTLS(l, c.tlsCert, c.tlsKey) }
-	}
 	failed := make(chan error, 1)
-	go func() { failed <- serve(listener) }()
+	scheme := "http"
+	if *o.tlsCert == "" {
+		go func() { failed <- srv.Serve(listener) }()
+	} else {
+		scheme = "https" // crypto/tls takes no less than TLS 1.2
+		go func() { failed <- srv.ServeTLS(listener, *o.tlsCert, *o.tlsKey) }()
+	}
 	fmt.Fprintf(c.stdout, "timedb serves %s://%s\n", scheme, listener.Addr())
 	select {
 	case err := <-failed:
@@ -340,28 +610,40 @@ func (c *cli) api(ctx context.Context, st *store) error {
 	return srv.Shutdown(drain)
 }
 
-// checkStart refuses to expose data to a network without users, and warns of what weakens the protection.
-func (c *cli) checkStart(ctx context.Context, st *store, auth *authenticator, log *slog.Logger) error {
+// checkStart refuses to expose data to a network without users, and warns of what weakens the
+// protection.
+func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOptions,
+	log *slog.Logger) error {
 	found, err := st.catalog(ctx)
-	if err = cmp.Or(err, found.check()); err != nil {
+	if err == nil {
+		err = found.check()
+	}
+	if err != nil {
 		return fmt.Errorf("this database cannot be served: %w", err)
 	}
-	exists := slices.Contains(found.names, "users_table")
-	auth.latched.Store(exists)
-	local := isLoopback(c.host)
-	if !exists && !local && !c.anonymous && !c.requireAuth {
+	hasUsers := slices.Contains(found.names, "users_table")
+	auth.latched.Store(hasUsers)
+	isLocal := isLoopback(*o.host)
+	if !hasUsers && !isLocal && !*o.allowAnonymous && !*o.requireAuth {
 		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and write: "+
-			"run timedb create tables --with-users, or pass --allow-anonymous", c.host)
+			"run timedb create tables --with-users, or pass --allow-anonymous", *o.host)
 	}
-	warnIf := func(weak bool, text string) {
-		if weak {
-			log.Warn(text)
-		}
+	if found.version == 0 {
+		log.Warn("there are no tables, so requests get 503: run timedb create tables")
 	}
-	warnIf(found.version == 0, "there are no tables, so requests get 503: run timedb create tables")
-	warnIf(!exists, "there is no users_table: everyone is served, or with --require-auth refused")
-	warnIf(!local && c.tlsCert == "", "keys and data cross the network in plain text: use --tls-cert, or put a TLS proxy in front")
-	warnIf(st.exposed, "whoever is between here and the database can listen in: use sslmode=verify-full")
-	warnIf(found.rewrites, "the database role may rewrite data or users: use one that has what create tables --app-role grants")
+	if !hasUsers {
+		log.Warn("there is no users_table: everyone is served, or with --require-auth refused")
+	}
+	if !isLocal && *o.tlsCert == "" {
+		log.Warn("keys and data cross the network in plain text: use --tls-cert, or put a TLS " +
+			"proxy in front")
+	}
+	if st.exposed {
+		log.Warn("whoever is between here and the database can listen in: use sslmode=verify-full")
+	}
+	if found.rewrites {
+		log.Warn("the database role may rewrite data or users: use one that has what " +
+			"create tables --app-role grants")
+	}
 	return nil
 }

@@ -1,13 +1,14 @@
 package main
 
+// HTTP. In this order: limits, errors and their statuses, routes, the way to a handler, answers,
+// bodies, parameters, handlers, rows.
+
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
-	"database/sql/driver"
 	"embed"
 	"encoding"
 	"encoding/base64"
@@ -15,23 +16,22 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"log/slog"
 	"maps"
-	"math"
 	"mime"
 	"net/http"
 	"net/url"
 	"os"
+	"path"
 	"reflect"
 	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
-	"unicode"
 )
 
 //go:embed web
@@ -40,411 +40,620 @@ var web embed.FS // what is served as it is, to everyone
 const (
 	readHeaderTimeout = 10 * time.Second
 	readTimeout       = 2 * time.Minute  // lets a slow line send a full body
-	writeTimeout      = 30 * time.Second // anew for each piece of a stream
-	idleTimeout       = 2 * time.Minute
+	writeTimeout      = 30 * time.Second // anew for each piece of an answer
+	idleTimeout       = 2 * time.Minute  // of a connection between requests
 	drainTimeout      = 30 * time.Second // for running requests after SIGTERM
-	maxHeaderBytes    = 12 << 10         // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
-	maxBody           = 64 << 20         // some 600,000 rows as JSON, of 24 bytes each once decoded
-	largeBody         = 1 << 20          // a body beyond it counts as large, and rawJSON takes no more
-	maxLarge          = 16               // large requests at once: fewer than the pool has connections, so small ones find one
-	maxSeries         = 100_000          // of one upload: each takes some hundred bytes, whatever its rows
-	maxUpdates        = 10_000           // per PUT /values: they hold their tenant's lock together
-	maxTags           = 100              // of one value
-	maxParams         = 16 << 10         // bytes of run_params, which PostgreSQL parses as jsonb
-	maxLine           = 4 << 10          // of a CSV
-	maxRuns           = 10_000           // per GET /runs: they are collected in memory
-	flushBytes        = 64 << 10         // of a stream at a time
-	minGzip           = 16 << 10         // bytes of an answer: a smaller one is sent sooner than it is compressed
-	defaultUnit       = "dimensionless"
+	refusedTimeout    = 10 * time.Second // for a client to end sending what was refused already
+	healthTimeout     = 5 * time.Second  // for the database's answer to GET /healthz
+
+	maxHeaderBytes = 12 << 10  // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
+	maxBody        = 64 << 20  // as it is sent, and unpacked; some 600,000 rows as JSON
+	maxElement     = 64 << 10  // of a body: a row, an update, a name or a text
+	maxLine        = 4 << 10   // of a CSV
+	maxRows        = 1_000_000 // of one upload: more is better sent in several
+	maxSeries      = 100_000   // of one upload: each takes some hundred bytes, whatever its rows
+	maxUpdates     = 10_000    // of PUT /values: they hold their tenant's lock together
+	maxTags        = 100       // of one value
+	maxRuns        = 10_000    // of GET /runs
+
+	flushBytes = 64 << 10 // of a stream are sent at a time
+	minGzip    = 16 << 10 // bytes of an answer: a smaller one is sent sooner than it is compressed
+
+	// memoryTotal is what all requests together may hold in bodies, decoded rows, what is being
+	// merged and answers that are not sent yet. A tenant has a quarter of it.
+	memoryTotal  = 320 << 20
+	tenantMemory = memoryTotal / 4
+	// What a request holds at least, what a body does for its buffers, and what its parts do once
+	// they are decoded, in bytes.
+	requestBytes   = 64 << 10
+	bodyBytes      = 256 << 10
+	rowBytes       = 32
+	newSeriesBytes = 400
+	updateBytes    = 1000
+
+	defaultUnit = "dimensionless"
 )
 
-// apiError is a status and the sentence for {"detail": …}. Any other error becomes a 500 that explains nothing.
-type apiError struct {
-	status  int
-	message string
-	reason  string // for the log alone; "" when the message says it all
-}
+// ---- Errors
 
-func (e *apiError) Error() string { return e.message }
+// Kinds of errors that only HTTP has.
+const (
+	tooSlow     errorKind = "too slow"
+	unsupported errorKind = "unsupported"
+	wrongMethod errorKind = "wrong method"
+	oldProtocol errorKind = "old protocol"
+)
 
-func refusal(status int, format string, args ...any) error {
-	return &apiError{status, fmt.Sprintf("%.1000s", fmt.Sprintf(format, args...)), ""} // whatever a client put into it
-}
-func invalid(format string, args ...any) error { return refusal(422, format, args...) }
-
-// invalidIf is for rules that stand in a list: the first that is broken is the answer.
-func invalidIf(broken bool, format string, args ...any) error {
-	if broken {
-		return invalid(format, args...)
+// statusOf is the status of a kind of refusal or denial. No other place names one of an error, but
+// for those that errorAnswer has for what nobody has foreseen.
+func statusOf(kind any) int {
+	switch kind {
+	case noKeyGiven, badKeyGiven:
+		return http.StatusUnauthorized
+	case tooManyBadKeys:
+		return http.StatusTooManyRequests
+	case foreignHost, crossOrigin, forbidden:
+		return http.StatusForbidden
+	case usersUnknown, usersRequired, busy:
+		return http.StatusServiceUnavailable
+	case invalidInput:
+		return http.StatusUnprocessableEntity
+	case notFound:
+		return http.StatusNotFound
+	case conflict:
+		return http.StatusConflict
+	case wrongMethod:
+		return http.StatusMethodNotAllowed
+	case tooLarge:
+		return http.StatusRequestEntityTooLarge
+	case tooSlow:
+		return http.StatusRequestTimeout
+	case unsupported:
+		return http.StatusUnsupportedMediaType
+	case oldProtocol:
+		return http.StatusHTTPVersionNotSupported
 	}
-	return nil
+	return http.StatusInternalServerError
 }
 
-// route is one line of the route table. handle reads the request, all of it, and returns what answers it.
+// errorAnswer is what the client and the log are told of an error.
+type errorAnswer struct {
+	status int
+	detail string // for the client
+	reason string // for the log
+	quiet  bool   // the log has had enough of these
+}
+
+// answerTo returns what may be told of err. Of what is neither a refusal nor a denial the client
+// learns nothing.
+func answerTo(err error) errorAnswer {
+	var refused *refusal
+	var denied *denial
+	switch {
+	case errors.As(err, &refused):
+		return errorAnswer{statusOf(refused.kind), refused.message, refused.message, false}
+	case errors.As(err, &denied):
+		return errorAnswer{statusOf(denied.kind), denied.Error(), denied.reason, denied.quiet}
+	case unavailable(err):
+		return errorAnswer{statusOf(usersUnknown), string(usersUnknown), err.Error(), false}
+	}
+	return errorAnswer{statusOf(nil), "Internal server error.", err.Error(), false}
+}
+
+// inputError says what is wrong with the input at field. A refusal says so already.
+func inputError(field string, err error) error {
+	var refused *refusal
+	var misfit *json.UnmarshalTypeError
+	var tooLong *http.MaxBytesError
+	switch {
+	case err == nil || errors.As(err, &refused):
+		return err
+	case errors.As(err, &misfit):
+		if misfit.Field != "" {
+			field += "." + misfit.Field
+		}
+		return invalid("%s: expected %s, not %.40q", field, expectation(misfit.Type), misfit.Value)
+	case errors.As(err, &tooLong):
+		return refuse(tooLarge, "The body is larger than %d bytes.", maxBody)
+	case errors.Is(err, errTooLong):
+		return refuse(tooLarge, "%s: expected rows, names and texts of at most %d bytes",
+			field, maxElement)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return refuse(tooSlow, "The body did not arrive in time.")
+	case errors.Is(err, bufio.ErrTooLong):
+		return invalid("%s: expected lines of at most %d bytes", field, maxLine)
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return invalid("%s: the input ends too early", field)
+	}
+	return invalid("%s: %s", field, strings.TrimPrefix(err.Error(), "json: "))
+}
+
+// expectation says which texts a type takes.
+func expectation(t reflect.Type) string {
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if w, ok := reflect.Zero(t).Interface().(word); ok {
+		return w.expected()
+	}
+	switch t.Kind() {
+	case reflect.Slice:
+		return "list of texts"
+	}
+	return "an object"
+}
+
+// refuseElement says what is wrong with the i-th element of a list.
+func refuseElement(list string, i int, err error) error {
+	where := fmt.Sprintf("%s[%d]", list, i)
+	var refused *refusal
+	switch {
+	case !errors.As(err, &refused):
+		return inputError(where, err)
+	case refused.kind == invalidInput:
+		return prefix(where+".", err)
+	}
+	return err // which is not about this element
+}
+
+// ---- Routes
+
+// access is what a route asks of a key.
+type access int
+
+const (
+	writes access = iota // a key that may write
+	reads                // a key
+	open                 // nothing: the route holds no data
+)
+
+// route is one line of the route table. handle reads the request, asks the store, and sends.
 type route struct {
 	pattern string
-	access  string // "write" or "read": it needs a key that may; "open": it needs none, as it holds no data
-	handle  func(w *response, r *http.Request, c Caller) (work, error)
-}
-
-// work answers a request: what it returns is sent as JSON, unless it is nil: then it was sent already.
-type work func(ctx context.Context) (any, error)
-
-func (route) ServeHTTP(http.ResponseWriter, *http.Request) {} // for http.ServeMux, which only finds the route
-
-// server serves HTTP. It keeps no state that another server of the same database would have to know.
-type server struct {
-	store   *store
-	health  func(context.Context) (bool, error) // an error: the database does not answer
-	auth    *authenticator
-	log     *slog.Logger
-	mux     *http.ServeMux
-	large   atomic.Int64  // large requests that are being served; claimIf counts them
-	working chan struct{} // holds one for each request that may use the database: as many as the pool has connections
+	access  access
+	handle  func(w *response, r *http.Request, c Caller) error
 }
 
 func (s *server) routes() []route {
 	return []route{
-		{"GET /{$}", "open", getPage("root.json", "application/json")},
-		{"GET /openapi.json", "open", getPage("openapi.json", "application/json")},
-		{"GET /docs", "open", getPage("docs.html", "text/html; charset=utf-8")},
-		{"GET /healthz", "open", s.getHealth},
-		{"POST /upload", "write", s.postUpload},
-		{"GET /values", "read", s.getValues},
-		{"PUT /values", "write", s.putValues},
-		{"POST /series", "write", s.postSeries},
-		{"GET /list_timeseries", "read", s.getSeries},
-		{"GET /runs", "read", s.getRuns},
+		{"GET /{$}", open, sendFile("root.json", "application/json")},
+		{"GET /openapi.json", open, sendFile("openapi.json", "application/json")},
+		{"GET /docs", open, sendFile("docs.html", "text/html; charset=utf-8")},
+		{"GET /healthz", open, s.getHealth},
+		{"POST /upload", writes, s.postUpload},
+		{"GET /values", reads, s.getValues},
+		{"PUT /values", writes, s.putValues},
+		{"POST /series", writes, s.postSeries},
+		{"GET /list_timeseries", reads, s.getSeries},
+		{"GET /runs", reads, s.getRuns},
 	}
 }
 
-func newServer(st *store, health func(context.Context) (bool, error), auth *authenticator, log *slog.Logger) *server {
-	s := &server{store: st, health: health, auth: auth, log: log, mux: http.NewServeMux(), working: make(chan struct{}, poolSize)}
+// server serves HTTP. It keeps no state that another server of the same database would have to know.
+type server struct {
+	store  *store
+	health keyStore // asked whether the database answers; it has a connection of its own
+	auth   *authenticator
+	log    *slog.Logger
+	mux    *http.ServeMux // which only finds patterns
+	byPath map[string]route
+	memory *shares
+}
+
+func newServer(st *store, health keyStore, auth *authenticator,
+	log *slog.Logger) *server {
+	s := &server{store: st, health: health, auth: auth, log: log, mux: http.NewServeMux(),
+		byPath: map[string]route{}, memory: newShares(memoryTotal, tenantMemory)}
 	for _, rt := range s.routes() {
-		s.mux.Handle(rt.pattern, rt)
+		s.mux.Handle(rt.pattern, http.NotFoundHandler())
+		s.byPath[rt.pattern] = rt
 	}
 	return s
 }
 
-// response remembers what was answered, and compresses it if the client accepts that and it is long enough.
-type response struct {
-	http.ResponseWriter
-	accepts string        // the request's Accept-Encoding
-	large   *atomic.Int64 // how many large requests there are
-	claimed bool          // this is one of them
-	status  int           // 0: nothing was sent yet
-	body    io.Writer     // where send writes pieces: to the client, or to what compresses them
+// find returns the route of a request. A path that ServeMux would clean, such as //values, has none.
+func (s *server) find(r *http.Request) (rt route, known bool) {
+	_, pattern := s.mux.Handler(r)
+	rt, known = s.byPath[pattern]
+	return rt, known && path.Clean(r.URL.Path) == r.URL.Path
 }
 
-// claimIf counts this request among the large ones if it is one, unless there are too many: then it is a 503.
-func (w *response) claimIf(large bool) error {
-	if large && !w.claimed && w.large.Add(1) > maxLarge {
-		w.large.Add(-1)
-		return refusal(http.StatusServiceUnavailable, "The server is busy with other large requests.")
-	}
-	w.claimed = w.claimed || large
-	return nil
-}
-
-// Only send writes. Of ServeMux's own answer its header is left, which knows what methods a path takes.
-func (*response) WriteHeader(int)             {}
-func (*response) Write(b []byte) (int, error) { return len(b), nil }
-
-var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
-
-// send writes a piece of the answer, for which the client gets a new writeTimeout; before the first the header, with the last the end.
-func (w *response) send(status int, contentType string, piece []byte, last bool) error {
-	if w.status == 0 {
-		header := w.Header()
-		header.Set("Content-Type", contentType)
-		header.Set("Vary", "Accept, Accept-Encoding")
-		w.status, w.body = status, w.ResponseWriter
-		if len(piece) > minGzip && gzipAccepted.MatchString(w.accepts) {
-			header.Set("Content-Encoding", "gzip")
-			w.body, _ = gzip.NewWriterLevel(w.ResponseWriter, gzip.BestSpeed) // it fails on an unknown level only
-		} else if last {
-			header.Set("Content-Length", fmt.Sprint(len(piece)))
+// refuseUnknown says that there is nothing at a path, or by which methods there is.
+func (s *server) refuseUnknown(w *response, r *http.Request) error {
+	var methods []string
+	for _, method := range []string{"GET", "POST", "PUT"} {
+		other := *r
+		other.Method = method
+		if _, known := s.find(&other); known {
+			methods = append(methods, method)
 		}
-		w.ResponseWriter.WriteHeader(status)
 	}
-	err := http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
-	if err == nil {
-		_, err = w.body.Write(piece)
+	if methods == nil {
+		return refuse(notFound, "There is nothing at this path.")
 	}
-	if zip, zipped := w.body.(*gzip.Writer); zipped && last && err == nil {
-		err = zip.Close()
+	if methods[0] == "GET" {
+		methods = slices.Insert(methods, 1, "HEAD")
 	}
-	return err
+	allowed := strings.Join(methods, ", ")
+	w.header().Set("Allow", allowed)
+	return refuse(wrongMethod, "This path takes %s.", allowed)
 }
 
-// ServeHTTP answers and logs one request. A response that fails after it began breaks the connection: it is not complete.
+// ---- The way to a handler
+
+// ServeHTTP answers and logs one request. A response that fails after it began breaks the
+// connection: it must not look complete.
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
-	w := &response{ResponseWriter: rw, accepts: r.Header.Get("Accept-Encoding"), large: &s.large}
-	c, answer, err := s.serve(w, r)
-	if answer != "" {
-		err = w.send(http.StatusOK, "application/json", []byte(answer), true)
-	}
-	broken, reason := err != nil && w.status != 0, ""
+	w := &response{rw: rw, accepts: r.Header.Get("Accept-Encoding")}
+	caller, err := s.serve(w, r)
+	broken := err != nil && w.status != 0
+	var told errorAnswer
 	if err != nil {
-		reason = w.fail(err)
+		told = answerTo(err)
 	}
-	if w.claimed {
-		s.large.Add(-1)
+	if err != nil && !broken {
+		w.sendError(told)
 	}
-	if reason == unlogged {
+	if told.quiet {
 		return
 	}
-	level := map[bool]slog.Level{true: slog.LevelError, false: slog.LevelInfo}[(broken || w.status >= 500) && r.Context().Err() == nil]
-	hide := func(text string) string { return secretPattern.ReplaceAllLiteralString(text, "(a key)") } // wherever it was pasted
-	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hide(r.URL.Path), "status", w.status, "broken", broken,
-		"reason", hide(reason), "remote", r.RemoteAddr, "tenant", c.tenant, "key_id", c.keyID,
+	level := slog.LevelInfo
+	if (broken || w.status >= 500) && r.Context().Err() == nil { // the client is still there
+		level = slog.LevelError
+	}
+	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hideKeys(r.URL.Path),
+		"status", w.status, "broken", broken, "reason", hideKeys(told.reason),
+		"remote", r.RemoteAddr, "tenant", caller.tenant, "key_id", caller.keyID,
 		"duration", time.Since(begin).Round(time.Microsecond))
 	if broken {
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// serve is the only way to a handler: it authenticates, then looks whether the path exists, then checks access. It returns the
-// JSON that is to be sent, or "" if an error is or the answer was sent already.
-func (s *server) serve(w *response, r *http.Request) (c Caller, answer string, err error) {
+// hideKeys replaces keys that someone has pasted into the wrong place.
+func hideKeys(text string) string { return secretPattern.ReplaceAllLiteralString(text, "(a key)") }
+
+// serve is the only way to a handler: it authenticates, then looks whether the path exists, then
+// checks access.
+func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	handler, _ := s.mux.Handler(r)
-	rt, known := handler.(route)
-	if rt.access != "open" {
-		if c, err = s.auth.authenticate(r); err != nil {
-			return c, "", err
-		}
+	w.header().Set("Cache-Control", "no-store")
+	w.header().Set("X-Content-Type-Options", "nosniff")
+	rt, known := s.find(r)
+	if known && rt.access == open {
+		return c, rt.handle(w, r, c)
+	}
+	c, err = s.auth.authenticate(r)
+	if err != nil {
+		return c, err
 	}
 	if !known {
-		handler.ServeHTTP(w, r)
-		if methods := w.Header().Get("Allow"); methods != "" {
-			return c, "", refusal(http.StatusMethodNotAllowed, "This path takes %s.", methods)
-		}
-		return c, "", refusal(404, "There is nothing at this path.")
+		return c, s.refuseUnknown(w, r)
 	}
-	if rt.access != "read" && c.readOnly {
-		return c, "", refusal(http.StatusForbidden, "This API key is read-only.")
+	if rt.access == writes && c.readOnly {
+		return c, refuse(forbidden, "This API key is read-only.")
 	}
-	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-	do, err := rt.handle(w, r, c)
+	r.Body = http.MaxBytesReader(w.rw, r.Body, maxBody)
+	err = s.handle(rt, w, r, c)
 	if err != nil {
-		_, _ = io.Copy(io.Discard, r.Body) // a client that is still sending would not see the answer; its error would say no more
-		return c, "", err
+		// A client that is still sending would not see the answer. What it sends is of no interest,
+		// and no error of it either. By now the request holds nothing.
+		_ = http.NewResponseController(w.rw).SetReadDeadline(time.Now().Add(refusedTimeout))
+		_, _ = io.Copy(io.Discard, r.Body)
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), statementTimeout) // what moves as it should ends long before
-	defer cancel()
-	if rt.access != "open" { // left before JSON is sent, so a slow client keeps nobody waiting; of streams maxLarge are fewer than places
-		select {
-		case s.working <- struct{}{}:
-			defer func() { <-s.working }()
-		case <-ctx.Done(): // nobody waits for the answer
-			return c, "", ctx.Err()
-		case <-time.After(lookupTimeout):
-			return c, "", refusal(http.StatusServiceUnavailable, "The server is busy.")
-		}
-	}
-	result, err := do(ctx)
-	if err == nil && result != nil {
-		answer = asJSON(result) + "\n"
-	}
-	return c, answer, err
+	return c, err
 }
 
-// fail tells the client what it may know of err, unless something was sent already, and returns what the log may know.
-func (w *response) fail(err error) (reason string) {
-	e := &apiError{http.StatusInternalServerError, "Internal server error.", err.Error()}
-	if unavailable(err) {
-		e.status, e.message = http.StatusServiceUnavailable, "The database is not available."
+// handle runs the handler while the request holds its part of the tenant's memory.
+func (s *server) handle(rt route, w *response, r *http.Request, c Caller) error {
+	w.memory = &claim{of: s.memory, caller: c}
+	if err := w.memory.reach(r.Context(), requestBytes); err != nil {
+		return err
 	}
-	errors.As(err, &e) // an apiError says itself what the client may know
-	switch e.status {
-	case http.StatusUnauthorized:
-		w.Header().Set("WWW-Authenticate", "ApiKey")
-	case http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", "1")
-	}
+	defer w.memory.release()
+	return rt.handle(w, r, c)
+}
+
+// ---- Answers
+
+// response is the answer to one request. send is the only way to write it.
+type response struct {
+	rw      http.ResponseWriter
+	accepts string    // the request's Accept-Encoding
+	memory  *claim    // what the request holds
+	status  int       // 0: nothing was sent yet
+	body    io.Writer // to the client, or to what compresses the answer for it
+}
+
+func (w *response) header() http.Header { return w.rw.Header() }
+
+var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
+
+// send writes a piece of the answer, for which the client gets a new writeTimeout: before the first
+// one the header, with the last one the end. The answer is compressed if the client accepts that
+// and the first piece is long enough.
+func (w *response) send(status int, contentType string, piece []byte, last bool) error {
 	if w.status == 0 {
-		detail := asJSON(map[string]string{"detail": e.message}) + "\n"
-		_ = w.send(e.status, "application/json", []byte(detail), true) // it fails only when the client is gone
+		w.start(status, contentType, len(piece), last)
 	}
-	return cmp.Or(e.reason, e.message)
+	deadline := time.Now().Add(writeTimeout)
+	if err := http.NewResponseController(w.rw).SetWriteDeadline(deadline); err != nil {
+		return err
+	}
+	if _, err := w.body.Write(piece); err != nil {
+		return err
+	}
+	if zip, zipped := w.body.(*gzip.Writer); zipped && last {
+		return zip.Close()
+	}
+	return nil
 }
 
-// body is what a request sends, unpacked. It is decoded while it arrives: a slow client holds only what it sent, as rows.
+// start writes the header.
+func (w *response) start(status int, contentType string, length int, isAll bool) {
+	w.status = status
+	w.body = w.rw
+	header := w.header()
+	header.Set("Content-Type", contentType)
+	header.Set("Vary", "Accept, Accept-Encoding")
+	if length > minGzip && gzipAccepted.MatchString(w.accepts) {
+		header.Set("Content-Encoding", "gzip")
+		w.body, _ = gzip.NewWriterLevel(w.rw, gzip.BestSpeed) // it fails on an unknown level only
+	} else if isAll {
+		header.Set("Content-Length", strconv.Itoa(length))
+	}
+	w.rw.WriteHeader(status)
+}
+
+func (w *response) sendJSON(v any) error {
+	return w.send(http.StatusOK, "application/json", []byte(asJSON(v)+"\n"), true)
+}
+
+// sendError tells the client what it may know of an error.
+func (w *response) sendError(told errorAnswer) {
+	switch told.status {
+	case http.StatusUnauthorized:
+		w.header().Set("WWW-Authenticate", "ApiKey")
+	case http.StatusServiceUnavailable:
+		w.header().Set("Retry-After", "1")
+	}
+	text := asJSON(map[string]string{"detail": told.detail}) + "\n"
+	_ = w.send(told.status, "application/json", []byte(text), true) // fails if the client is gone
+}
+
+// ---- Bodies
+
+// body is what a request sends, unpacked. It is decoded while it arrives: a slow client holds only
+// what it has sent, as rows.
 type body struct {
-	io.Reader
-	w       *response
-	kind    string // its media type
-	size    int    // bytes read so far
-	refused error  // what Read returns if it cannot be read at all
+	in   io.Reader
+	kind string // its media type
+	size int64  // bytes read so far
+	json *json.Decoder
+	// digest is of all that was read.
+	digest hash.Hash
 }
 
 // openBody returns the body, which is refused unless it is of one of types.
-func openBody(w *response, r *http.Request, types ...string) *body {
+func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
-	b := &body{Reader: r.Body, w: w, kind: kind}
-	switch {
-	case err != nil || !slices.Contains(types, kind) || !strings.EqualFold(cmp.Or(options["charset"], "utf-8"), "utf-8"):
-		b.refused = refusal(http.StatusUnsupportedMediaType, "Content-Type: expected %s in UTF-8.", strings.Join(types, " or "))
-	case encoding == "gzip":
-		unpacked, err := gzip.NewReader(r.Body)
-		b.Reader, b.refused = http.MaxBytesReader(w, unpacked, maxBody), inputError("body", err)
-	case encoding != "" && encoding != "identity":
-		b.refused = refusal(http.StatusUnsupportedMediaType, "Content-Encoding: expected gzip or none.")
+	charset := options["charset"]
+	isUTF8 := charset == "" || strings.EqualFold(charset, "utf-8")
+	if err != nil || !slices.Contains(types, kind) || !isUTF8 {
+		return nil, refuse(unsupported, "Content-Type: expected %s in UTF-8.",
+			strings.Join(types, " or "))
 	}
-	return b
+	if err := w.memory.reach(r.Context(), bodyBytes); err != nil {
+		return nil, err
+	}
+	b := &body{in: r.Body, kind: kind, digest: sha256.New()}
+	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
+	case "", "identity":
+	case "gzip":
+		unpacked, err := gzip.NewReader(r.Body)
+		if err != nil {
+			return nil, inputError("body", err)
+		}
+		b.in = http.MaxBytesReader(w.rw, io.NopCloser(unpacked), maxBody)
+	default:
+		return nil, refuse(unsupported, "Content-Encoding: expected gzip or none.")
+	}
+	return b, nil
 }
 
-func (b *body) Read(p []byte) (n int, err error) {
-	if b.refused = cmp.Or(b.refused, b.w.claimIf(b.size > largeBody)); b.refused != nil {
-		return 0, b.refused // and no bytes: encoding/json would go on with them
+// errTooLong is the error of an element beyond maxElement.
+var errTooLong = errors.New("too long")
+
+// Read fills p as far as it can, because json.Decoder rescans white space on every Read. It refuses
+// an element that json.Decoder would have to collect beyond maxElement.
+func (b *body) Read(p []byte) (int, error) {
+	if b.json != nil && b.size-b.json.InputOffset() > maxElement {
+		return 0, errTooLong
 	}
-	n, err = io.ReadFull(b.Reader, p[:min(len(p), largeBody)]) // or encoding/json would look through white space anew at each packet
+	n, err := io.ReadFull(b.in, p[:min(len(p), maxElement)])
+	b.size += int64(n)
+	b.digest.Write(p[:n])
 	if n > 0 && err == io.ErrUnexpectedEOF {
 		err = nil // the next Read tells whether it is the end
 	}
-	b.size += n
 	return n, err
 }
 
-// decodeJSON decodes the body of a request that takes nothing but JSON.
-func decodeJSON(w *response, r *http.Request, c Caller, f fields) error {
-	return cmp.Or(f.decodeJSON(openBody(w, r, "application/json")), fields{}.decodeQuery(r, c))
+// decodeJSON reads the body as one JSON object, as decodeObject does.
+func (b *body) decodeJSON(members map[string]any) error {
+	b.json = json.NewDecoder(b)
+	if err := decodeObject(b.json, members); err != nil {
+		return inputError("body", err)
+	}
+	if _, err := b.json.Token(); err != io.EOF {
+		if err == nil {
+			return invalid("body: expected nothing after the object")
+		}
+		return inputError("body", err)
+	}
+	return nil
 }
 
-// fields says where the members of a request object, query parameters or the columns of a CSV go: name to pointer. What is
-// not given keeps its value. In place of the pointer a list takes the elements of an array, or a repeated parameter.
-type fields map[string]any
-
-func (f fields) names() string { return strings.Join(slices.Sorted(maps.Keys(f)), ", ") }
-
-// list takes one element. decode decodes it; other errors of a list name a member of it.
-type list func(decode func(into any) error) error
-
-// decodeJSON reads one JSON object and no more. Unlike encoding/json it refuses a member given twice or in another case.
-func (f fields) decodeJSON(in io.Reader) error {
-	dec := json.NewDecoder(in)
+// decodeObject reads one JSON object. members says where its members go: pointers to decode into, or
+// functions that read the member themselves. Unlike encoding/json alone it refuses a member that is
+// given twice or in another case.
+func decodeObject(dec *json.Decoder, members map[string]any) error {
 	dec.DisallowUnknownFields()
-	err := walk(dec, '{', func(int) error {
-		token, err := dec.Token()
-		name, _ := token.(string) // inside an object Token returns a member's name here, or an error: no field is called ""
-		into := f[name]
-		delete(f, name)
-		switch into := into.(type) {
-		case nil:
-			return cmp.Or(err, invalid("%s: unknown field, or given twice; there are also %s", name, f.names()))
-		case list:
-			return inputError(name, walk(dec, '[', func(i int) error { return elementError(name, i, into(dec.Decode)) }))
+	seen := map[string]bool{}
+	return eachMember(dec, func(name string) error {
+		into, known := members[name]
+		if !known {
+			return unknownName("field", name, slices.Sorted(maps.Keys(members)))
+		}
+		if seen[name] {
+			return invalid("%s: given twice", name)
+		}
+		seen[name] = true
+		if read, ok := into.(func() error); ok {
+			return inputError(name, read())
 		}
 		return inputError(name, dec.Decode(into))
 	})
-	if _, end := dec.Token(); err == nil && end != io.EOF {
-		err = cmp.Or(end, errors.New("expected nothing after the object"))
-	}
-	return inputError("body", err)
 }
 
-// walk reads an object or array from its opening brace or bracket to the closing one; item has to read each member.
-func walk(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
+// eachMember reads an object; member has to read the value of the member of that name.
+func eachMember(dec *json.Decoder, member func(name string) error) error {
+	return eachItem(dec, '{', func(int) error {
+		token, err := dec.Token()
+		if err != nil {
+			return err
+		}
+		return member(token.(string)) // inside an object Token returns names here
+	})
+}
+
+var errNull = errors.New("expected an object or a list, not null")
+
+// eachItem reads an object or a list from its opening bracket to the closing one; item has to read
+// each item.
+func eachItem(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 	token, err := dec.Token()
-	if err == nil && token != opening {
-		err = fmt.Errorf("expected %s", opening)
+	if err != nil {
+		return err
 	}
-	for i := 0; err == nil && dec.More(); i++ {
-		err = item(i)
+	if token == nil {
+		return errNull
 	}
-	if err == nil {
-		_, err = dec.Token()
+	if token != opening {
+		return fmt.Errorf("expected %s", opening)
 	}
+	for i := 0; dec.More(); i++ {
+		if err := item(i); err != nil {
+			return err
+		}
+	}
+	_, err = dec.Token()
 	return err
 }
 
-// inWords turns Go's name of a field or type into the contract's.
-var inWords = strings.NewReplacer("*", "", "[]main.label", "list of texts",
-	"main.micros", "ISO 8601 timestamp such as 2025-01-31T12:00Z, of the years 1677 to 2262", "main.uuid", "UUID",
-	"main.span", "duration such as PT36H, P1D or 90m", "main.expiry", "90d, 12h or a timestamp, to come", "bool", "true or false",
-	"main.label", "text of 1 to 500 bytes without control characters", "main.prose", "text of at most 10,000 bytes",
-	"main.number", "finite number or null", "main.uploadRow", "object", "main.rawJSON", "at most 1 MiB", "int64", "whole number of at least 1")
-
-// inputError says what is wrong with the input at field. What says so already passes.
-func inputError(field string, err error) error {
-	if _, said := errors.AsType[*apiError](err); said || err == nil {
-		return err
+// unknownName refuses a name that is none of known, and suggests the nearest of those.
+func unknownName(what, name string, known []string) error {
+	if nearest := nearestName(name, known); nearest != "" {
+		return invalid("%.40s: unknown %s; did you mean %s?", name, what, nearest)
 	}
-	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-		field = strings.TrimSuffix(field+"."+inWords.Replace(e.Field), ".")
-		return invalid("%s: expected %s, not %.40q", field, inWords.Replace(e.Type.String()), e.Value)
-	}
-	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
-		return refusal(http.StatusRequestEntityTooLarge, "The body is larger than %d bytes.", maxBody)
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return refusal(http.StatusRequestTimeout, "The body did not arrive in time.")
-	}
-	if errors.Is(err, bufio.ErrTooLong) {
-		return invalid("%s: expected lines of at most %d bytes", field, maxLine)
-	}
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return invalid("%s: the input ends too early", field)
-	}
-	return invalid("%s: %s", field, strings.TrimPrefix(err.Error(), "json: "))
+	return invalid("%.40s: unknown %s; there are %s", name, what, strings.Join(known, ", "))
 }
 
-// elementError says what is wrong with the i-th element of a list.
-func elementError(list string, i int, err error) error {
-	if err == nil {
-		return nil
+// nearestName returns the one of known that name was probably meant to be, or "".
+func nearestName(name string, known []string) string {
+	nearest := ""
+	least := (len(name)+1)/3 + 1 // as many typos are too many
+	for _, candidate := range known {
+		if d := editDistance(strings.ToLower(name), candidate, least); d < least {
+			nearest = candidate
+			least = d
+		}
 	}
-	place := fmt.Sprintf("%s[%d]", list, i)
-	if e, ok := errors.AsType[*apiError](err); ok && e.status == 422 { // others are not about this element
-		return invalid("%s.%s", place, e.message)
-	}
-	return inputError(place, err)
+	return nearest
 }
 
-// decodeQuery reads the query parameters. One that is unknown is refused: a misspelt filter must never widen an answer.
-func (f fields) decodeQuery(r *http.Request, c Caller) error {
-	query, err := url.ParseQuery(r.URL.RawQuery)
+// editDistance is how many letters must be inserted, deleted or replaced to turn a into b, or some
+// number of at least limit if that many must.
+func editDistance(a, b string, limit int) int {
+	if len(a)-len(b) >= limit || len(b)-len(a) >= limit {
+		return limit
+	}
+	row := make([]int, len(b)+1) // of the table of distances between prefixes
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+// ---- Parameters
+
+// parameters reads the query. It remembers which names were asked for, so that the others can be
+// refused, and keeps the first error.
+type parameters struct {
+	values url.Values
+	asked  []string
+	err    error
+}
+
+func readParameters(r *http.Request) *parameters {
+	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return invalid("the query string cannot be parsed")
+		err = invalid("the query string cannot be parsed")
 	}
-	var tenant uuid
-	f["tenant_id"] = &tenant
-	for name, values := range query {
-		into := f[name]
-		if _, isList := into.(list); into == nil || len(values) > 1 && !isList {
-			return invalid("%s: unknown parameter, or given twice; there are %s", name, f.names())
-		}
-		for _, value := range values {
-			err = cmp.Or(err, inputError(name, setField(into, []byte(value))))
-		}
-	}
-	return cmp.Or(err, checkTenant(c, tenant))
+	return &parameters{values: values, err: err}
 }
 
-// setField parses the text of a query parameter or of a cell into what the pointer points to, or for the list.
-func setField(into any, text []byte) (err error) {
-	switch into := into.(type) {
-	case list:
-		return into(func(element any) error { return setField(element, text) })
-	case encoding.TextUnmarshaler:
-		return into.UnmarshalText(text)
-	case *bool:
-		*into, err = strconv.ParseBool(string(text))
-		return expect[bool](err == nil, text)
-	case *int64:
-		*into, err = strconv.ParseInt(string(text), 10, 64)
-		return expect[int64](err == nil && *into >= 1, text)
+func (p *parameters) fail(err error) {
+	if p.err == nil {
+		p.err = err
 	}
-	return json.Unmarshal(text, into)
+}
+
+// each calls parse with each text of a parameter that may be repeated.
+func (p *parameters) each(name string, parse func(text []byte) error) {
+	p.asked = append(p.asked, name)
+	for _, text := range p.values[name] {
+		p.fail(inputError(name, parse([]byte(text))))
+	}
+}
+
+// read parses a parameter that may be given once; if it is not given, into stays as it is.
+func (p *parameters) read(name string, into encoding.TextUnmarshaler) {
+	p.each(name, into.UnmarshalText)
+	if len(p.values[name]) > 1 {
+		p.fail(invalid("%s: given twice", name))
+	}
+}
+
+// finish returns the first error. A parameter that nobody asked for is one: a misspelt filter must
+// never widen an answer. So is a tenant_id that is not the caller's.
+func (p *parameters) finish(c Caller) error {
+	var tenant uuid
+	p.read("tenant_id", &tenant)
+	for _, name := range slices.Sorted(maps.Keys(p.values)) {
+		if !slices.Contains(p.asked, name) {
+			p.fail(unknownName("parameter", name, slices.Sorted(slices.Values(p.asked))))
+		}
+	}
+	p.fail(checkTenant(c, tenant))
+	return p.err
 }
 
 // checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts for.
@@ -452,127 +661,434 @@ func checkTenant(c Caller, id uuid) error {
 	if id == "" || string(id) == c.tenant {
 		return nil
 	}
-	return refusal(http.StatusForbidden, "tenant_id is not the tenant of this API key.")
+	return refuse(forbidden, "tenant_id is not the tenant of this API key.")
 }
 
-// getPage sends a file of web/. In a browser nothing runs in it but its own script, which is known by its digest.
-func getPage(name, contentType string) func(*response, *http.Request, Caller) (work, error) {
+// boolean is true or false in a query.
+type boolean bool
+
+func (boolean) expected() string { return "true or false" }
+
+func (f *boolean) UnmarshalText(text []byte) error {
+	value, err := strconv.ParseBool(string(text))
+	if err != nil {
+		return unfit[boolean](text)
+	}
+	*f = boolean(value)
+	return nil
+}
+
+// count is a number of rows.
+type count int64
+
+func (count) expected() string { return "whole number of at least 1" }
+
+func (n *count) UnmarshalText(text []byte) error {
+	value, err := strconv.ParseInt(string(text), 10, 64)
+	if err != nil || value < 1 {
+		return unfit[count](text)
+	}
+	*n = count(value)
+	return nil
+}
+
+// ---- Handlers
+
+// sendFile sends a file of web/. In a browser nothing runs in it but its own script, which is known
+// by its digest.
+func sendFile(name, contentType string) func(*response, *http.Request, Caller) error {
 	text, err := web.ReadFile("web/" + name)
-	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-	for _, inline := range regexp.MustCompile(`(?s)<(script|style)>(.*?)</(?:script|style)>`).FindAllSubmatch(text, -1) {
-		digest := sha256.Sum256(inline[2])
-		policy += fmt.Sprintf("; %s-src 'sha256-%s'", inline[1], base64.StdEncoding.EncodeToString(digest[:]))
+	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; " +
+		"form-action 'none'; frame-ancestors 'none'"
+	inline := regexp.MustCompile(`(?s)<(script|style)>(.*?)</(?:script|style)>`)
+	for _, found := range inline.FindAllSubmatch(text, -1) {
+		digest := sha256.Sum256(found[2])
+		policy += fmt.Sprintf("; %s-src 'sha256-%s'", found[1],
+			base64.StdEncoding.EncodeToString(digest[:]))
 	}
-	return func(w *response, _ *http.Request, _ Caller) (work, error) {
-		w.Header().Set("Content-Security-Policy", policy)
-		return func(context.Context) (any, error) { return nil, w.send(http.StatusOK, contentType, text, true) }, err
+	return func(w *response, _ *http.Request, _ Caller) error {
+		if err != nil {
+			return err
+		}
+		w.header().Set("Content-Security-Policy", policy)
+		return w.send(http.StatusOK, contentType, text, true)
 	}
 }
 
-func (s *server) getHealth(*response, *http.Request, Caller) (work, error) {
-	return func(ctx context.Context) (any, error) {
-		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
-		defer cancel()
-		_, err := s.health(ctx)
-		return map[string]string{"status": "ok"}, err
-	}, nil
+func (s *server) getHealth(w *response, r *http.Request, _ Caller) error {
+	ctx, cancel := context.WithTimeout(r.Context(), healthTimeout)
+	defer cancel()
+	if _, err := s.health.UsersTableExists(ctx); err != nil {
+		return err
+	}
+	return w.sendJSON(map[string]string{"status": "ok"})
 }
 
-func (s *server) postSeries(w *response, r *http.Request, c Caller) (work, error) {
-	name, unit, description := label(""), label(defaultUnit), prose("")
-	err := decodeJSON(w, r, c, fields{"name": &name, "description": &description, "unit": &unit})
-	return func(ctx context.Context) (any, error) {
-		id, created, err := s.store.CreateSeries(ctx, c, name, unit, description)
-		message := map[bool]string{true: "Series created successfully", false: "Series already exists"}[created]
-		return map[string]string{"series_id": id, "message": message}, err
-	}, cmp.Or(err, invalidIf(name == "", "name is required"))
+func (s *server) postSeries(w *response, r *http.Request, c Caller) error {
+	var name label
+	var description prose
+	unit := label(defaultUnit)
+	b, err := openBody(w, r, "application/json")
+	if err != nil {
+		return err
+	}
+	err = b.decodeJSON(map[string]any{
+		"name": &name, "description": &description, "unit": &unit})
+	if err != nil {
+		return err
+	}
+	if err := readParameters(r).finish(c); err != nil {
+		return err
+	}
+	if name == "" {
+		return invalid("name is required")
+	}
+	id, created, err := s.store.CreateSeries(r.Context(), c, name, unit, description)
+	if err != nil {
+		return err
+	}
+	message := "Series already exists"
+	if created {
+		message = "Series created successfully"
+	}
+	return w.sendJSON(map[string]string{"series_id": id, "message": message})
 }
 
-func (s *server) getSeries(_ *response, r *http.Request, c Caller) (work, error) {
-	return func(ctx context.Context) (any, error) { return s.store.SeriesByID(ctx, c) }, fields{}.decodeQuery(r, c)
+func (s *server) getSeries(w *response, r *http.Request, c Caller) error {
+	if err := readParameters(r).finish(c); err != nil {
+		return err
+	}
+	out := stream{w: w, contentType: "application/json", buf: []byte("{")}
+	err := s.store.ListSeries(r.Context(), c, func(x *listedSeries) error {
+		shown := map[string]any{
+			"series_key": x.Key, "description": x.Description, "unit": x.Unit}
+		out.buf = fmt.Appendf(out.buf, `%q:%s,`, x.ID, asJSON(shown))
+		return out.flushIfFull()
+	})
+	if err != nil {
+		return err
+	}
+	return out.finish("}\n")
 }
 
-func (s *server) getRuns(_ *response, r *http.Request, c Caller) (work, error) {
-	workflow, start, end, limit := label(""), firstTime, lastTime, int64(1000)
-	err := fields{"workflow_id": &workflow, "start_known": &start, "end_known": &end, "limit": &limit}.decodeQuery(r, c)
-	err = cmp.Or(err, invalidIf(end <= start, "end_known: expected a time after start_known"),
-		invalidIf(limit > maxRuns, "limit: expected at most %d", maxRuns))
-	return func(ctx context.Context) (any, error) { return s.store.Runs(ctx, c, workflow, start, end, limit) }, err
+func (s *server) getRuns(w *response, r *http.Request, c Caller) error {
+	limit := count(1000)
+	q := runsQuery{startKnown: firstTime, endKnown: lastTime}
+	p := readParameters(r)
+	p.read("workflow_id", &q.workflow)
+	p.read("start_known", &q.startKnown)
+	p.read("end_known", &q.endKnown)
+	p.read("limit", &limit)
+	if err := p.finish(c); err != nil {
+		return err
+	}
+	if q.endKnown <= q.startKnown {
+		return invalid("end_known: expected a time after start_known")
+	}
+	if limit > maxRuns {
+		return invalid("limit: expected at most %d", maxRuns)
+	}
+	q.limit = int64(limit)
+	out := newRowWriter(w, false, "run_id", "workflow_id", "run_start_time", "run_finish_time",
+		"known_time", "run_params", "changed_by", "inserted_at", "rows")
+	err := s.store.ListRuns(r.Context(), c, q, func(x *listedRun) error {
+		out.text(&x.ID)
+		out.text(&x.Workflow)
+		out.time(x.Start)
+		out.time(x.Finish)
+		out.time(x.Known)
+		if x.Params == nil {
+			out.text(nil)
+		} else {
+			out.cell(x.Params)
+		}
+		out.text(x.ChangedBy)
+		out.time(x.Inserted)
+		out.integer(x.Rows)
+		return out.endRow()
+	})
+	if err != nil {
+		return err
+	}
+	return out.finish()
 }
 
-// uploadRow is one of value_rows.
+// uploadRow is one of value_rows. encoding/json reads it as it is: it folds the case of names, and
+// of a name that is given twice the last counts. Names checked here would halve the speed.
 type uploadRow struct {
-	ValidTime    micros `json:"valid_time"`
-	ValidTimeEnd micros `json:"valid_time_end"`
-	SeriesID     uuid   `json:"series_id"`
-	ValueKey     label  `json:"value_key"`
-	Value        number `json:"value"`
+	ValidTime    timestamp `json:"valid_time"`
+	ValidTimeEnd timestamp `json:"valid_time_end"`
+	SeriesID     uuid      `json:"series_id"`
+	ValueKey     label     `json:"value_key"`
+	Value        number    `json:"value"`
 }
 
-// add takes one of value_rows: it is their list.
-func (u *upload) add(decode func(into any) error) error {
+// uploadReader reads an upload row by row.
+type uploadReader struct {
+	upload
+	row    uploadRow // the one that is being read
+	ctx    context.Context
+	memory *claim
+}
+
+// addRow checks the row that was read, and adds it to the upload.
+func (u *uploadReader) addRow() error {
 	row := &u.row
-	*row = uploadRow{Value: notGiven}
-	err := decode(row)
 	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
-	err = cmp.Or(err, invalidIf(row.Value == notGiven, "value is required (a number or null)"),
-		checkTimes(row.ValidTime, row.ValidTimeEnd), invalidIf(ref == seriesRef{}, "value_key or series_id is required"))
-	if err == nil {
-		u.points[ref] = append(u.points[ref], point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
-		u.rows++
-		err = invalidIf(len(u.points) > maxSeries, "series: expected at most %d in one upload", maxSeries)
+	if row.Value == notGiven {
+		return invalid("value is required (a number or null)")
+	}
+	if err := checkTimes(row.ValidTime, row.ValidTimeEnd); err != nil {
+		return err
+	}
+	if ref == (seriesRef{}) {
+		return invalid("value_key or series_id is required")
+	}
+	u.points[ref] = append(u.points[ref],
+		point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
+	u.rows++
+	if len(u.points) > maxSeries {
+		return invalid("series: expected at most %d in one upload", maxSeries)
+	}
+	if u.rows > maxRows {
+		return invalid("value: expected at most %d rows in one upload", maxRows)
+	}
+	return u.memory.reach(u.ctx, bodyBytes+int64(u.rows*rowBytes+len(u.points)*newSeriesBytes))
+}
+
+// checkTimes checks the times of a value. An end of 0 is none.
+func checkTimes(begin, end timestamp) error {
+	if begin == 0 {
+		return invalid("valid_time is required")
+	}
+	if end != 0 && end <= begin {
+		return invalid("valid_time_end: expected a time after valid_time")
+	}
+	return nil
+}
+
+func (s *server) postUpload(w *response, r *http.Request, c Caller) error {
+	b, err := openBody(w, r, "application/json", "text/csv")
+	if err != nil {
+		return err
+	}
+	u := &uploadReader{ctx: r.Context(), memory: w.memory}
+	u.workflowID = "api-workflow"
+	u.points = map[seriesRef][]point{}
+	if b.kind == "text/csv" {
+		err = u.readCSV(b, readParameters(r), c)
+	} else {
+		err = u.readJSON(b, readParameters(r), c)
+	}
+	if err != nil {
+		return err
+	}
+	if err := u.check(); err != nil {
+		return err
+	}
+	fmt.Fprintf(b.digest, "%s?%s", b.kind, r.URL.Query().Encode())
+	u.digest = b.digest.Sum(nil)
+	ids, err := s.store.Upload(r.Context(), c, &u.upload)
+	if err != nil {
+		return err
+	}
+	return w.sendJSON(map[string]any{"run_id": u.runID, "message": "Run created successfully",
+		"series_ids": ids, "rows_inserted": u.rows})
+}
+
+// field is a name and where its value goes.
+type field struct {
+	name string
+	into encoding.TextUnmarshaler
+}
+
+// fields are those of the run itself. A JSON object has them as members, a CSV in the query.
+func (u *uploadReader) fields() []field {
+	return []field{
+		{"run_id", &u.runID},
+		{"workflow_id", &u.workflowID},
+		{"run_start_time", &u.start},
+		{"run_finish_time", &u.finish},
+		{"known_time", &u.known},
+		{"run_params", &u.params},
+	}
+}
+
+func (u *uploadReader) readJSON(b *body, p *parameters, c Caller) error {
+	var tenant uuid
+	members := map[string]any{
+		"tenant_id":  &tenant,
+		descriptions: func() error { return u.readDescriptions(b.json) },
+		"value_rows": func() error { return u.readRows(b.json) },
+	}
+	for _, f := range u.fields() {
+		members[f.name] = f.into
+	}
+	if err := b.decodeJSON(members); err != nil {
+		return err
+	}
+	if err := p.finish(c); err != nil {
+		return err
+	}
+	return checkTenant(c, tenant)
+}
+
+// readRows reads a list of rows.
+func (u *uploadReader) readRows(dec *json.Decoder) error {
+	return eachItem(dec, '[', func(i int) error {
+		u.row = uploadRow{Value: notGiven}
+		err := dec.Decode(&u.row)
+		if err == nil {
+			err = u.addRow()
+		}
+		if err != nil {
+			return refuseElement("value_rows", i, err)
+		}
+		return nil
+	})
+}
+
+// descriptions is the name of a field that both forms of an upload have, each in its own way.
+const descriptions = "series_descriptions"
+
+// readDescriptions reads an object of texts by value_key.
+func (u *uploadReader) readDescriptions(dec *json.Decoder) error {
+	u.descriptions = map[label]prose{}
+	err := eachMember(dec, func(name string) error {
+		var text prose
+		if err := dec.Decode(&text); err != nil {
+			return inputError(descriptions, err)
+		}
+		u.descriptions[label(name)] = text
+		if len(u.descriptions) > maxSeries {
+			return fmt.Errorf("expected at most %d descriptions", maxSeries)
+		}
+		held := bodyBytes + dec.InputOffset() + int64(len(u.descriptions)*newSeriesBytes)
+		return u.memory.reach(u.ctx, held)
+	})
+	if err == errNull {
+		return nil
 	}
 	return err
 }
 
-// checkTimes checks the times of a value. An end of 0 is none.
-func checkTimes(time, end micros) error {
-	return cmp.Or(invalidIf(time == 0, "valid_time is required"),
-		invalidIf(end != 0 && end <= time, "valid_time_end: expected a time after valid_time"))
+// check checks what is not a row.
+func (u *uploadReader) check() error {
+	if u.start == 0 {
+		return invalid("run_start_time is required")
+	}
+	if u.finish != 0 && u.finish < u.start {
+		return invalid("run_finish_time: expected a time not before run_start_time")
+	}
+	for _, key := range slices.Sorted(maps.Keys(u.descriptions)) {
+		if u.points[seriesRef{Key: key}] == nil {
+			return invalid("series_descriptions: no row has the value_key %q", key)
+		}
+	}
+	return nil
 }
 
-// decodeCSV takes rows under a header line, in which the columns may have any order.
-func (u *upload) decodeCSV(in io.Reader) error {
-	columns := fields{"valid_time": &u.row.ValidTime, "value_key": &u.row.ValueKey, "value": &u.row.Value,
-		"valid_time_end": &u.row.ValidTimeEnd, "series_id": &u.row.SeriesID}
-	lines := bufio.NewScanner(in)
-	lines.Buffer(nil, maxLine+1)
-	lines.Scan()
-	// Excel marks UTF-8 by a U+FEFF. Without any line the header is one empty name, which is refused below.
-	cells, err := appendCells(nil, bytes.TrimPrefix(lines.Bytes(), []byte("\ufeff")))
-	if err = cmp.Or(lines.Err(), err); err != nil {
-		return inputError("header", err)
+// readCSV takes the run's fields from the query, and rows under a header line, in which the columns
+// may have any order.
+func (u *uploadReader) readCSV(in io.Reader, p *parameters, c Caller) error {
+	for _, f := range u.fields() {
+		p.read(f.name, f.into)
 	}
-	header, into := make([]string, len(cells)), make([]any, len(cells))
-	for i, name := range cells {
-		header[i] = string(name)
-		if into[i] = columns[header[i]]; into[i] == nil {
-			return invalid("header: %.40q is no column, or given twice; there are %s", name, columns.names())
-		}
-		delete(columns, header[i])
-	}
-	if columns["valid_time"] != nil || columns["value"] != nil || columns["value_key"] != nil && columns["series_id"] != nil {
-		return invalid("header: expected valid_time, value, and value_key or series_id")
-	}
-	decode := func(any) (err error) { // into u.row, as the columns are bound
-		cells, err = appendCells(cells[:0], lines.Bytes())
-		if err == nil && len(cells) != len(header) {
-			err = fmt.Errorf("expected %d cells, as in the header", len(header))
-		}
-		for i, cell := range cells {
-			if err == nil && (len(cell) > 0 || header[i] == "value") { // an empty value is NULL, another empty cell not given
-				err = inputError(header[i], setField(into[i], cell))
-			}
-		}
+	var about object
+	p.read(descriptions, &about)
+	if err := p.finish(c); err != nil {
 		return err
 	}
-	n := 2
-	for ; err == nil && lines.Scan(); n++ {
-		if len(lines.Bytes()) > 0 {
-			err = elementError("line", n, u.add(decode))
+	if about != nil {
+		err := u.readDescriptions(json.NewDecoder(bytes.NewReader(about)))
+		if err != nil {
+			return inputError(descriptions, err)
 		}
 	}
-	return inputError(fmt.Sprintf("line[%d]", n), cmp.Or(lines.Err(), err)) // a line that was cut short is not what is wrong
+	lines := bufio.NewScanner(in)
+	lines.Buffer(nil, maxLine+1)
+	lines.Scan() // without any line the header is one empty name, which is refused below
+	if err := lines.Err(); err != nil {
+		return inputError("header", err)
+	}
+	// Excel marks UTF-8 by a U+FEFF.
+	header, err := appendCells(nil, bytes.TrimPrefix(lines.Bytes(), []byte("\ufeff")))
+	if err != nil {
+		return inputError("header", err)
+	}
+	columns, err := u.columns(header)
+	if err != nil {
+		return err
+	}
+	return u.readLines(lines, columns)
+}
+
+// columns returns where the cells under a header go.
+func (u *uploadReader) columns(header [][]byte) ([]field, error) {
+	into := map[string]encoding.TextUnmarshaler{
+		"valid_time":     &u.row.ValidTime,
+		"value_key":      &u.row.ValueKey,
+		"value":          &u.row.Value,
+		"valid_time_end": &u.row.ValidTimeEnd,
+		"series_id":      &u.row.SeriesID,
+	}
+	var columns []field
+	given := map[string]bool{}
+	for _, cell := range header {
+		name := string(cell)
+		if into[name] == nil {
+			return nil, unknownName("column of the header", name, slices.Sorted(maps.Keys(into)))
+		}
+		if given[name] {
+			return nil, invalid("header: %s: given twice", name)
+		}
+		given[name] = true
+		columns = append(columns, field{name, into[name]})
+	}
+	if !given["valid_time"] || !given["value"] || !given["value_key"] && !given["series_id"] {
+		return nil, invalid("header: expected valid_time, value, and value_key or series_id")
+	}
+	return columns, nil
+}
+
+// readLines reads the lines under the header.
+func (u *uploadReader) readLines(lines *bufio.Scanner, columns []field) error {
+	var cells [][]byte
+	n := 2
+	for ; lines.Scan(); n++ {
+		if len(lines.Bytes()) == 0 {
+			continue
+		}
+		var err error
+		cells, err = appendCells(cells[:0], lines.Bytes())
+		if err == nil {
+			err = u.addCells(columns, cells)
+		}
+		// Of a line that was cut short the scanner's error, below, is the cause.
+		if err != nil && lines.Err() == nil {
+			return refuseElement("line", n, err)
+		}
+	}
+	return inputError(fmt.Sprintf("line[%d]", n), lines.Err())
+}
+
+// addCells reads the cells of one line as a row. An empty value is NULL; another empty cell is not
+// given.
+func (u *uploadReader) addCells(columns []field, cells [][]byte) error {
+	if len(cells) != len(columns) {
+		return fmt.Errorf("expected %d cells, as in the header", len(columns))
+	}
+	u.row = uploadRow{Value: notGiven}
+	for i, cell := range cells {
+		column := columns[i]
+		if len(cell) == 0 && column.into != &u.row.Value {
+			continue
+		}
+		if err := column.into.UnmarshalText(cell); err != nil {
+			return inputError(column.name, err)
+		}
+	}
+	return u.addRow()
 }
 
 // appendCells appends the cells of a line of CSV. Quotes, which are rare, it leaves to encoding/csv.
@@ -581,394 +1097,393 @@ func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
 		return slices.AppendSeq(cells, bytes.SplitSeq(line, []byte{','})), nil
 	}
 	record, err := csv.NewReader(bytes.NewReader(line)).Read()
+	if err != nil {
+		return nil, errors.Unwrap(err) // without the number of the line, which is always 1
+	}
 	for _, text := range record {
 		cells = append(cells, []byte(text))
 	}
-	return cells, errors.Unwrap(err) // without what a csv.ParseError adds: line 1, as each is read by itself
+	return cells, nil
 }
 
-func (s *server) postUpload(w *response, r *http.Request, c Caller) (work, error) {
-	u, tenant, descriptions := &upload{workflowID: "api-workflow", points: map[seriesRef][]point{}}, uuid(""), rawJSON("{}")
-	f := fields{"run_id": &u.runID, "workflow_id": &u.workflowID, "run_start_time": &u.start, "run_finish_time": &u.finish,
-		"known_time": &u.known, "run_params": &u.params, "series_descriptions": &descriptions}
-	b, digest := openBody(w, r, "application/json", "text/csv"), sha256.New()
-	in := io.TeeReader(b, digest)
-	var err error
-	if b.kind == "text/csv" {
-		err = cmp.Or(f.decodeQuery(r, c), u.decodeCSV(in))
-	} else {
-		f["tenant_id"], f["value_rows"] = &tenant, list(u.add)
-		err = cmp.Or(f.decodeJSON(in), fields{}.decodeQuery(r, c))
-	}
-	fmt.Fprintf(digest, "%s?%s", b.kind, r.URL.Query().Encode())
-	digest.Sum(u.digest[:0])
-	return func(ctx context.Context) (any, error) {
-		ids, err := s.store.Upload(ctx, c, u)
-		return map[string]any{"run_id": u.runID, "message": "Run created successfully", "series_ids": ids, "rows_inserted": u.rows}, err
-	}, cmp.Or(err, inputError("series_descriptions", json.Unmarshal(descriptions, &u.descriptions)), checkTenant(c, tenant), u.check())
-}
-
-// check checks what is not a row.
-func (u *upload) check() error {
-	params := *cmp.Or(u.params, new(json.RawMessage("{}")))
-	err := cmp.Or(invalidIf(u.start == 0, "run_start_time is required"),
-		invalidIf(u.finish != 0 && u.finish < u.start, "run_finish_time: expected a time not before run_start_time"),
-		invalidIf(params[0] != '{' || len(params) > maxParams, "run_params: expected a JSON object of at most %d bytes", maxParams))
-	for key := range u.descriptions {
-		err = cmp.Or(err, invalidIf(u.points[seriesRef{Key: key}] == nil, "series_descriptions: no row has the value_key %q", key))
-	}
-	return err
-}
-
-// decodeUpdate reads one of updates: whose value it corrects, and the members as correct_values takes them. Absent keeps what
-// is there and null clears it, so what is absent stays absent. Tags get the form in which they are stored.
-func decodeUpdate(c Caller, text rawJSON) (ref seriesRef, update map[string]any, err error) {
-	var time micros
+// readUpdate reads one of updates. A null of a member that nothing can clear is as good as none.
+func readUpdate(dec *json.Decoder, c Caller) (correction, error) {
+	var x correction
 	var tenant uuid
-	var tags []label
-	end := new(micros) // nil after null, as are known_time and run_id
-	update = fields{"valid_time": &time, "valid_time_end": &end, "known_time": new(*micros), "run_id": new(*uuid), "tenant_id": &tenant,
-		"series_id": &ref.ID, "series_key": &ref.Key, "value": new(number), "annotation": new(prose), "tags": &tags}
-	absent := maps.Clone(update)
-	err = fields(absent).decodeJSON(bytes.NewReader(text))
-	maps.DeleteFunc(update, func(name string, _ any) bool { return absent[name] != nil })
-	err = cmp.Or(err, invalidIf(len(tags) > maxTags || slices.Contains(tags, ""), // "": a null among them
-		"tags: expected at most %d texts", maxTags))
-	for i, tag := range tags {
-		tags[i] = label(strings.ToLower(strings.TrimSpace(string(tag))))
+	err := decodeObject(dec, map[string]any{
+		"valid_time":     &x.point.time,
+		"valid_time_end": &x.point.end,
+		"known_time":     &x.known,
+		"run_id":         &x.run,
+		"tenant_id":      &tenant,
+		"series_id":      &x.ref.ID,
+		"series_key":     &x.ref.Key,
+		"value":          &x.value,
+		"annotation":     &x.annotation,
+		"tags":           &x.tags,
+	})
+	if err != nil {
+		return x, err
 	}
-	slices.Sort(tags)
-	tags = slices.Compact(tags)
-	changesNothing := update["value"] == nil && update["annotation"] == nil && update["tags"] == nil
-	return ref, update, cmp.Or(err, invalidIf(changesNothing, "value, annotation or tags is required"),
-		checkTimes(time, *cmp.Or(end, new(micros))),
-		invalidIf(ref == seriesRef{}, "series_key or series_id is required"), checkTenant(c, tenant))
-}
-
-func (s *server) putValues(w *response, r *http.Request, c Caller) (work, error) {
-	refs, updates := []seriesRef{}, []map[string]any{}
-	err := decodeJSON(w, r, c, fields{"updates": list(func(decode func(into any) error) error {
-		var text rawJSON
-		broken := decode(&text)
-		ref, update, err := decodeUpdate(c, text)
-		refs, updates = append(refs, ref), append(updates, update)
-		return cmp.Or(broken, invalidIf(len(updates) > maxUpdates, "expected at most %d updates", maxUpdates), err)
-	})})
-	return func(ctx context.Context) (any, error) { return s.store.UpdateValues(ctx, c, refs, updates) }, cmp.Or(err, w.claimIf(true))
-}
-
-func (s *server) getValues(w *response, r *http.Request, c Caller) (work, error) {
-	if !r.ProtoAtLeast(1, 1) {
-		return nil, refusal(http.StatusHTTPVersionNotSupported, "HTTP/1.0 cannot tell a broken answer from a complete one: use HTTP/1.1.")
-	}
-	q, out := anyValue, &rowWriter{w: w}
-	mode, format := label("flat"), map[bool]label{true: "csv", false: "json"}[strings.Contains(r.Header.Get("Accept"), "text/csv")]
-	err := fields{"start_valid": &q.start, "end_valid": &q.end, "start_known": &q.startKnown, "end_known": &q.endKnown,
-		"mode": &mode, "all_versions": &q.allVersions, "as_of": &q.asOf, "lead": &q.lead, "bucket": &q.bucket, "agg": &q.agg,
-		"series_id":  list(func(decode func(into any) error) error { return decode(&q.add().ID) }),
-		"series_key": list(func(decode func(into any) error) error { return decode(&q.add().Key) }),
-		"detail":     &out.detail, "limit": &out.limit, "format": &format}.decodeQuery(r, c)
-	q.overlapping, out.detail = mode == "overlapping", out.detail || q.allVersions
-	out.csv, out.overlapping = format == "csv", q.overlapping
-	err = cmp.Or(err,
-		invalidIf(mode != "flat" && mode != "overlapping", "mode: expected flat or overlapping"),
-		invalidIf(format != "json" && format != "csv", "format: expected json or csv"),
-		invalidIf((q.bucket == 0) != (q.agg == ""), "bucket and agg: expected both or none, and a bucket longer than nothing"),
-		invalidIf(q.bucket != 0 && (q.overlapping || out.detail), "bucket: aggregates only what mode=flat shows, without detail or all_versions"),
-		invalidIf(!slices.Contains([]label{"", "mean", "min", "max", "sum", "count"}, q.agg), "agg: expected mean, min, max, sum or count"),
-		invalidIf(q.end <= q.start, "end_valid: expected a time after start_valid"),
-		invalidIf(q.endKnown <= q.startKnown, "end_known: expected a time after start_known"))
-	return func(ctx context.Context) (any, error) {
-		out.start()
-		if err := s.store.Read(ctx, c, q, out.row); err != nil && err != errEnough {
-			return nil, err
-		}
-		return nil, out.flush(true)
-	}, cmp.Or(err, w.claimIf(q.bucket > 0 || q.lead >= 0)) // which read much to say little
-}
-
-// rowWriter streams values as JSON or CSV. What fails before flushBytes are full was not sent yet, and gets a proper status.
-type rowWriter struct {
-	w                        *response
-	limit                    int64 // 0: none
-	csv, overlapping, detail bool
-	quote, null              string // around a time; for NULL
-	opening, ending          string // of a row
-	buf, scratch             []byte
-	count                    int64
-	series                   *series // of the last row, and its texts as they are written; nil: at a CSV's header
-	id, key, unit            []byte
-}
-
-var errEnough = errors.New("limit reached") // which ends a read
-
-// start writes what stands before the rows.
-func (o *rowWriter) start() {
-	if o.csv {
-		o.ending = "\n"
-		o.cells(&element{from: &version{}})
-		return
-	}
-	o.quote, o.null, o.opening, o.ending, o.buf = `"`, "null", "{", "},", []byte(`{"data":[`)
-}
-
-// row writes one row; the limit-th returns errEnough.
-func (o *rowWriter) row(e *element) error {
-	if len(o.buf) >= flushBytes { // before the row: of the last one flush has to take the comma away
-		if err := o.w.claimIf(true); err != nil {
-			return err
-		}
-		if err := o.flush(false); err != nil {
-			return err
+	if x.tags.value != nil {
+		tags := *x.tags.value
+		if len(tags) > maxTags || slices.Contains(tags, "") { // "": a null among them
+			return x, invalid("tags: expected at most %d texts", maxTags)
 		}
 	}
-	if x := e.from.of; x != o.series {
-		o.series, o.id, o.key, o.unit = x, []byte(o.quote+x.ID+o.quote), o.text(x.Key), o.text(x.Unit)
+	if !x.value.given && !x.annotation.given && !x.tags.given {
+		return x, invalid("value, annotation or tags is required")
 	}
-	o.cells(e)
-	if o.count++; o.count == o.limit {
-		return errEnough
+	if err := checkTimes(x.point.time, x.point.end); err != nil {
+		return x, err
+	}
+	if x.ref == (seriesRef{}) {
+		return x, invalid("series_key or series_id is required")
+	}
+	return x, checkTenant(c, tenant)
+}
+
+func (s *server) putValues(w *response, r *http.Request, c Caller) error {
+	b, err := openBody(w, r, "application/json")
+	if err != nil {
+		return err
+	}
+	var corrections []correction
+	readUpdates := func() error {
+		return eachItem(b.json, '[', func(i int) error {
+			if i == maxUpdates {
+				return fmt.Errorf("expected at most %d updates", maxUpdates)
+			}
+			x, err := readUpdate(b.json, c)
+			if err != nil {
+				return refuseElement("updates", i, err)
+			}
+			corrections = append(corrections, x)
+			return w.memory.reach(r.Context(), bodyBytes+b.size+int64(i*updateBytes))
+		})
+	}
+	if err := b.decodeJSON(map[string]any{"updates": readUpdates}); err != nil {
+		return err
+	}
+	if err := readParameters(r).finish(c); err != nil {
+		return err
+	}
+	updated, unchanged, err := s.store.Correct(r.Context(), c, corrections, w.memory)
+	if err != nil {
+		return err
+	}
+	return w.sendJSON(map[string]any{"updated": updated, "skipped_no_ops": unchanged})
+}
+
+// readRequest is a read of values, and how it is to be answered.
+type readRequest struct {
+	readQuery
+	detail, csv bool
+	limit       count // 0: none
+}
+
+func parseRead(r *http.Request, c Caller) (readRequest, error) {
+	q := readRequest{readQuery: anyValue}
+	mode, format := label("flat"), label("json")
+	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
+		format = "csv"
+	}
+	p := readParameters(r)
+	p.each("series_id", func(text []byte) error {
+		var id uuid
+		err := id.UnmarshalText(text)
+		q.series = append(q.series, seriesRef{ID: id})
+		return err
+	})
+	p.each("series_key", func(text []byte) error {
+		var key label
+		err := key.UnmarshalText(text)
+		q.series = append(q.series, seriesRef{Key: key})
+		return err
+	})
+	p.read("start_valid", &q.start)
+	p.read("end_valid", &q.end)
+	p.read("start_known", &q.startKnown)
+	p.read("end_known", &q.endKnown)
+	p.read("mode", &mode)
+	p.read("all_versions", (*boolean)(&q.allVersions))
+	p.read("as_of", &q.asOf)
+	p.read("lead", &q.lead)
+	p.read("bucket", &q.bucket)
+	p.read("agg", &q.agg)
+	p.read("detail", (*boolean)(&q.detail))
+	p.read("limit", &q.limit)
+	p.read("format", &format)
+	if mode != "flat" && mode != "overlapping" {
+		p.fail(invalid("mode: expected flat or overlapping"))
+	}
+	if format != "json" && format != "csv" {
+		p.fail(invalid("format: expected json or csv"))
+	}
+	q.overlapping = mode == "overlapping"
+	q.detail = q.detail || q.allVersions
+	q.csv = format == "csv"
+	p.fail(q.check())
+	return q, p.finish(c)
+}
+
+// check checks what parameters mean together.
+func (q *readRequest) check() error {
+	if (q.bucket == 0) != (q.agg == "") {
+		return invalid("bucket and agg: expected both or none, and a bucket longer than nothing")
+	}
+	if q.bucket != 0 && (q.overlapping || q.detail) {
+		return invalid("bucket: aggregates only what mode=flat shows, without detail or all_versions")
+	}
+	if q.end <= q.start {
+		return invalid("end_valid: expected a time after start_valid")
+	}
+	if q.endKnown <= q.startKnown {
+		return invalid("end_known: expected a time after start_known")
 	}
 	return nil
 }
 
-// cells writes a row. Each cell ends with a comma, and the last one's gives way to the row's end.
-func (o *rowWriter) cells(e *element) {
-	o.buf = append(o.buf, o.opening...)
-	if o.overlapping {
-		o.cell("known_time", o.time(e.from.Known))
+// errEnough ends a read that has reached its limit.
+var errEnough = errors.New("limit reached")
+
+func (s *server) getValues(w *response, r *http.Request, c Caller) error {
+	if !r.ProtoAtLeast(1, 1) {
+		return refuse(oldProtocol,
+			"HTTP/1.0 cannot tell a broken answer from a complete one: use HTTP/1.1.")
 	}
-	o.cell("valid_time", o.time(e.time))
-	o.cell("series_id", o.id)
-	o.scratch = appendNumber(o.scratch[:0], e.value, o.null)
-	o.cell("value", o.scratch)
-	o.cell("series_key", o.key)
-	o.cell("series_unit", o.unit)
-	if o.detail {
-		o.cell("run_id", o.text(e.from.RunID))
+	q, err := parseRead(r, c)
+	if err != nil {
+		return err
 	}
-	if o.detail && !o.overlapping {
-		o.cell("known_time", o.time(e.from.Known))
+	out := newValueWriter(w, q)
+	err = s.store.Read(r.Context(), c, q.readQuery, w.memory, func(e *element) error {
+		if err := out.row(e); err != nil {
+			return err
+		}
+		if out.count == int64(q.limit) {
+			return errEnough
+		}
+		return nil
+	})
+	if err != nil && err != errEnough {
+		return err
 	}
-	if o.detail || o.csv || e.end != 0 { // rows of a CSV cannot differ
-		o.cell("valid_time_end", o.time(e.end))
-	}
-	if o.detail {
-		o.cell("change_time", o.time(e.from.Change))
-		o.cell("changed_by", o.text(e.from.ChangedBy))
-		o.cell("annotation", o.text(e.from.Annotation))
-		o.cell("tags", o.text(e.from.Tags))
-		o.cell("version", strconv.AppendInt(nil, int64(e.from.Number), 10))
-	}
-	o.buf = append(o.buf[:len(o.buf)-1], o.ending...)
+	return out.finish()
 }
 
-// cell writes a member, or of a header its name: in the other rows of a CSV its place tells the name.
-func (o *rowWriter) cell(name string, value []byte) {
-	switch {
-	case o.series == nil:
-		value = []byte(name)
-	case !o.csv:
-		o.buf = append(append(append(o.buf, '"'), name...), `":`...)
-	}
-	o.buf = append(append(o.buf, value...), ',')
+// ---- Rows
+
+// stream sends an answer in pieces of flushBytes. What fails before the first is full was not sent
+// yet, and gets a proper status.
+type stream struct {
+	w           *response
+	contentType string
+	buf         []byte
 }
 
-// time returns t as it is written, until scratch is used again.
-func (o *rowWriter) time(t micros) []byte {
-	if t == 0 {
-		return []byte(o.null)
+// flushIfFull sends what is full but for its last byte, which finish may have to take away.
+func (s *stream) flushIfFull() error {
+	if len(s.buf) < flushBytes {
+		return nil
 	}
-	o.scratch = append(t.append(append(o.scratch[:0], o.quote...)), o.quote...)
-	return o.scratch
-}
-
-// text returns a string, or a list of strings, which in a CSV stays JSON.
-func (o *rowWriter) text(v any) []byte {
-	text := asJSON(v)
-	if text == "null" {
-		text = o.null
-	} else if o.csv {
-		_ = json.Unmarshal([]byte(text), &text) // a list stays as it is
-		text = `"` + strings.ReplaceAll(text, `"`, `""`) + `"`
-	}
-	return []byte(text)
-}
-
-// flush sends what is buffered; at last with what stands after the rows of a complete response.
-func (o *rowWriter) flush(last bool) error {
-	if last && !o.csv {
-		o.buf = fmt.Appendf(bytes.TrimSuffix(o.buf, []byte(",")), "],\"count\":%d}\n", o.count)
-	}
-	err := o.w.send(http.StatusOK, map[bool]string{true: "text/csv; charset=utf-8", false: "application/json"}[o.csv], o.buf, last)
-	o.buf = o.buf[:0]
+	last := len(s.buf) - 1
+	err := s.w.send(http.StatusOK, s.contentType, s.buf[:last], false)
+	s.buf = append(s.buf[:0], s.buf[last])
 	return err
 }
 
-// ---- Types of values in requests. They know what they accept, wherever it stands: JSON, query, CSV or command line.
-
-// expect returns an error for a text that is no T unless ok, in the form that lets encoding/json add the field's name.
-func expect[T any](ok bool, text []byte) error {
-	if ok {
-		return nil
-	}
-	return &json.UnmarshalTypeError{Value: string(text), Type: reflect.TypeFor[T]()}
+// finish takes the comma away that follows the last item, and sends the rest.
+func (s *stream) finish(ending string) error {
+	s.buf = append(bytes.TrimSuffix(s.buf, []byte(",")), ending...)
+	return s.w.send(http.StatusOK, s.contentType, s.buf, true)
 }
 
-// micros counts microseconds from the first day of year 1 UTC, where time.Time begins too. Zero is no time: not given, NULL.
-type micros int64
-
-const (
-	unixEpoch = micros(62_135_596_800e6)
-	pgEpoch   = micros(63_082_281_600e6) // of a timestamptz on the wire: 2000-01-01
-	firstTime = micros(52_889_500_800e6) // the years that there are: 1677
-	lastTime  = micros(71_381_779_200e6) // to 2262
-)
-
-func (m micros) utc() time.Time { return time.UnixMicro(int64(m - unixEpoch)).UTC() }
-
-// append writes m as the API does: in UTC, with six digits of fraction or none.
-func (m micros) append(b []byte) []byte {
-	seconds := len(b) + len("2006-01-02T15:04:05")
-	b = m.utc().AppendFormat(b, time.RFC3339Nano) // much faster than a layout of our own
-	b = b[:len(b)-1]                              // the Z
-	for len(b) > seconds && len(b) < seconds+len(".000000") {
-		b = append(b, '0')
-	}
-	return append(b, "+00:00"...)
+// rowWriter streams rows as {"data":[…],"count":n} or as CSV. Each row is made of one cell for each
+// column, in their order.
+type rowWriter struct {
+	stream
+	columns     []string
+	csv         bool
+	quote, null string // around a time; for NULL
+	column      int    // of the next cell
+	separator   byte   // before the next cell
+	count       int64
 }
 
-func (m micros) String() string               { return string(m.append(nil)) }
-func (m micros) MarshalText() ([]byte, error) { return m.append(nil), nil }
-
-// Value is m as a bound argument.
-func (m micros) Value() (driver.Value, error) {
-	if m == 0 {
-		return nil, nil
+func newRowWriter(w *response, csv bool, columns ...string) rowWriter {
+	o := rowWriter{columns: columns, csv: csv}
+	o.w = w
+	if csv {
+		o.contentType = "text/csv; charset=utf-8"
+		o.buf = []byte(strings.Join(columns, ",") + "\n")
+		return o
 	}
-	return m.utc(), nil
+	o.contentType = "application/json"
+	o.buf = []byte(`{"data":[`)
+	o.quote = `"`
+	o.null = "null"
+	o.separator = '{'
+	return o
 }
 
-var timeLayouts = []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02", "2006-01-02T15:04Z07:00", "2006-01-02T15:04",
-	"2006-01-02T15:04:05Z0700", "2006-01-02T15:04:05Z07", "2006-01-02T15:04Z0700", "2006-01-02T15:04Z07"}
-
-// UnmarshalText reads an ISO 8601 timestamp: a date, or date and time with T or a space between; no offset means UTC. A
-// plus that a query string turned into a space is understood. Digits beyond microseconds are cut off.
-func (m *micros) UnmarshalText(text []byte) error {
-	s := string(text)
-	if len(s) > 10 && s[10] == ' ' {
-		s = s[:10] + "T" + s[11:]
+// next begins the next cell, in JSON with its name.
+func (o *rowWriter) next() {
+	if !o.csv {
+		o.buf = append(o.buf, o.separator, '"')
+		o.buf = append(o.buf, o.columns[o.column]...)
+		o.buf = append(o.buf, `":`...)
+	} else if o.column > 0 {
+		o.buf = append(o.buf, ',')
 	}
-	s = strings.Replace(s, " ", "+", 1)
-	for _, layout := range timeLayouts {
-		t, err := time.Parse(layout, s)
-		*m = unixEpoch + micros(t.UnixMicro())
-		if err == nil && *m >= firstTime && *m < lastTime && (len(s) <= 13 || s[13] == ':') { // time.Parse takes an hour of one digit
-			return nil
+	o.separator = ','
+	o.column++
+}
+
+// skip leaves a cell out: rows of a CSV cannot differ.
+func (o *rowWriter) skip() {
+	if o.csv {
+		o.next()
+	} else {
+		o.column++
+	}
+}
+
+// cell writes what is in its final form already.
+func (o *rowWriter) cell(written []byte) {
+	o.next()
+	o.buf = append(o.buf, written...)
+}
+
+func (o *rowWriter) number(f float64) {
+	o.next()
+	o.buf = appendNumber(o.buf, f, o.null)
+}
+
+func (o *rowWriter) integer(n int64) {
+	o.next()
+	o.buf = strconv.AppendInt(o.buf, n, 10)
+}
+
+func (o *rowWriter) time(t timestamp) {
+	o.next()
+	if t == 0 {
+		o.buf = append(o.buf, o.null...)
+		return
+	}
+	o.buf = append(o.buf, o.quote...)
+	o.buf = t.append(o.buf)
+	o.buf = append(o.buf, o.quote...)
+}
+
+// text writes a text; nil is NULL.
+func (o *rowWriter) text(text *string) { o.cell(o.written(text)) }
+
+// written is a text in the form of a cell.
+func (o *rowWriter) written(text *string) []byte {
+	switch {
+	case text == nil:
+		return []byte(o.null)
+	case o.csv:
+		return []byte(`"` + strings.ReplaceAll(*text, `"`, `""`) + `"`)
+	}
+	return []byte(asJSON(*text))
+}
+
+// texts writes a list of texts, which is JSON in a CSV too.
+func (o *rowWriter) texts(list []string) {
+	text := asJSON(list)
+	switch {
+	case list == nil:
+		o.text(nil)
+	case o.csv:
+		o.text(&text)
+	default:
+		o.cell([]byte(text))
+	}
+}
+
+// endRow ends a row.
+func (o *rowWriter) endRow() error {
+	o.count++
+	o.column = 0
+	if o.csv {
+		o.buf = append(o.buf, '\n')
+	} else {
+		o.buf = append(o.buf, "},"...)
+		o.separator = '{'
+	}
+	return o.flushIfFull()
+}
+
+// finish sends the rest, with what tells a complete answer.
+func (o *rowWriter) finish() error {
+	if o.csv {
+		return o.stream.finish("")
+	}
+	return o.stream.finish(fmt.Sprintf("],\"count\":%d}\n", o.count))
+}
+
+// valueWriter writes the rows of a read.
+type valueWriter struct {
+	rowWriter
+	overlapping, detail bool
+	of                  *series // of the last row
+	id, key, unit       []byte  // its cells, which are the same in all its rows
+}
+
+func newValueWriter(w *response, q readRequest) *valueWriter {
+	columns := []string{"valid_time", "series_id", "value", "series_key", "series_unit"}
+	const known, end = "known_time", "valid_time_end"
+	if q.overlapping {
+		columns = slices.Insert(columns, 0, known)
+	}
+	if q.detail {
+		columns = append(columns, "run_id")
+	}
+	if q.detail && !q.overlapping {
+		columns = append(columns, known)
+	}
+	columns = append(columns, end)
+	if q.detail {
+		columns = append(columns, "change_time", "changed_by", "annotation", "tags", "version")
+	}
+	return &valueWriter{rowWriter: newRowWriter(w, q.csv, columns...),
+		overlapping: q.overlapping, detail: q.detail}
+}
+
+func (o *valueWriter) row(e *element) error {
+	if x := e.from.of; x != o.of {
+		o.of = x
+		o.id = []byte(o.quote + x.ID + o.quote)
+		o.key = o.written(&x.Key)
+		o.unit = o.written(&x.Unit)
+	}
+	if o.overlapping {
+		o.time(e.from.Known)
+	}
+	o.time(e.time)
+	o.cell(o.id)
+	o.number(e.value)
+	o.cell(o.key)
+	o.cell(o.unit)
+	if !o.detail {
+		if e.end == 0 {
+			o.skip()
+		} else {
+			o.time(e.end)
 		}
+		return o.endRow()
 	}
-	return expect[micros](false, text)
-}
-
-// span is a duration of less than 293 years, as ISO 8601 (P1DT12H; no months or years, whose length differs), as Go writes
-// it (36h) or in days (90d). What is finer than a microsecond is cut off.
-type span micros
-
-var isoSpan = regexp.MustCompile(`^P?(?:(\d{1,5})W)?(?:(\d{1,6})[Dd])?(?:T([0-9.HMS]+))?$`)
-
-func (d *span) UnmarshalText(text []byte) error {
-	s := string(text)
-	if m := isoSpan.FindStringSubmatch(s); m != nil && len(s) > 1 {
-		weeks, _ := strconv.Atoi(m[1]) // digits or nothing
-		days, _ := strconv.Atoi(m[2])
-		s = fmt.Sprintf("%dh%s", 24*(7*weeks+days), strings.ToLower(m[3]))
+	o.text(&e.from.RunID)
+	if !o.overlapping {
+		o.time(e.from.Known)
 	}
-	length, err := time.ParseDuration(s)
-	*d = span(length.Microseconds())
-	return expect[span](err == nil && *d >= 0, text)
-}
-
-// expiry is a time to come: a timestamp, or a span from now on. Zero is never.
-type expiry micros
-
-func (e *expiry) UnmarshalText(text []byte) error {
-	now, after := unixEpoch+micros(time.Now().UnixMicro()), span(0)
-	err := after.UnmarshalText(text)
-	if *e = expiry(now + micros(after)); err != nil {
-		err = (*micros)(e).UnmarshalText(text)
-	}
-	return expect[expiry](err == nil && micros(*e) > now, text)
-}
-
-// uuid is in lower case.
-type uuid string
-
-var uuidPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
-
-func (u *uuid) UnmarshalText(text []byte) error {
-	*u = uuid(strings.ToLower(string(text)))
-	return expect[uuid](uuidPattern.MatchString(string(*u)), text)
-}
-
-// rawJSON is JSON that is decoded later. It is bounded before that, as a list or object of many small things takes much memory.
-type rawJSON []byte
-
-func (j *rawJSON) UnmarshalJSON(b []byte) error {
-	if len(b) <= largeBody {
-		*j = bytes.Clone(b)
-	}
-	return expect[rawJSON](len(b) <= largeBody, b[:min(len(b), 40)])
-}
-
-// label is a key, unit, workflow_id, e-mail address or tag; PostgreSQL indexes keys up to some 2,700 bytes.
-type label string
-
-func (l *label) UnmarshalText(text []byte) error {
-	*l = label(text)
-	return expect[label](len(text) <= 500 && len(bytes.TrimSpace(text)) > 0 && !bytes.ContainsFunc(text, unprintable), text)
-}
-
-// unprintable is true of control characters and of what stands for bytes that are not UTF-8.
-func unprintable(r rune) bool { return r == unicode.ReplacementChar || unicode.IsControl(r) }
-
-// prose is a description or annotation, without white space around it.
-type prose string
-
-func (p *prose) UnmarshalText(text []byte) error {
-	*p = prose(bytes.TrimSpace(text))
-	bad := func(r rune) bool { return unprintable(r) && !strings.ContainsRune("\t\r\n", r) }
-	return expect[prose](len(text) <= 10_000 && !bytes.ContainsFunc(text, bad), text)
-}
-
-// number is a value: any float64 but infinity, or NULL, which is NaN.
-type number float64
-
-var notGiven = number(math.Inf(1))
-
-func (n number) MarshalJSON() ([]byte, error) { return appendNumber(nil, float64(n), "null"), nil }
-
-func (n *number) UnmarshalJSON(b []byte) error {
-	return n.UnmarshalText(bytes.TrimPrefix(b, []byte("null")))
-}
-
-// UnmarshalText takes nothing and NaN for NULL.
-func (n *number) UnmarshalText(text []byte) error {
-	s := cmp.Or(string(text), "NaN")
-	f, err := strconv.ParseFloat(s, 64)
-	*n = number(f)
-	misspelt := math.IsNaN(f) && s != "NaN" || strings.ContainsAny(s, "xX_") // nan, hexadecimal, or 1_000
-	return expect[number](err == nil && !math.IsInf(f, 0) && !misspelt, text)
-}
-
-// appendNumber writes f so that it reads as a float: 20.0, not 20. NaN is written as null says.
-func appendNumber(b []byte, f float64, null string) []byte {
-	switch abs := math.Abs(f); {
-	case math.IsNaN(f):
-		return append(b, null...)
-	case abs != 0 && (abs < 1e-4 || abs >= 1e16):
-		return strconv.AppendFloat(b, f, 'e', -1, 64)
-	case f == math.Trunc(f):
-		return append(strconv.AppendFloat(b, f, 'f', -1, 64), ".0"...)
-	}
-	return strconv.AppendFloat(b, f, 'f', -1, 64)
+	o.time(e.end)
+	o.time(e.from.Change)
+	o.text(e.from.ChangedBy)
+	o.text(e.from.Annotation)
+	o.texts(e.from.Tags)
+	o.integer(int64(e.from.Number))
+	return o.endRow()
 }

@@ -1,18 +1,23 @@
 package main
 
-// The tests drive timedb as its users do, through the command line's run and through HTTP, on a real PostgreSQL; SQL is
-// used to look at what was stored and to break things. Each test has a database of its own, and the API runs under a role
-// that has no more than `create tables --app-role` grants.
+// The tests drive timedb as its users do: through run, which is the command line, and through HTTP, on a real
+// PostgreSQL. They use SQL to look at what was stored and to break things. Each test has a database of its own, and
+// the API runs under a role that has only what `create tables --app-role` grants.
 //
-// The tests of each source file stand beside it: cli_test.go (command line), auth_test.go (keys, tenancy, what can be
-// read off the source), store_test.go (what is stored and shown, against a naive model), faults_test.go (what timedb runs
-// on breaks; script/faults runs these for longer). This file has the harness first, then HTTP: routes, limits, uploads,
-// reads, openapi.json.
+// The tests of each source file stand beside it:
+//
+//	cli_test.go     the command line
+//	auth_test.go    keys, tenancy, and what can be read off the source
+//	store_test.go   what is stored and shown, against a naive model
+//	faults_test.go  what timedb runs on breaks; script/faults runs these for longer
+//	server_test.go  this file: the harness of all tests, then HTTP
+//
+// This file in order: the harness, routes and the page, limits and slow clients, uploads, reads, openapi.json,
+// benchmarks, fuzzing.
 
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -40,7 +45,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -54,10 +58,16 @@ const (
 	nobody  = "99999999-9999-4999-8999-999999999999" // an id that never existed
 )
 
-var faults = flag.Int("faults", 1, "how many times as long each TestFault runs; script/faults has it run 20 times as long")
-var histories = flag.Int("histories", 2000, "how many random histories TestReadsAgreeWithNaiveModel checks")
+var (
+	faults = flag.Int("faults", 1,
+		"how many times as long each TestFault runs; script/faults has it run 20 times as long")
+	histories = flag.Int("histories", 2000, "how many random histories TestReadsAgreeWithNaiveModel checks")
+)
 
-// appRole is the role that the API runs under, one for the whole process; a role belongs to the cluster.
+// ---- Harness: a database for each test
+
+// appRole is the role that the API runs under. There is one for the whole process, because roles belong to the
+// cluster, not to a database.
 var appRole struct {
 	once           sync.Once
 	name, password string
@@ -69,17 +79,23 @@ func TestMain(m *testing.M) {
 	}
 	m.Run() // its code becomes the exit code when TestMain returns
 	if appRole.name != "" {
-		if db, err := sql.Open("postgres", databaseURL("", nil)); err == nil {
-			_, err = db.Exec("DROP ROLE IF EXISTS " + appRole.name)
-			if err != nil {
-				fmt.Fprintln(os.Stderr, "the test role is left over:", err)
-			}
-			db.Close()
-		}
+		dropAppRole()
 	}
 }
 
-// databaseURL is TEST_DATABASE_URL with another database and another user, unless these are empty.
+func dropAppRole() {
+	db, err := sql.Open("postgres", databaseURL("", nil))
+	if err != nil {
+		return
+	}
+	defer db.Close()
+	_, err = db.Exec("DROP ROLE IF EXISTS " + appRole.name)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "the test role is left over:", err)
+	}
+}
+
+// databaseURL is TEST_DATABASE_URL with another database and another user. An empty one stays as it is.
 func databaseURL(database string, who *url.Userinfo) string {
 	u, err := url.Parse(os.Getenv("TEST_DATABASE_URL"))
 	if err != nil {
@@ -93,7 +109,7 @@ func databaseURL(database string, who *url.Userinfo) string {
 	}
 	q := u.Query()
 	if !q.Has("sslmode") {
-		q.Set("sslmode", "disable") // lib/pq, used bare here, would require TLS
+		q.Set("sslmode", "disable") // lib/pq itself would require TLS
 	}
 	u.RawQuery = q.Encode()
 	return u.String()
@@ -127,8 +143,9 @@ func mustDatabase(t testing.TB) string {
 func secretsIn(t testing.TB, dsn string) string {
 	t.Helper()
 	dump, err := exec.Command("pg_dump", dsn).Output()
-	if failed, ok := errors.AsType[*exec.ExitError](err); ok && bytes.Contains(failed.Stderr, []byte("does not exist")) {
-		return "" // the test has dropped what it made
+	failed, ok := errors.AsType[*exec.ExitError](err)
+	if ok && bytes.Contains(failed.Stderr, []byte("does not exist")) {
+		return "" // the test has dropped its database
 	}
 	if err != nil {
 		t.Fatalf("pg_dump (of Debian's package postgresql): %v", err)
@@ -137,13 +154,17 @@ func secretsIn(t testing.TB, dsn string) string {
 	return secretsOf(string(dump), password)
 }
 
-// secretsOf says whether text holds a whole key, the password or that of the API's role.
+var wholeKey = regexp.MustCompile(`tdb_[a-zA-Z0-9]{8}_[A-Za-z0-9_-]{40}`)
+
+// secretsOf says whether text holds a whole key, the given password or the password of the API's role.
 func secretsOf(text, password string) string {
-	switch {
-	case wholeKey.MatchString(text):
+	if wholeKey.MatchString(text) {
 		return "a key"
-	case appRole.password != "" && strings.Contains(text, appRole.password) || password != "" && strings.Contains(text, password):
-		return "a password"
+	}
+	for _, secret := range []string{password, appRole.password} {
+		if secret != "" && strings.Contains(text, secret) {
+			return "a password"
+		}
 	}
 	return ""
 }
@@ -157,7 +178,7 @@ func mustParse(t testing.TB, text string) *url.URL {
 	return u
 }
 
-// asAppRole is the same database as the API's role.
+// asAppRole is the DSN of the same database for the API's role.
 func asAppRole(dsn string) string {
 	u, _ := url.Parse(dsn)
 	return databaseURL(strings.TrimPrefix(u.Path, "/"), url.UserPassword(appRole.name, appRole.password))
@@ -190,19 +211,23 @@ func mustQuery(t testing.TB, db *sql.DB, query string, args ...any) string {
 	return text.String
 }
 
-// runIn is one command line with its environment and its input.
+// ---- Harness: the command line
+
+// runIn runs one command line with an environment and standard input.
 func runIn(env map[string]string, stdin string, args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
-	code = run(context.Background(), args, func(name string) string { return env[name] }, strings.NewReader(stdin), &out, &errs)
+	getenv := func(name string) string { return env[name] }
+	code = run(context.Background(), args, getenv, strings.NewReader(stdin), &out, &errs)
 	return code, out.String(), errs.String()
 }
 
-// mustRun runs a command line on dsn, which must end with want, and returns what it printed.
+// mustRun runs a command line on dsn and returns what it printed. Its exit code must be want.
 func mustRun(t testing.TB, want int, dsn, stdin string, args ...string) (stdout, stderr string) {
 	t.Helper()
 	code, stdout, stderr := runIn(map[string]string{"TIMEDB_DSN": dsn}, stdin, args...)
 	if code != want {
-		t.Fatalf("timedb %s: exit %d, want %d\nstdout: %s\nstderr: %s", strings.Join(args, " "), code, want, stdout, stderr)
+		t.Fatalf("timedb %s: exit %d, want %d\nstdout: %s\nstderr: %s",
+			strings.Join(args, " "), code, want, stdout, stderr)
 	}
 	if code != 0 && !strings.Contains(stderr, "ERROR: ") {
 		t.Fatalf("timedb %s: exit %d without ERROR: on stderr: %q", strings.Join(args, " "), code, stderr)
@@ -216,7 +241,9 @@ func mustCreateTables(t testing.TB, dsn string, more ...string) {
 	mustRun(t, 0, dsn, "", append([]string{"create", "tables", "-y", "--app-role", appRole.name}, more...)...)
 }
 
-// logBuffer is what a server writes to stdout or stderr, readable at any time.
+// ---- Harness: the API
+
+// logBuffer keeps what a server writes to stdout or stderr. It can be read while the server runs.
 type logBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -239,7 +266,7 @@ type testServer struct {
 	url, dsn string
 	db       *sql.DB // as owner
 	log      *logBuffer
-	stop     func() int // asks the server to stop, waits for its end and returns the exit code
+	stop     func() int // asks the server to stop, waits until it has ended and returns the exit code
 	client   *http.Client
 }
 
@@ -257,12 +284,13 @@ func mustAPIOn(t testing.TB, dsn, serving string, args ...string) *testServer {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &testServer{dsn: dsn, db: mustOpen(t, dsn), log: &logBuffer{}}
 	s.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100, ExpectContinueTimeout: time.Minute}}
+	env := map[string]string{"TIMEDB_DSN": serving}
+	getenv := func(name string) string { return env[name] }
 	out, done := &logBuffer{}, make(chan struct{})
 	code := -1
 	go func() {
 		defer close(done)
-		env := func(name string) string { return map[string]string{"TIMEDB_DSN": serving}[name] }
-		code = run(ctx, append([]string{"api", "--port", "0"}, args...), env, strings.NewReader(""), out, s.log)
+		code = run(ctx, append([]string{"api", "--port", "0"}, args...), getenv, strings.NewReader(""), out, s.log)
 	}()
 	s.stop = func() int {
 		cancel()
@@ -277,23 +305,23 @@ func mustAPIOn(t testing.TB, dsn, serving string, args ...string) *testServer {
 			t.Errorf("the server's log holds %s", found)
 		}
 	})
-	for s.url == "" {
-		if found := servesLine.FindStringSubmatch(out.String()); found != nil {
+	waitUntil(t, "the API says where it serves", func() bool {
+		found := servesLine.FindStringSubmatch(out.String())
+		if found != nil {
 			s.url = found[1]
-			break
+			return true
 		}
 		select {
 		case <-done:
 			t.Fatalf("timedb api ended with exit %d: %s", code, s.log)
-		case <-time.After(time.Millisecond):
+		default:
 		}
-	}
+		return false
+	})
 	return s
 }
 
-var wholeKey = regexp.MustCompile(`tdb_[a-zA-Z0-9]{8}_[A-Za-z0-9_-]{40}`)
-
-// mustServer starts the API on a database of its own, with users_table.
+// mustServer starts the API on a database of its own that has users_table.
 func mustServer(t testing.TB, args ...string) *testServer {
 	t.Helper()
 	dsn := mustDatabase(t)
@@ -308,7 +336,8 @@ func (s *testServer) mustUser(t testing.TB, tenant, email string) string {
 	return strings.TrimSpace(key)
 }
 
-// do sends one request; header lines are "Name: value". A body without Content-Type is JSON. Nothing is retried.
+// do sends one request. Header lines are "Name: value". A body without a Content-Type is sent as JSON. Nothing is
+// retried.
 func (s *testServer) do(method, path, key, body string, header ...string) (*http.Response, string, error) {
 	r, err := http.NewRequest(method, s.url+path, strings.NewReader(body))
 	if err != nil {
@@ -322,11 +351,12 @@ func (s *testServer) do(method, path, key, body string, header ...string) (*http
 	}
 	for _, line := range header {
 		name, value, _ := strings.Cut(line, ": ")
-		if name == "Host" {
+		switch name {
+		case "Host":
 			r.Host = value
-		} else if name == "X-API-Key" {
-			r.Header.Add(name, value)
-		} else {
+		case "X-API-Key":
+			r.Header.Add(name, value) // beside the key that was given
+		default:
 			r.Header.Set(name, value)
 		}
 	}
@@ -339,7 +369,7 @@ func (s *testServer) do(method, path, key, body string, header ...string) (*http
 	return resp, string(text), err
 }
 
-// must sends one request, which must be answered with the status want, and returns the body.
+// must sends one request and returns the body of the answer. Its status must be want.
 func (s *testServer) must(t testing.TB, want int, method, path, key, body string, header ...string) string {
 	t.Helper()
 	resp, text, err := s.do(method, path, key, body, header...)
@@ -349,8 +379,12 @@ func (s *testServer) must(t testing.TB, want int, method, path, key, body string
 	if resp.StatusCode != want {
 		t.Fatalf("%s %s: status %d, want %d: %s\nrequest: %.2000s", method, path, resp.StatusCode, want, text, body)
 	}
+	if want < 400 || method == "HEAD" {
+		return text
+	}
 	var refusal struct{ Detail string }
-	if want >= 400 && method != "HEAD" && (json.Unmarshal([]byte(text), &refusal) != nil || refusal.Detail == "") {
+	err = json.Unmarshal([]byte(text), &refusal)
+	if err != nil || refusal.Detail == "" {
 		t.Fatalf("%s %s: status %d without a detail: %q", method, path, want, text)
 	}
 	return text
@@ -363,7 +397,7 @@ func mustTenant(t testing.TB, args ...string) (s *testServer, key string) {
 	return s, s.mustUser(t, tenantA, "a@example.com")
 }
 
-// waitUntil returns as soon as the condition holds, and ends the test if it does not within two minutes.
+// waitUntil returns as soon as the condition holds. It ends the test if that takes more than two minutes.
 func waitUntil(t testing.TB, condition string, holds func() bool) {
 	t.Helper()
 	for end := time.Now().Add(2 * time.Minute); !holds(); time.Sleep(time.Millisecond) {
@@ -373,8 +407,8 @@ func waitUntil(t testing.TB, condition string, holds func() bool) {
 	}
 }
 
-// mustDial opens a connection to the server, which the end of the test closes. What is written to it goes as it is. Its
-// buffer for reading is small: a client that does not read is noticed soon.
+// mustDial opens a bare connection to the server; the end of the test closes it. Its buffer for reading is small, so
+// that the server soon notices a client that does not read.
 func (s *testServer) mustDial(t testing.TB) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
@@ -388,7 +422,7 @@ func (s *testServer) mustDial(t testing.TB) net.Conn {
 	return conn
 }
 
-// requestCase is one request, and of its answer the status and texts that the body must contain.
+// requestCase is one request with the status of its answer and the texts that the answer's body must contain.
 type requestCase struct {
 	name, method, path, body string
 	status                   int
@@ -401,30 +435,17 @@ func (s *testServer) runRequests(t *testing.T, key string, cases []requestCase) 
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			text := s.must(t, c.status, c.method, c.path, key, c.body)
-			for _, want := range c.want {
-				if !strings.Contains(text, want) {
-					t.Errorf("%s %s %.300s: body %q, want %q in it", c.method, c.path, c.body, text, want)
-				}
-			}
+			expectIn(t, fmt.Sprintf("%s %s %.300s", c.method, c.path, c.body), text, c.want...)
 		})
 	}
 }
 
-// httpCase is one request and its answer: the status, and texts that the body must contain.
-type httpCase struct {
-	method, path, body string
-	status             int
-	want               []string
-}
-
-func (s *testServer) mustAll(t *testing.T, key string, cases []httpCase) {
+// expectIn reports each text that the answer to a request lacks.
+func expectIn(t *testing.T, request, answer string, texts ...string) {
 	t.Helper()
-	for _, c := range cases {
-		text := s.must(t, c.status, c.method, c.path, key, c.body)
-		for _, want := range c.want {
-			if !strings.Contains(text, want) {
-				t.Errorf("%s %s %.300s: body %q, want %q in it", c.method, c.path, c.body, text, want)
-			}
+	for _, text := range texts {
+		if !strings.Contains(answer, text) {
+			t.Errorf("%s: %q, want %q in it", request, answer, text)
 		}
 	}
 }
@@ -432,12 +453,9 @@ func (s *testServer) mustAll(t *testing.T, key string, cases []httpCase) {
 // mustRaw sends bytes as they are and returns the first line of the answer.
 func (s *testServer) mustRaw(t testing.TB, request string) string {
 	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := s.mustDial(t)
 	defer conn.Close()
-	go io.WriteString(conn, request) // the server may answer, and close, before it has read all
+	go io.WriteString(conn, request) // the server may answer and close before it has read everything
 	answer := make([]byte, 100)
 	n, err := io.ReadAtLeast(conn, answer, 15)
 	if err != nil {
@@ -456,22 +474,26 @@ func mustDecode[T any](t testing.TB, text string) (v T) {
 	return v
 }
 
-// stored is how much there is in the three data tables: it tells whether anything was stored.
+// stored counts what is in the three data tables. A change of it shows that something was stored.
 func (s *testServer) stored(t testing.TB) string {
 	t.Helper()
-	return mustQuery(t, s.db, `SELECT concat_ws(' ', (SELECT count(*) FROM runs_table), (SELECT count(*) FROM series_table),
+	return mustQuery(t, s.db, `SELECT concat_ws(' ',
+		(SELECT count(*) FROM runs_table), (SELECT count(*) FROM series_table),
 		(SELECT count(*) FROM values_table), (SELECT sum(cardinality("values")) FROM values_table))`)
 }
+
+// ---- Harness: looking and comparing
 
 // relations lists what is in a schema: tables, views, sequences, indexes and functions.
 func relations(t testing.TB, db *sql.DB, schema string) string {
 	t.Helper()
 	return mustQuery(t, db, `SELECT string_agg(name, ' ' ORDER BY name) FROM (
 		SELECT relname::text AS name FROM pg_class WHERE relnamespace = to_regnamespace($1)
-		UNION ALL SELECT proname::text FROM pg_proc WHERE pronamespace = to_regnamespace($1)) AS x`, pq.QuoteIdentifier(schema))
+		UNION ALL SELECT proname::text FROM pg_proc WHERE pronamespace = to_regnamespace($1)) AS x`,
+		pq.QuoteIdentifier(schema))
 }
 
-// users is a digest of all that users_table holds.
+// users is a digest of everything in users_table.
 func users(t testing.TB, db *sql.DB) string {
 	t.Helper()
 	return mustQuery(t, db, `SELECT md5(string_agg(u::text, ',' ORDER BY user_id)) FROM users_table u`)
@@ -512,14 +534,16 @@ const (
 	badKey = `{"detail":"Invalid or inactive API key."}` + "\n"
 )
 
-// minimal requests that succeed for a key that may do them.
+// Minimal uploads.
 const (
 	emptyRun = `{"run_start_time":"2025-01-01T00:00:00Z","value_rows":[]}`
 	oneValue = `{"run_start_time":"2025-01-01T00:00:00Z","known_time":"2025-01-01T00:00:00Z","value_rows":[
 		{"valid_time":"2025-01-01T00:00:00Z","value_key":"load","value":1}]}`
 )
 
-func TestPageRunsNothingButItsOwnScript(t *testing.T) { // script/browser sees that browsers mind it
+// ---- Routes and the page
+
+func TestPageRunsNothingButItsOwnScript(t *testing.T) { // script/browser sees that browsers enforce the policy
 	t.Parallel()
 	s := mustServer(t)
 	resp, page, err := s.do("GET", "/docs", "", "")
@@ -533,41 +557,54 @@ func TestPageRunsNothingButItsOwnScript(t *testing.T) { // script/browser sees t
 		}
 		_, inline, _ := strings.Cut(page, "<"+tag+">")
 		inline, _, _ = strings.Cut(inline, "</"+tag+">")
+		if inline == "" {
+			t.Errorf("there is nothing in <%s>", tag)
+		}
 		digest := sha256.Sum256([]byte(inline))
-		if want := fmt.Sprintf("; %s-src 'sha256-%s'", tag, base64.StdEncoding.EncodeToString(digest[:])); !strings.Contains(policy, want) || inline == "" {
+		want := fmt.Sprintf("; %s-src 'sha256-%s'", tag, base64.StdEncoding.EncodeToString(digest[:]))
+		if !strings.Contains(policy, want) {
 			t.Errorf("the policy %q lacks %q", policy, want)
 		}
 	}
-	if !strings.HasPrefix(policy, "default-src 'none'; ") || strings.Contains(policy, "unsafe") || !strings.Contains(policy, "frame-ancestors 'none'") {
+	if !strings.HasPrefix(policy, "default-src 'none'; ") || !strings.Contains(policy, "frame-ancestors 'none'") ||
+		strings.Contains(policy, "unsafe") {
 		t.Errorf("the policy is %q", policy)
 	}
-	if found := regexp.MustCompile(`innerHTML|insertAdjacentHTML|document\.write|eval\(|\bsrc=|Storage|https?://`).FindString(
-		strings.ReplaceAll(page, "http://www.w3.org/2000/svg", "")); found != "" {
+	dangerous := regexp.MustCompile(
+		`innerHTML|insertAdjacentHTML|document\.write|eval\(|\bsrc=|Storage|https?://`)
+	found := dangerous.FindString(strings.ReplaceAll(page, "http://www.w3.org/2000/svg", ""))
+	if found != "" {
 		t.Errorf("the page has %q", found)
 	}
 }
 
 func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	for path, allow := range map[string]string{
-		"/upload": "POST", "/values": "GET PUT", "/series": "POST", "/list_timeseries": "GET", "/": "GET", "/docs": "GET",
+	s, key := mustTenant(t)
+	for _, c := range []struct {
+		name  string // the path
+		allow []string
+	}{
+		{"/upload", []string{"POST"}},
+		{"/values", []string{"GET", "PUT"}},
+		{"/series", []string{"POST"}},
+		{"/list_timeseries", []string{"GET"}},
+		{"/", []string{"GET"}},
+		{"/docs", []string{"GET"}},
 	} {
-		resp, _, err := s.do("DELETE", path, key, "")
-		if err != nil || resp.StatusCode != 405 {
-			t.Errorf("DELETE %s: %v, %v, want 405", path, resp, err)
-			continue
-		}
-		for _, method := range strings.Fields(allow) {
-			if !strings.Contains(resp.Header.Get("Allow"), method) {
-				t.Errorf("DELETE %s: Allow %q, want %s in it", path, resp.Header.Get("Allow"), method)
+		t.Run("DELETE "+c.name, func(t *testing.T) {
+			resp, _, err := s.do("DELETE", c.name, key, "")
+			if err != nil || resp.StatusCode != 405 {
+				t.Fatalf("%v, %v, want 405", resp, err)
 			}
-		}
+			expectIn(t, "Allow", resp.Header.Get("Allow"), c.allow...)
+		})
 	}
-	for _, path := range []string{"/nope", "/values/x", "/VALUES"} {
-		s.must(t, 404, "GET", path, key, "")
-	}
+	s.runRequests(t, key, []requestCase{
+		{"an unknown path", "GET", "/nope", "", 404, nil},
+		{"a path below a known one", "GET", "/values/x", "", 404, nil},
+		{"a known path in capitals", "GET", "/VALUES", "", 404, nil},
+	})
 }
 
 func TestRootAndHealthNeedNoKey(t *testing.T) {
@@ -582,219 +619,165 @@ func TestRootAndHealthNeedNoKey(t *testing.T) {
 			t.Errorf("GET / has no %s", field)
 		}
 	}
-	words := map[string]string{"open": "open", "read": "needs an API key", "write": "needs an API key that may write"}
+	words := map[access]string{
+		open:   "open",
+		reads:  "needs an API key",
+		writes: "needs an API key that may write",
+	}
 	endpoints := map[string]any{}
 	for _, rt := range (&server{}).routes() {
 		endpoints[strings.TrimSuffix(rt.pattern, "{$}")] = words[rt.access]
 	}
-	if !reflect.DeepEqual(root["endpoints"], any(endpoints)) || root["version"] != release {
-		t.Errorf("GET / tells of version %v and %v; the routes are %v", root["version"], root["endpoints"], endpoints)
+	if !reflect.DeepEqual(root["endpoints"], any(endpoints)) {
+		t.Errorf("GET / tells of the routes %v; they are %v", root["endpoints"], endpoints)
 	}
-	if how, _ := root["authentication"].(map[string]any); how["header"] != "X-API-Key" || how["method"] == nil || how["note"] == nil {
+	if root["version"] != release {
+		t.Errorf("GET / tells of version %v; it is %s", root["version"], release)
+	}
+	how, _ := root["authentication"].(map[string]any)
+	if how["header"] != "X-API-Key" || how["method"] == nil || how["note"] == nil {
 		t.Errorf("authentication is %v", how)
 	}
-	if text := s.must(t, 200, "GET", "/healthz", "", ""); strings.TrimSpace(text) != `{"status":"ok"}` {
-		t.Errorf("GET /healthz: %q", text)
+	health := s.must(t, 200, "GET", "/healthz", "", "")
+	if strings.TrimSpace(health) != `{"status":"ok"}` {
+		t.Errorf("GET /healthz: %q", health)
 	}
 }
 
-func TestHeadersOver16KiBAreRefused(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	for size, want := range map[int]string{15 << 10: " 401 ", 17 << 10: " 431 ", 200 << 10: " 431 "} {
-		request := "GET /values HTTP/1.1\r\nHost: x\r\nX-Padding: " + strings.Repeat("p", size) + "\r\n\r\n"
-		if line := s.mustRaw(t, request); !strings.Contains(line, want) {
-			t.Errorf("a header of %d bytes: %q, want %s", size, line, want)
-		}
-	}
+// noUsers is a keyStore of a database without users_table, or one that fails.
+type noUsers struct {
+	keyStore // nil: no key is ever looked up
+	failure  error
+}
+
+func (n noUsers) UsersTableExists(context.Context) (bool, error) { return false, n.failure }
+
+// serverWithoutDatabase is the HTTP server with no store behind it: a handler that needs the store panics. The
+// question whether users_table exists ends with failure; without one the answer is no, so no key is needed. A client
+// has as long as patience to send its request; 0 is no limit.
+func serverWithoutDatabase(t *testing.T, failure error, patience time.Duration, log io.Writer) *testServer {
+	t.Helper()
+	keys := noUsers{failure: failure}
+	auth := &authenticator{keys: keys}
+	handler := newServer(nil, keys, auth, slog.New(slog.NewTextHandler(log, nil)))
+	hs := httptest.NewUnstartedServer(handler)
+	hs.Config.ReadTimeout = patience
+	hs.Start()
+	t.Cleanup(hs.Close)
+	return &testServer{url: hs.URL, client: hs.Client()}
 }
 
 func TestBugIsA500ThatExplainsNothing(t *testing.T) { // S11, S25
 	var log logBuffer
-	absent := func(context.Context) (bool, error) { return false, nil }
-	s := httptest.NewServer(newServer(nil, nil, &authenticator{usersTableExists: absent}, slog.New(slog.NewTextHandler(&log, nil))))
-	defer s.Close()
-	resp, err := http.Get(s.URL + "/list_timeseries") // without a store the handler panics
+	s := serverWithoutDatabase(t, nil, 0, &log)
+	resp, body, err := s.do("GET", "/list_timeseries", "", "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	body, _ := io.ReadAll(resp.Body)
-	resp.Body.Close()
-	if resp.StatusCode != 500 || string(body) != `{"detail":"Internal server error."}`+"\n" || !strings.Contains(log.String(), "nil pointer") {
-		t.Errorf("a panic: %v %q, log %q", resp, body, log.String())
+	if resp.StatusCode != 500 || body != `{"detail":"Internal server error."}`+"\n" {
+		t.Errorf("a panic is answered %v %q", resp, body)
 	}
+	if !strings.Contains(log.String(), "nil pointer") {
+		t.Errorf("the log does not tell of the panic: %q", log.String())
+	}
+}
+
+// ---- Limits and slow clients
+
+func TestHeadersOver16KiBAreRefused(t *testing.T) { // S21
+	t.Parallel()
+	s := mustServer(t)
+	for _, c := range []struct {
+		name string
+		size int
+		want string
+	}{
+		{"15 KiB", 15 << 10, " 401 "}, // read, and found to have no key
+		{"17 KiB", 17 << 10, " 431 "},
+		{"200 KiB", 200 << 10, " 431 "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			padding := strings.Repeat("p", c.size)
+			line := s.mustRaw(t, "GET /values HTTP/1.1\r\nHost: x\r\nX-Padding: "+padding+"\r\n\r\n")
+			if !strings.Contains(line, c.want) {
+				t.Errorf("%q, want %s", line, c.want)
+			}
+		})
+	}
+}
+
+// rawGet is a GET request as bytes, for mustDial.
+func rawGet(path, key string) string {
+	return "GET " + path + " HTTP/1.1\r\nHost: x\r\nX-API-Key: " + key + "\r\n\r\n"
 }
 
 func TestSlowReaderIsCutOff(t *testing.T) { // S20
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	mustManyValues(t, s, key, 250_000)
-	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	conn := s.mustDial(t)
+	io.WriteString(conn, rawGet("/values", key))
+	waitUntil(t, "a client that does not read its answer is cut off", func() bool {
+		return strings.Contains(s.log.String(), "broken=true")
+	})
+}
+
+// answerOf sends a request and returns the status and the body of the answer. A 503 must tell when to come again.
+func (s *testServer) answerOf(t *testing.T, method, path, key, body string, header ...string) string {
+	t.Helper()
+	resp, text, err := s.do(method, path, key, body, header...)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%s %s: %v", method, path, err)
 	}
-	defer conn.Close()
-	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
-	fmt.Fprintf(conn, "GET /values HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n\r\n", key)
-	for wait := 0; !strings.Contains(s.log.String(), "broken=true"); wait++ {
-		if wait > 1200 {
-			t.Fatal("a client that does not read its answer is served for ever")
-		}
-		time.Sleep(100 * time.Millisecond)
+	if resp.StatusCode == 503 && resp.Header.Get("Retry-After") == "" {
+		t.Errorf("%s %s: 503 without Retry-After", method, path)
 	}
-}
-
-// As many clients as there are places for large requests read slowly, or send slowly: one more of their kind is told so at
-// once, and small requests are served.
-func TestLargeRequestsLeaveRoomForSmallOnes(t *testing.T) { // S23
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	mustManyValues(t, s, key, 400_000)
-	address := strings.TrimPrefix(s.url, "http://")
-	var held []net.Conn
-	hold := func(request string) {
-		conn, err := net.Dial("tcp", address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		conn.(*net.TCPConn).SetReadBuffer(4 << 10)
-		io.WriteString(conn, request)
-		held = append(held, conn)
-	}
-	header := "Host: x\r\nX-API-Key: " + key + "\r\n"
-	read := "GET /values HTTP/1.1\r\n" + header + "\r\n" // whose answer is never read
-	for range maxLarge / 2 {
-		hold(read)
-		hold(fmt.Sprintf("POST /upload HTTP/1.1\r\n%sContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s",
-			header, 3*largeBody, "{"+strings.Repeat(" ", 2*largeBody+1)))
-	}
-	refused := func() bool { // a read with lead counts as large, however little it answers
-		resp, _, err := s.do("GET", "/values?lead=1h&limit=1", key, "")
-		return err == nil && resp.StatusCode == 503 && resp.Header.Get("Retry-After") != ""
-	}
-	for !refused() { // this question may have had the place of one of them
-		hold(read)
-	}
-	if resp, _, err := s.do("POST", "/upload", key, runWith("", at("2030-01-01", "1"))+strings.Repeat(" ", 2*largeBody)); err != nil || resp.StatusCode != 503 {
-		t.Errorf("a large body beside them: %v %v, want 503", resp, err)
-	}
-	if resp, _, err := s.do("POST", "/upload", key, gzipped(runWith("", at("2030-01-01", "1"))+strings.Repeat(" ", 2*largeBody)), "Content-Encoding: gzip"); err != nil || resp.StatusCode != 503 {
-		t.Errorf("a body that is large once unpacked: %v %v, want 503", resp, err)
-	}
-	for path, body := range map[string]string{"/values?bucket=P1D&agg=sum": "", "/values?lead=1h&limit=1": "", "/values": update(`"value":1`)} {
-		method := map[bool]string{true: "GET", false: "PUT"}[body == ""]
-		if resp, _, err := s.do(method, path, key, body); err != nil || resp.StatusCode != 503 {
-			t.Errorf("%s %s: %v %v, want 503", method, path, resp, err)
-		}
-	}
-	for range 20 {
-		s.must(t, 200, "GET", "/values?limit=10", key, "")
-		s.must(t, 200, "POST", "/series", key, `{"name":"small"}`)
-		s.must(t, 200, "POST", "/upload", key, oneValue)
-		s.must(t, 200, "GET", "/healthz", "", "")
-	}
-	for _, conn := range held {
-		conn.Close()
-	}
-	for refused() { // and then there is room again
-		time.Sleep(time.Millisecond)
-	}
-	s.must(t, 200, "POST", "/upload", key, runWith("", at("2030-01-02", "1"))+strings.Repeat(" ", 2*largeBody))
-}
-
-// encoding/json goes on with what it has buffered when an error comes with bytes: a body must not be read on to its end so.
-func TestRefusedLargeBodyIsNotDecodedToItsEnd(t *testing.T) { // S23
-	json, csv := uploadBodies(400_000)
-	for kind, text := range map[string]string{"application/json": json, "text/csv": csv} {
-		var large atomic.Int64
-		large.Store(maxLarge)
-		r := httptest.NewRequest("POST", "/upload", strings.NewReader(text))
-		r.Header.Set("Content-Type", kind)
-		b := openBody(&response{ResponseWriter: httptest.NewRecorder(), large: &large}, r, kind)
-		u := &upload{points: map[seriesRef][]point{}}
-		var err error
-		if kind == "text/csv" {
-			err = u.decodeCSV(b)
-		} else {
-			err = fields{"run_start_time": new(micros), "value_rows": list(u.add)}.decodeJSON(b)
-		}
-		if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 503 {
-			t.Errorf("%s beyond the limit: %v", kind, err)
-		}
-		large.Store(0) // a place that is free again is too late for it
-		if _, again := b.Read(make([]byte, 1)); again != err {
-			t.Errorf("%s: a body that was refused is then read: %v", kind, again)
-		}
-		if b.size > 2*largeBody || u.rows > 60_000 {
-			t.Errorf("%s: %d bytes and %d rows were read of a body that was refused", kind, b.size, u.rows)
-		}
-	}
-}
-
-// Many small things take much more memory than their text: they are refused before they are decoded.
-func TestLongListsAreRefusedBeforeTheyAreDecoded(t *testing.T) { // S23
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	for path, c := range map[string]struct{ method, body, want string }{
-		"/upload": {"POST", `{"run_start_time":"2025-01-01","series_descriptions":{"k":"` + strings.Repeat(`","k":"`, 200_000) + `"},"value_rows":[]}`,
-			"series_descriptions: expected at most 1 MiB"},
-		"/values": {"PUT", `{"updates":[{"series_key":"load","valid_time":"2025-01-01","tags":["a"` + strings.Repeat(`,"a"`, 300_000) + `]}]}`,
-			"updates[0]: expected at most 1 MiB"},
-	} {
-		if got := s.must(t, 422, c.method, path, key, c.body); !strings.Contains(got, c.want) {
-			t.Errorf("%s: got %s, want %s", path, got, c.want)
-		}
-	}
+	return fmt.Sprintf("%d %s", resp.StatusCode, text)
 }
 
 func TestUploadOfTooManySeriesIs422AndStoresNothing(t *testing.T) { // S23
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	body := []byte("valid_time,value_key,value\n")
 	for i := range maxSeries + 1 {
 		body = fmt.Appendf(body, "2025-01-01,%d,1\n", i)
 	}
-	answer := s.must(t, 422, "POST", "/upload?run_start_time=2025-01-01", key, string(body), "Content-Type: text/csv")
-	if want := fmt.Sprintf("line[%d].series: expected at most 100000 in one upload", maxSeries+2); !strings.Contains(answer, want) {
-		t.Errorf("got %s, want %s", answer, want)
-	}
+	const path = "/upload?run_start_time=2025-01-01"
+	answer := s.must(t, 422, "POST", path, key, string(body), "Content-Type: text/csv")
+	want := fmt.Sprintf("line[%d].series: expected at most 100000 in one upload", maxSeries+2)
+	expectIn(t, "one series too many", answer, want)
 	if n := mustQuery(t, s.db, `SELECT count(*) FROM series_table`); n != "0" {
 		t.Errorf("%s series are stored", n)
 	}
 }
 
-// encoding/json looks through the white space that it has from its beginning each time that it gets more: in small pieces that
-// is quadratic, so a body hands on whole pieces, however small those that arrive.
+// Each time that encoding/json gets more, it looks again through all the white space that it has. In small pieces
+// that is quadratic. A body is therefore handed on in whole pieces, however small the pieces that arrive.
 func TestBodyIsHandedOnInWholePieces(t *testing.T) { // S21
-	var large atomic.Int64
-	r := httptest.NewRequest("POST", "/upload", iotest.OneByteReader(strings.NewReader(strings.Repeat(" ", 2500))))
+	spaces := strings.NewReader(strings.Repeat(" ", 2500))
+	r := httptest.NewRequest("POST", "/upload", iotest.OneByteReader(spaces))
 	r.Header.Set("Content-Type", "text/csv")
-	b := openBody(&response{ResponseWriter: httptest.NewRecorder(), large: &large}, r, "text/csv")
+	b, err := openBody(&response{rw: httptest.NewRecorder(), memory: ampleClaim()}, r, "text/csv")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, want := range []int{1000, 1000, 500, 0} {
-		if n, err := b.Read(make([]byte, 1000)); n != want || (err == io.EOF) != (n == 0) {
+		n, err := b.Read(make([]byte, 1000))
+		if n != want || (err == io.EOF) != (n == 0) {
 			t.Errorf("%d bytes and %v, want %d", n, err, want)
 		}
 	}
 }
 
-// A client that is still sending when its body is refused has to get the answer, not a broken connection.
+// A client that is still sending when its body is refused must get the answer, not a broken connection.
 func TestRefusalReachesAClientThatIsStillSending(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	rows := strings.Repeat(at("2025-01-01", "1")+",", 300_000)
-	body := runWith("", at("never", "1"), rows[:len(rows)-1])
-	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	fmt.Fprintf(conn, "POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", key, len(body))
+	body := runWith("", at("never", "1"), strings.TrimSuffix(rows, ","))
+	conn := s.mustDial(t)
+	fmt.Fprintf(conn, "POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/json\r\n"+
+		"Content-Length: %d\r\n\r\n", key, len(body))
 	if _, err := io.WriteString(conn, body); err != nil {
 		t.Errorf("while sending: %v", err)
 	}
@@ -804,22 +787,17 @@ func TestRefusalReachesAClientThatIsStillSending(t *testing.T) {
 	}
 }
 
-// An answer that nobody reads must hold neither a connection to the database nor the place of a request that needs one.
+// An answer that nobody reads must hold neither a connection to the database nor the place of a request that needs
+// one.
 func TestClientsThatDoNotReadKeepNobodyWaiting(t *testing.T) { // S20, S23
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	mustExec(t, s.db, `INSERT INTO series_table (tenant_id, series_key, unit)
 		SELECT $1, repeat('long ', 80) || i, 'MW' FROM generate_series(1, 40000) AS i`, tenantA)
 	for range poolSize + 5 {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		conn.(*net.TCPConn).SetReadBuffer(4096)
-		fmt.Fprintf(conn, "GET /list_timeseries HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n\r\n", key)
-		if _, err := io.ReadFull(conn, make([]byte, 16)); err != nil { // it has begun
+		conn := s.mustDial(t)
+		io.WriteString(conn, rawGet("/list_timeseries", key))
+		if _, err := io.ReadFull(conn, make([]byte, 16)); err != nil { // the answer has begun
 			t.Fatal(err)
 		}
 	}
@@ -828,22 +806,17 @@ func TestClientsThatDoNotReadKeepNobodyWaiting(t *testing.T) { // S20, S23
 
 func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	var slow []net.Conn
 	for range 1000 {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
+		conn := s.mustDial(t)
 		io.WriteString(conn, "GET /values HTTP/1.1\r\nHost: x\r\nX-Slow: ")
 		slow = append(slow, conn)
 	}
 	for range 20 {
 		s.must(t, 200, "GET", "/list_timeseries", key, "")
 	}
-	for _, conn := range slow { // readHeaderTimeout ends each; without it this would wait for ever
+	for _, conn := range slow { // readHeaderTimeout must end each of them
 		conn.SetReadDeadline(time.Now().Add(10 * readHeaderTimeout))
 		if _, err := io.Copy(io.Discard, conn); err != nil {
 			t.Fatalf("a connection that never sent its header was kept: %v", err)
@@ -851,253 +824,12 @@ func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20
 	}
 }
 
-// uploadAnswer is what POST /upload answers.
-type uploadAnswer struct {
-	RunID     string            `json:"run_id"`
-	Message   string            `json:"message"`
-	SeriesIDs map[string]string `json:"series_ids"`
-	Rows      int               `json:"rows_inserted"`
-}
-
-// runWith is an upload of the given rows, with more members before them.
-func runWith(more string, rows ...string) string {
-	return `{"run_start_time":"2025-01-01T00:00:00Z",` + more + `"value_rows":[` + strings.Join(rows, ",") + `]}`
-}
-
-// at is a row of the series load.
-func at(validTime, value string, more ...string) string {
-	return `{"valid_time":"` + validTime + `","value_key":"load","value":` + value + strings.Join(more, "") + `}`
-}
-
-func TestUploadAnswersAndStoresTheRun(t *testing.T) {
+func TestBodyOfUnknownLengthIsBounded(t *testing.T) { // S21
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	body := `{"workflow_id":"day-ahead","run_start_time":"2025-01-01 06:00","run_finish_time":"2025-01-01T06:05:00.25+00:00","known_time":"2025-01-01T07:00:00+01:00",
-		"run_params":{"model":"v2","n":[1,2.5]},"series_descriptions":{"load":"Load in MW"},"tenant_id":"` + tenantA + `","value_rows":[
-		{"valid_time":"2025-01-02T01:00:00Z","value_key":"load","value":20},{"valid_time":"2025-01-02","value_key":"load","value":null},
-		{"valid_time":"2025-01-02T00:00:00Z","valid_time_end":"2025-01-02T01:00:00Z","value_key":"wind","value":-0.5}]}`
-	got := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, body))
-	if got.Message != "Run created successfully" || got.Rows != 3 || len(got.SeriesIDs) != 2 || len(got.RunID) != 36 {
-		t.Errorf("POST /upload answers %+v", got)
-	}
-	runs := s.must(t, 200, "GET", "/runs", key, "")
-	for _, want := range []string{`"run_id":"` + got.RunID + `"`, `"workflow_id":"day-ahead"`, `"run_start_time":"2025-01-01T06:00:00+00:00"`,
-		`"run_finish_time":"2025-01-01T06:05:00.250000+00:00"`, `"known_time":"2025-01-01T06:00:00+00:00"`, `"changed_by":"a@example.com"`, `"rows":3`, `"inserted_at":"20`} {
-		if !strings.Contains(runs, want) {
-			t.Errorf("GET /runs: %s, want %s in it", runs, want)
-		}
-	}
-	want := got.RunID + ` day-ahead 2025-01-01 06:00:00 2025-01-01 06:05:00.25 2025-01-01 06:00:00 ` +
-		`{"n": [1, 2.5], "model": "v2"} 3 a@example.com`
-	if run := mustQuery(t, s.db, `SELECT concat_ws(' ', run_id, workflow_id, run_start_time AT TIME ZONE 'UTC',
-		run_finish_time AT TIME ZONE 'UTC', known_time AT TIME ZONE 'UTC', run_params, rows_inserted, changed_by)
-		FROM runs_table`); run != want {
-		t.Errorf("the run is stored as %s\nwant %s", run, want)
-	}
-	type entry struct {
-		Key         string  `json:"series_key"`
-		Description *string `json:"description"`
-		Unit        string  `json:"unit"`
-	}
-	list := mustDecode[map[string]entry](t, s.must(t, 200, "GET", "/list_timeseries", key, ""))
-	load, wind := list[got.SeriesIDs["load"]], list[got.SeriesIDs["wind"]]
-	if len(list) != 2 || load.Key != "load" || load.Description == nil || *load.Description != "Load in MW" ||
-		load.Unit != "dimensionless" || wind.Description != nil {
-		t.Errorf("GET /list_timeseries: %+v", list)
-	}
-	// Without known_time it is the database's now; without workflow_id it is api-workflow.
-	before := mustQuery(t, s.db, `SELECT clock_timestamp()`)
-	next := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-02", "1"))))
-	if next.SeriesIDs["load"] != got.SeriesIDs["load"] {
-		t.Error("the same value_key became another series")
-	}
-	if mustQuery(t, s.db, `SELECT workflow_id FROM runs_table WHERE known_time BETWEEN $1 AND clock_timestamp()`,
-		before) != "api-workflow" {
-		t.Error("without known_time and workflow_id the run is not as documented")
-	}
-	for query, want := range map[string]string{"?workflow_id=day-ahead": got.RunID, "?limit=1": next.RunID, "?end_known=2025-01-01T06:00:00Z": "",
-		"?start_known=2025-01-01T06:00:00Z&end_known=2025-01-01T06:00:01Z": got.RunID, "?workflow_id=other": ""} {
-		text := s.must(t, 200, "GET", "/runs"+query, key, "")
-		if n := strings.Count(text, `"run_id"`); want == "" && n != 0 || want != "" && (n != 1 || !strings.Contains(text, want)) {
-			t.Errorf("GET /runs%s: %s, want run %q", query, text, want)
-		}
-	}
-	if text := s.must(t, 200, "GET", "/runs", key, ""); strings.Index(text, next.RunID) > strings.Index(text, got.RunID) {
-		t.Error("GET /runs does not show the newest known first")
-	}
-	for _, query := range []string{"?limit=0", "?limit=x", "?nope=1", "?start_known=x", "?start_known=2025-01-02&end_known=2025-01-01"} {
-		s.must(t, 422, "GET", "/runs"+query, key, "")
-	}
-}
-
-func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key, other := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "b@example.com")
-	seriesA := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key,
-		runWith(`"run_id":"`+nobody+`",`, at("2025-01-01", "1")))).SeriesIDs["load"]
-	seriesB := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", other, oneValue)).SeriesIDs["load"]
-	good := at("2025-02-01T00:00:00Z", "1")
-	row := func(members string) string { return runWith("", good, `{`+members+`}`) } // after a good row, to see that all or nothing holds
-	before := s.stored(t)
-	jsonCases := []struct {
-		body   string
-		status int
-		want   string // in the detail: the field above all
-	}{
-		{`{`, 422, "body"}, {``, 415, "Content-Type"}, {`[]`, 422, "body"}, {`null`, 422, "body"}, {`"text"`, 422, "body"},
-		{`{"run_start_time"`, 422, "early"},
-		{runWith("", good) + ` {}`, 422, "body"}, {runWith("", good) + `x`, 422, "body"}, {runWith("", good)[:60], 422, "value_rows"},
-		{runWith("", good+","), 422, "value_rows"}, {runWith("", good+"]"), 422, ""},
-		{`{"value_rows":[` + good + `]}`, 422, "run_start_time"},
-		{`{"run_start_time":null,"value_rows":[` + good + `]}`, 422, "run_start_time"},
-		{`{"run_start_time":5,"value_rows":[]}`, 422, "run_start_time"},
-		{`{"run_start_time":"yesterday","value_rows":[]}`, 422, "run_start_time"},
-		{runWith(`"run_finish_time":"2024-12-31T23:59:59Z",`, good), 422, "run_finish_time"},
-		{runWith(`"known_time":"soon",`, good), 422, "known_time"},
-		{runWith(`"workflow_id":7,`, good), 422, "workflow_id"}, {runWith(`"workflow_id":" ",`, good), 422, "workflow_id"},
-		{runWith(`"workflow_id":"a\u0000b",`, good), 422, "workflow_id"},
-		{runWith("\"workflow_id\":\"a\xffb\",", good), 422, "workflow_id"},
-		{runWith(`"run_params":[],`, good), 422, "run_params"}, {runWith(`"run_params":"x",`, good), 422, "run_params"},
-		{runWith(`"run_params":5,`, good), 422, "run_params"},
-		{runWith(`"run_params":{"a":"\u0000"},`, good), 422, "run_params"},
-		{runWith(`"run_params":{"a":"\ud800"},`, good), 422, "run_params"},
-		{runWith("\"run_params\":{\"a\":\"\xff\"},", good), 422, "run_params"},
-		{runWith(`"run_params":`+strings.Repeat(`{"a":`, 100_000)+`1`+strings.Repeat(`}`, 100_000)+`,`, good), 422, "run_params"},
-		{runWith(`"run_params":`+strings.Repeat(`[`, 9_000)+strings.Repeat(`]`, 9_000)+`,`, good), 422, "run_params"},
-		{runWith(`"run_params":`+strings.Repeat(`{"a":`, 2_500)+`1`+strings.Repeat(`}`, 2_500)+`,"nope":1,`, good), 422, "nope"},
-		{runWith(`"series_descriptions":[],`, good), 422, "series_descriptions"},
-		{runWith(`"series_descriptions":{"load":5},`, good), 422, "series_descriptions"},
-		{runWith(`"run_id":"nope",`, good), 422, "run_id"}, {runWith(`"run_id":5,`, good), 422, "run_id"},
-		{runWith(`"run_id":"`+nobody+`0",`, good), 422, "run_id"},
-		{runWith(`"run_id":"`+nobody+`",`, good), 409, "run_id"}, {runWith(`"tenant_id":"`+tenantB+`",`, good), 403, "tenant_id"},
-		{runWith(`"extra":1,`, good), 422, "extra"}, {runWith(`"Workflow_ID":"x",`, good), 422, "Workflow_ID"},
-		{runWith(`"VALUE_ROWS":[],`, good), 422, "VALUE_ROWS"},
-		{runWith(`"workflow_id":"a","workflow_id":"b",`, good), 422, "workflow_id"},
-		{runWith(`"value_rows":[],`, good), 422, "value_rows"},
-		{`{"run_start_time":"2025-01-01","value_rows":{}}`, 422, "value_rows"},
-		{`{"run_start_time":"2025-01-01","value_rows":null}`, 422, "value_rows"},
-		{runWith("", good, `5`), 422, "value_rows[1]"}, {runWith("", good, `[]`), 422, "value_rows[1]"},
-		{runWith("", good, `null`), 422, "value_rows[1]"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":1,"extra":1`), 422, "extra"},
-		{row(`"value_key":"load","value":1`), 422, "value_rows[1].valid_time"},
-		{row(`"valid_time":null,"value_key":"load","value":1`), 422, "value_rows[1].valid_time"},
-		{row(`"valid_time":5,"value_key":"load","value":1`), 422, "valid_time"},
-		{row(`"valid_time":"2025-01-01","value":1`), 422, "value_rows[1].value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":"","value":1`), 422, "value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":" \t","value":1`), 422, "value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":5,"value":1`), 422, "value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":"a\u0000","value":1`), 422, "value_key"},
-		{row("\"valid_time\":\"2025-01-01\",\"value_key\":\"\xff\",\"value\":1"), 422, "value_key"},
-		{row(`"valid_time":"2025-01-01","value_key":"load"`), 422, "value_rows[1].value"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":"1"`), 422, "value"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":true`), 422, "value"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":NaN`), 422, "value_rows[1]"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":1e999`), 422, "value"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":-Infinity`), 422, "value_rows[1]"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":"NaN"`), 422, "value"},
-		{row(`"valid_time":"2025-01-01","value_key":"load","value":[1]`), 422, "value"},
-		{row(`"valid_time":"2025-01-01","valid_time_end":"2025-01-01","value_key":"load","value":1`), 422, "value_rows[1].valid_time_end"},
-		{row(`"valid_time":"2025-01-02","valid_time_end":"2025-01-01T23:00-01:00","value_key":"load","value":1`), 422, "valid_time_end"},
-		{row(`"valid_time":"2025-01-01","valid_time_end":"later","value_key":"load","value":1`), 422, "valid_time_end"},
-		{row(`"valid_time":"2025-01-01","series_id":"nope","value":1`), 422, "series_id"},
-		{row(`"valid_time":"2025-01-01","series_id":"` + nobody + `","value":1`), 404, "series_id"},
-		{row(`"valid_time":"2025-01-01","series_id":"` + seriesB + `","value":1`), 404, "series_id"},
-		{row(`"valid_time":"2025-01-01","series_id":"` + seriesA + `","value_key":"wind","value":1`), 422, "wind"},
-		{runWith("", good, good), 422, "2025-02-01T00:00:00"}, {runWith("", good, at("2025-02-01T01:00:00+01:00", "2")), 422, "twice"},
-		{runWith("", good, `{"valid_time":"2025-02-01","series_id":"`+seriesA+`","value":1}`), 422, "twice"},
-		{runWith("", at("2025-01-01", "1", `,"valid_time_end":"2025-01-02"`),
-			at("2025-01-01", "2", `,"valid_time_end":"2025-01-02T00:00:00Z"`)), 422, "twice"},
-		{runWith("", at("2025-01-01T00:00:00.1234567Z", "1"), at("2025-01-01T00:00:00.1234569Z", "1")), 422, "twice"},
-	}
-	for _, time := range []string{"", "yesterday", "1735689600", "2025", "2025-01", "2025-1-1", "2025-13-01", "2025-02-30",
-		"2025-02-29T00:00:00Z", "20250101T000000Z",
-		"2025-01-01T24:00:01Z", "2025-01-01T25:00:00Z", "2025-01-01T00:60:00Z", "2025-01-01T00:00:61Z",
-		"2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00 UTC", "2025-01-01T1:00:00Z",
-		"2025-01-01T00:00:00Z[UTC]", "0001-01-01T00:00:00Z", "1676-12-31T23:59:59Z", "2263-01-01T00:00:00Z", "9999-12-31",
-		"12025-01-01", "-2025-01-01", "infinity", "now",
-		"2025-01-01T00:00:00Zx", "2025-01-01T00:00:00.Z", " 2025-01-01"} {
-		jsonCases = append(jsonCases, struct {
-			body   string
-			status int
-			want   string
-		}{row(`"valid_time":"` + time + `","value_key":"load","value":1`), 422, "valid_time"})
-	}
-	refused := func(want int, detail, path, body string, header ...string) {
-		t.Helper()
-		text := s.must(t, want, "POST", path, key, body, header...)
-		if !strings.Contains(text, detail) {
-			t.Errorf("%.300s: %s, want %q in it", body, text, detail)
-		}
-		if s.stored(t) != before {
-			t.Fatalf("%.300s: refused, and yet something was stored", body)
-		}
-	}
-	for _, c := range jsonCases {
-		refused(c.status, c.want, "/upload", c.body)
-	}
-	refused(422, "nope", "/upload?nope=1", runWith("", good))
-	refused(422, "workflow_id", "/upload?workflow_id=x", runWith("", good))
-	for _, c := range []struct{ query, body, want string }{
-		{"", "valid_time,value_key,value\n", "run_start_time"}, {"run_start_time=x", "valid_time,value_key,value\n", "run_start_time"},
-		{"run_start_time=2025-01-01&value_rows=x", "valid_time,value_key,value\n", "value_rows"}, {"run_start_time=2025-01-01&nope=1", "", "nope"},
-		{"run_start_time=2025-01-01&run_start_time=2025-01-02", "valid_time,value_key,value\n", "run_start_time"},
-		{"run_start_time=2025-01-01&run_params=x", "valid_time,value_key,value\n", "run_params"}, {"run_start_time=2025-01-01", "", "header"},
-		{"run_start_time=2025-01-01", "valid_time,value_key\n2025-01-01,load\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value,extra\n", "extra"},
-		{"run_start_time=2025-01-01", "valid_time,value,value_key,value\n", "value"}, {"run_start_time=2025-01-01", "Valid_Time,value_key,value\n", "Valid_Time"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load\n", "3"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-02,load,one\n", "value"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,Infinity\n", "value"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1e999\n", "value"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n,load,1\n", "valid_time"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\nsoon,load,1\n", "valid_time"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,,1\n", "value_key"}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\xff,1\n", "value_key"},
-		{"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,\"load,1\n", ""}, {"run_start_time=2025-01-01", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01 00:00,load,2\n", "twice"},
-	} {
-		refused(422, c.want, "/upload?"+c.query, c.body, "Content-Type: text/csv")
-	}
-	for body, want := range map[string]string{
-		"value\n": "value_key", "valid_time,value_key\n": "value", "value_key,value\n2025,x\n": "valid_time", "valid_time,value\n": "series_id",
-		"valid_time,value_key,value\n2025-02-01,load,1_0\n": "line[2].value", "valid_time,value_key,value\n2025-02-01,load,1\n2025-02-01,load,x\n": "line[3].value",
-		"valid_time;value_key;value\n": "there are series_id, valid_time", strings.Repeat(",", 1<<20): "lines of at most",
-		"valid_time,value_key,value\n2025-02-01,load,1" + strings.Repeat(",", 1<<20): "lines of at most",
-		strings.Repeat(`"`+strings.Repeat(",", 4000)+"\n", 1000):                     `missing \"`,
-	} {
-		refused(422, want, "/upload?run_start_time=2025-01-01", body, "Content-Type: text/csv")
-	}
-	body := runWith("", good)
-	for _, header := range []string{"Content-Type: text/plain",
-		"Content-Type: application/x-www-form-urlencoded",
-		"Content-Type: nonsense/", "Content-Type: application/json; charset=latin1", "Content-Encoding: br"} {
-		name, _, _ := strings.Cut(header, ":")
-		refused(415, name, "/upload", body, header)
-	}
-	zipped := gzipped(body)
-	refused(422, "body", "/upload", body, "Content-Encoding: gzip")
-	refused(422, "", "/upload", zipped[:len(zipped)-12], "Content-Encoding: gzip")
-	refused(422, "", "/upload", zipped[:len(zipped)-6]+"\x00\x00\x00\x00\x00\x00", "Content-Encoding: gzip") // the checksum is wrong
-	var bomb bytes.Buffer
-	w, _ := gzip.NewWriterLevel(&bomb, gzip.BestSpeed)
-	w.Write([]byte(`{"workflow_id":"`))
-	for range 200 {
-		w.Write(bytes.Repeat([]byte("x"), 1<<20))
-	}
-	w.Close()
-	refused(413, "larger", "/upload", bomb.String(), "Content-Encoding: gzip")
-	refused(413, "larger", "/upload", `{"workflow_id":"`+strings.Repeat("x", 80<<20))
-	refused(422, "body", "/upload", "{"+strings.Repeat(" ", 4<<20)) // white space between tokens
-	refused(422, "body", "/upload", "{")                            // and the server still serves
-	if log := s.log.String(); strings.Contains(log, "status=500") {
-		t.Errorf("a refused upload was an internal error: %s", log)
-	}
-}
-
-func TestBodyOfUnknownLengthIsBounded(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	// No Content-Length: http.NewRequest does not know what this reader holds.
-	body := io.MultiReader(strings.NewReader(`{"workflow_id":"`), strings.NewReader(strings.Repeat("x", 70<<20)), strings.NewReader(`"}`))
-	r, err := http.NewRequest("POST", s.url+"/upload", body)
+	s, key := mustTenant(t)
+	long := strings.NewReader(strings.Repeat("x", 70<<20))
+	body := io.MultiReader(strings.NewReader(`{"workflow_id":"`), long, strings.NewReader(`"}`))
+	r, err := http.NewRequest("POST", s.url+"/upload", body) // it cannot know the length of this reader
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1115,18 +847,434 @@ func TestBodyOfUnknownLengthIsBounded(t *testing.T) {
 
 func TestRefusalDoesNotRepeatALongInput(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	if text := s.must(t, 422, "POST", "/series", key, `{"`+strings.Repeat("x", 1<<20)+`":1}`); len(text) > 4<<10 {
+	s, key := mustTenant(t)
+	text := s.must(t, 422, "POST", "/series", key, `{"`+strings.Repeat("x", 60<<10)+`":1}`)
+	if len(text) > 4<<10 {
 		t.Errorf("the refusal is %d bytes long", len(text))
 	}
-	if text := s.log.String(); len(text) > 64<<10 {
-		t.Errorf("the log is %d bytes long", len(text))
+	if size := len(s.log.String()); size > 64<<10 {
+		t.Errorf("the log is %d bytes long", size)
 	}
 }
 
-// valuesOf reads what is stored under a name, with the name and the id taken out.
+// ---- Uploads
+
+// uploadAnswer is what POST /upload answers.
+type uploadAnswer struct {
+	RunID     string            `json:"run_id"`
+	Message   string            `json:"message"`
+	SeriesIDs map[string]string `json:"series_ids"`
+	Rows      int               `json:"rows_inserted"`
+}
+
+// mustUpload uploads JSON and returns the answer.
+func (s *testServer) mustUpload(t *testing.T, key, body string) uploadAnswer {
+	t.Helper()
+	return mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, body))
+}
+
+// runWith is an upload of the given rows, with more members before them.
+func runWith(more string, rows ...string) string {
+	return `{"run_start_time":"2025-01-01T00:00:00Z",` + more + `"value_rows":[` + strings.Join(rows, ",") + `]}`
+}
+
+// at is a row of the series load.
+func at(validTime, value string, more ...string) string {
+	return `{"valid_time":"` + validTime + `","value_key":"load","value":` + value + strings.Join(more, "") + `}`
+}
+
+// dayAhead is an upload that gives everything that can be given, except a run_id.
+const dayAhead = `{"workflow_id":"day-ahead","run_start_time":"2025-01-01 06:00",
+	"run_finish_time":"2025-01-01T06:05:00.25+00:00","known_time":"2025-01-01T07:00:00+01:00",
+	"run_params":{"model":"v2","n":[1,2.5]},"series_descriptions":{"load":"Load in MW"},
+	"tenant_id":"` + tenantA + `","value_rows":[
+	{"valid_time":"2025-01-02T01:00:00Z","value_key":"load","value":20},
+	{"valid_time":"2025-01-02","value_key":"load","value":null},
+	{"valid_time":"2025-01-02T00:00:00Z","valid_time_end":"2025-01-02T01:00:00Z","value_key":"wind","value":-0.5}]}`
+
+func TestUploadAnswersAndStoresTheRun(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	got := s.mustUpload(t, key, dayAhead)
+	if got.Message != "Run created successfully" || got.Rows != 3 || len(got.SeriesIDs) != 2 || len(got.RunID) != 36 {
+		t.Errorf("POST /upload answers %+v", got)
+	}
+	expectIn(t, "GET /runs", s.must(t, 200, "GET", "/runs", key, ""),
+		`"run_id":"`+got.RunID+`"`, `"workflow_id":"day-ahead"`,
+		`"run_start_time":"2025-01-01T06:00:00+00:00"`, `"run_finish_time":"2025-01-01T06:05:00.250000+00:00"`,
+		`"known_time":"2025-01-01T06:00:00+00:00"`, `"changed_by":"a@example.com"`, `"rows":3`, `"inserted_at":"20`)
+
+	run := mustQuery(t, s.db, `SELECT concat_ws(' ', run_id, workflow_id, run_start_time AT TIME ZONE 'UTC',
+		run_finish_time AT TIME ZONE 'UTC', known_time AT TIME ZONE 'UTC', run_params, rows_inserted, changed_by)
+		FROM runs_table`)
+	want := got.RunID + ` day-ahead 2025-01-01 06:00:00 2025-01-01 06:05:00.25 2025-01-01 06:00:00 ` +
+		`{"n": [1, 2.5], "model": "v2"} 3 a@example.com`
+	if run != want {
+		t.Errorf("the run is stored as %s\nwant %s", run, want)
+	}
+
+	type entry struct {
+		Key         string  `json:"series_key"`
+		Description *string `json:"description"`
+		Unit        string  `json:"unit"`
+	}
+	series := mustDecode[map[string]entry](t, s.must(t, 200, "GET", "/list_timeseries", key, ""))
+	if len(series) != 2 {
+		t.Errorf("GET /list_timeseries: %+v, want two", series)
+	}
+	load, wind := series[got.SeriesIDs["load"]], series[got.SeriesIDs["wind"]]
+	if load.Key != "load" || load.Unit != "dimensionless" {
+		t.Errorf("GET /list_timeseries: load is %+v", load)
+	}
+	if load.Description == nil || *load.Description != "Load in MW" {
+		t.Errorf("GET /list_timeseries: load is not described: %+v", load)
+	}
+	if wind.Description != nil {
+		t.Errorf("GET /list_timeseries: wind has the description %q", *wind.Description)
+	}
+}
+
+func TestUploadIsKnownNowUnlessItSaysOtherwise(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	first := s.mustUpload(t, key, dayAhead)
+	before := mustQuery(t, s.db, `SELECT clock_timestamp()`)
+	next := s.mustUpload(t, key, runWith("", at("2025-01-02", "1")))
+	if next.SeriesIDs["load"] != first.SeriesIDs["load"] {
+		t.Error("the same value_key became another series")
+	}
+	workflow := mustQuery(t, s.db, `SELECT workflow_id FROM runs_table
+		WHERE known_time BETWEEN $1 AND clock_timestamp()`, before)
+	if workflow != "api-workflow" {
+		t.Errorf("the workflow of the run that is known now is %q, want api-workflow", workflow)
+	}
+}
+
+func TestRunsAreFilteredAndTheNewestKnownComesFirst(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	early := s.mustUpload(t, key, dayAhead).RunID
+	late := s.mustUpload(t, key, runWith("", at("2025-01-02", "1"))).RunID
+	for _, c := range []struct{ name, query, want string }{ // want: the only run in the answer, or none
+		{"a workflow", "?workflow_id=day-ahead", early},
+		{"an unknown workflow", "?workflow_id=other", ""},
+		{"a limit", "?limit=1", late},
+		{"known before, which excludes the time itself", "?end_known=2025-01-01T06:00:00Z", ""},
+		{"known within", "?start_known=2025-01-01T06:00:00Z&end_known=2025-01-01T06:00:01Z", early},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			text := s.must(t, 200, "GET", "/runs"+c.query, key, "")
+			count := strings.Count(text, `"run_id"`)
+			if c.want == "" && count != 0 {
+				t.Errorf("%s, want no run", text)
+			}
+			if c.want != "" && (count != 1 || !strings.Contains(text, c.want)) {
+				t.Errorf("%s, want run %s alone", text, c.want)
+			}
+		})
+	}
+	text := s.must(t, 200, "GET", "/runs", key, "")
+	if strings.Index(text, late) > strings.Index(text, early) {
+		t.Error("GET /runs does not show the newest known first")
+	}
+	s.runRequests(t, key, []requestCase{
+		{"a limit of 0", "GET", "/runs?limit=0", "", 422, nil},
+		{"a limit that is no number", "GET", "/runs?limit=x", "", 422, nil},
+		{"an unknown parameter", "GET", "/runs?nope=1", "", 422, nil},
+		{"a time that is none", "GET", "/runs?start_known=x", "", 422, nil},
+		{"an end before the start", "GET", "/runs?start_known=2025-01-02&end_known=2025-01-01", "", 422, nil},
+	})
+}
+
+// badUpload is an upload that must be refused.
+type badUpload struct {
+	name, body string
+	status     int
+	want       string // in the detail of the refusal: above all the field
+}
+
+// goodRow stands before a bad one to show that an upload is stored as a whole or not at all.
+var goodRow = at("2025-02-01T00:00:00Z", "1")
+
+// badBodies are wrong as a whole.
+func badBodies() []badUpload {
+	good := runWith("", goodRow)
+	return []badUpload{
+		{"nothing", ``, 415, "Content-Type"},
+		{"an open brace", `{`, 422, "body"},
+		{"an array", `[]`, 422, "body"},
+		{"null", `null`, 422, "body"},
+		{"a string", `"text"`, 422, "body"},
+		{"an end after a name", `{"run_start_time"`, 422, "early"},
+		{"a second object", good + ` {}`, 422, "body"},
+		{"a letter at the end", good + `x`, 422, "body"},
+		{"an end within a row", good[:60], 422, "value_rows"},
+		{"a comma after the last row", runWith("", goodRow+","), 422, "value_rows"},
+		{"one bracket too many", runWith("", goodRow+"]"), 422, ""},
+		{"4 MiB of white space", "{" + strings.Repeat(" ", 4<<20), 413, "body"},
+	}
+}
+
+// badMembers have one member of the upload that is wrong.
+func badMembers() []badUpload {
+	with := func(members string) string { return runWith(members+",", goodRow) }
+	nested := func(open, inner, end string, depth int) string {
+		return strings.Repeat(open, depth) + inner + strings.Repeat(end, depth)
+	}
+	return []badUpload{
+		{"no run_start_time", `{"value_rows":[` + goodRow + `]}`, 422, "run_start_time"},
+		{"run_start_time null", `{"run_start_time":null,"value_rows":[` + goodRow + `]}`, 422, "run_start_time"},
+		{"run_start_time a number", `{"run_start_time":5,"value_rows":[]}`, 422, "run_start_time"},
+		{"run_start_time a word", `{"run_start_time":"yesterday","value_rows":[]}`, 422, "run_start_time"},
+		{"run_finish_time before the start", with(`"run_finish_time":"2024-12-31T23:59:59Z"`), 422, "run_finish_time"},
+		{"known_time a word", with(`"known_time":"soon"`), 422, "known_time"},
+
+		{"workflow_id a number", with(`"workflow_id":7`), 422, "workflow_id"},
+		{"workflow_id blank", with(`"workflow_id":" "`), 422, "workflow_id"},
+		{"workflow_id with NUL", with(`"workflow_id":"a\u0000b"`), 422, "workflow_id"},
+		{"workflow_id not UTF-8", with("\"workflow_id\":\"a\xffb\""), 422, "workflow_id"},
+		{"workflow_id twice", with(`"workflow_id":"a","workflow_id":"b"`), 422, "workflow_id"},
+
+		{"run_params an array", with(`"run_params":[]`), 422, "run_params"},
+		{"run_params a string", with(`"run_params":"x"`), 422, "run_params"},
+		{"run_params a number", with(`"run_params":5`), 422, "run_params"},
+		{"run_params with NUL", with(`"run_params":{"a":"\u0000"}`), 422, "run_params"},
+		{"run_params with half a surrogate pair", with(`"run_params":{"a":"\ud800"}`), 422, "run_params"},
+		{"run_params not UTF-8", with("\"run_params\":{\"a\":\"\xff\"}"), 422, "run_params"},
+		{"run_params 100,000 objects deep",
+			with(`"run_params":` + nested(`{"a":`, `1`, `}`, 100_000)), 422, "run_params"},
+		{"run_params 9,000 arrays deep",
+			with(`"run_params":` + nested(`[`, ``, `]`, 9_000)), 422, "run_params"},
+		{"run_params 2,500 objects deep beside an unknown member",
+			with(`"run_params":` + nested(`{"a":`, `1`, `}`, 2_500) + `,"nope":1`), 422, "nope"},
+
+		{"series_descriptions an array", with(`"series_descriptions":[]`), 422, "series_descriptions"},
+		{"series_descriptions with a number", with(`"series_descriptions":{"load":5}`), 422, "series_descriptions"},
+
+		{"run_id no UUID", with(`"run_id":"nope"`), 422, "run_id"},
+		{"run_id a number", with(`"run_id":5`), 422, "run_id"},
+		{"run_id one digit too long", with(`"run_id":"` + nobody + `0"`), 422, "run_id"},
+		{"run_id of a run that exists", with(`"run_id":"` + nobody + `"`), 409, "run_id"},
+		{"tenant_id of another tenant", with(`"tenant_id":"` + tenantB + `"`), 403, "tenant_id"},
+
+		{"an unknown member", with(`"extra":1`), 422, "extra"},
+		{"a known member in other capitals", with(`"Workflow_ID":"x"`), 422, "Workflow_ID"},
+		{"value_rows in capitals", with(`"VALUE_ROWS":[]`), 422, "VALUE_ROWS"},
+		{"value_rows twice", with(`"value_rows":[]`), 422, "value_rows"},
+		{"value_rows an object", `{"run_start_time":"2025-01-01","value_rows":{}}`, 422, "value_rows"},
+		{"value_rows null", `{"run_start_time":"2025-01-01","value_rows":null}`, 422, "value_rows"},
+	}
+}
+
+// badRows have a second row that is wrong. seriesA is the caller's series load, seriesB a series of another tenant.
+func badRows(seriesA, seriesB string) []badUpload {
+	second := func(row string) string { return runWith("", goodRow, row) }
+	row := func(members string) string { return second(`{"valid_time":"2025-01-01",` + members + `}`) }
+	load := func(value string) string { return row(`"value_key":"load","value":` + value) }
+	ends := func(start, end string) string { return second(at(start, "1", `,"valid_time_end":"`+end+`"`)) }
+	const first, again = "2025-01-01T00:00:00.1234567Z", "2025-01-01T00:00:00.1234569Z"
+	return []badUpload{
+		{"a row a number", second(`5`), 422, "value_rows[1]"},
+		{"a row an array", second(`[]`), 422, "value_rows[1]"},
+		{"a row null", second(`null`), 422, "value_rows[1]"},
+		{"an unknown member of a row", load(`1,"extra":1`), 422, "extra"},
+
+		{"no valid_time", second(`{"value_key":"load","value":1}`), 422, "value_rows[1].valid_time"},
+		{"valid_time null",
+			second(`{"valid_time":null,"value_key":"load","value":1}`), 422, "value_rows[1].valid_time"},
+		{"valid_time a number", second(`{"valid_time":5,"value_key":"load","value":1}`), 422, "valid_time"},
+		{"valid_time_end the same", ends("2025-01-01", "2025-01-01"), 422, "value_rows[1].valid_time_end"},
+		{"valid_time_end the same elsewhere", ends("2025-01-02", "2025-01-01T23:00-01:00"), 422, "valid_time_end"},
+		{"valid_time_end a word", ends("2025-01-01", "later"), 422, "valid_time_end"},
+
+		{"no series", row(`"value":1`), 422, "value_rows[1].value_key"},
+		{"value_key empty", row(`"value_key":"","value":1`), 422, "value_key"},
+		{"value_key blank", row(`"value_key":" \t","value":1`), 422, "value_key"},
+		{"value_key a number", row(`"value_key":5,"value":1`), 422, "value_key"},
+		{"value_key with NUL", row(`"value_key":"a\u0000","value":1`), 422, "value_key"},
+		{"value_key not UTF-8", row("\"value_key\":\"\xff\",\"value\":1"), 422, "value_key"},
+		{"series_id no UUID", row(`"series_id":"nope","value":1`), 422, "series_id"},
+		{"series_id of no series", row(`"series_id":"` + nobody + `","value":1`), 404, "series_id"},
+		{"series_id of another tenant", row(`"series_id":"` + seriesB + `","value":1`), 404, "series_id"},
+		{"series_id with another value_key",
+			row(`"series_id":"` + seriesA + `","value_key":"wind","value":1`), 422, "wind"},
+
+		{"no value", row(`"value_key":"load"`), 422, "value_rows[1].value"},
+		{"value a string", load(`"1"`), 422, "value"},
+		{"value true", load(`true`), 422, "value"},
+		{"value NaN", load(`NaN`), 422, "value_rows[1]"},
+		{"value too large", load(`1e999`), 422, "value"},
+		{"value -Infinity", load(`-Infinity`), 422, "value_rows[1]"},
+		{"value NaN as a string", load(`"NaN"`), 422, "value"},
+		{"value an array", load(`[1]`), 422, "value"},
+
+		{"the same row twice", second(goodRow), 422, "2025-02-01T00:00:00"},
+		{"one time twice, written in two zones", second(at("2025-02-01T01:00:00+01:00", "2")), 422, "twice"},
+		{"one series twice, by key and by id",
+			second(`{"valid_time":"2025-02-01","series_id":"` + seriesA + `","value":1}`), 422, "twice"},
+		{"one interval twice", runWith("", at("2025-01-01", "1", `,"valid_time_end":"2025-01-02"`),
+			at("2025-01-01", "2", `,"valid_time_end":"2025-01-02T00:00:00Z"`)), 422, "twice"},
+		{"one microsecond twice", runWith("", at(first, "1"), at(again, "1")), 422, "twice"},
+	}
+}
+
+// badTimes are uploads with a valid_time that is no timestamp, or is outside the years 1677 to 2262.
+func badTimes() []badUpload {
+	var all []badUpload
+	for _, text := range []string{
+		"", "yesterday", "1735689600", "2025", "2025-01", "2025-1-1", "2025-13-01", "2025-02-30",
+		"2025-02-29T00:00:00Z", "20250101T000000Z",
+		"2025-01-01T24:00:01Z", "2025-01-01T25:00:00Z", "2025-01-01T00:60:00Z", "2025-01-01T00:00:61Z",
+		"2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00 UTC", "2025-01-01T1:00:00Z",
+		"2025-01-01T00:00:00Z[UTC]", "0001-01-01T00:00:00Z", "1676-12-31T23:59:59Z", "2263-01-01T00:00:00Z",
+		"9999-12-31", "12025-01-01", "-2025-01-01", "infinity", "now",
+		"2025-01-01T00:00:00Zx", "2025-01-01T00:00:00.Z", " 2025-01-01",
+	} {
+		name := fmt.Sprintf("valid_time %q", text)
+		all = append(all, badUpload{name, runWith("", goodRow, at(text, "1")), 422, "valid_time"})
+	}
+	return all
+}
+
+// badCSVs are bodies of type text/csv; the parameters beside them are right.
+func badCSVs() []badUpload {
+	const header = "valid_time,value_key,value\n"
+	const good = header + "2025-02-01,load,1\n"
+	commas := strings.Repeat(",", 1<<20)
+	return []badUpload{
+		{"nothing", "", 422, "header"},
+		{"no column value", "valid_time,value_key\n2025-01-01,load\n", 422, "value"},
+		{"no column value and no row", "valid_time,value_key\n", 422, "value"},
+		{"no column valid_time", "value_key,value\n2025,x\n", 422, "valid_time"},
+		{"no column of the series", "valid_time,value\n", 422, "series_id"},
+		{"only the column value", "value\n", 422, "value_key"},
+		{"an unknown column", "valid_time,value_key,value,extra\n", 422, "extra"},
+		{"a column twice", "valid_time,value,value_key,value\n", 422, "value"},
+		{"a column in capitals", "Valid_Time,value_key,value\n", 422, "Valid_Time"},
+		{"semicolons", "valid_time;value_key;value\n", 422, "there are series_id, valid_time"},
+
+		{"a short line", good + "2025-02-02,load\n", 422, "3"},
+		{"a value that is a word", good + "2025-02-02,load,one\n", 422, "value"},
+		{"a value that is a letter, on line 3", good + "2025-02-01,load,x\n", 422, "line[3].value"},
+		{"a value with an underscore", header + "2025-02-01,load,1_0\n", 422, "line[2].value"},
+		{"a value Infinity", header + "2025-02-01,load,Infinity\n", 422, "value"},
+		{"a value too large", header + "2025-02-01,load,1e999\n", 422, "value"},
+		{"no valid_time", header + ",load,1\n", 422, "valid_time"},
+		{"a valid_time that is a word", header + "soon,load,1\n", 422, "valid_time"},
+		{"no value_key", header + "2025-02-01,,1\n", 422, "value_key"},
+		{"a value_key not UTF-8", header + "2025-02-01,\xff,1\n", 422, "value_key"},
+		{"one time twice", good + "2025-02-01 00:00,load,2\n", 422, "twice"},
+
+		{"a quote that is not closed", header + "2025-02-01,\"load,1\n", 422, ""},
+		{"quotes that are not closed, over many lines",
+			strings.Repeat(`"`+strings.Repeat(",", 4000)+"\n", 1000), 422, `missing \"`},
+		{"a header of 1 MiB", commas, 422, "lines of at most"},
+		{"a line of 1 MiB", strings.TrimSuffix(good, "\n") + commas, 422, "lines of at most"},
+	}
+}
+
+// gzipBomb is a small body that is 200 MiB long once unpacked: an upload of rows that are mostly white space, or one name.
+func gzipBomb(ofRows bool) string {
+	var b bytes.Buffer
+	w, _ := gzip.NewWriterLevel(&b, gzip.BestSpeed)
+	if ofRows {
+		io.WriteString(w, longRows(200<<20))
+	} else {
+		io.WriteString(w, `{"`+strings.Repeat("x", 200<<20))
+	}
+	w.Close()
+	return b.String()
+}
+
+// longRows is an upload of so many bytes or more, none of whose elements is long.
+func longRows(bytes int) string {
+	row := at("2025-01-01", "1") + "," + strings.Repeat(" ", 32<<10)
+	rows := strings.Repeat(row, bytes/len(row)+1)
+	return runWith("", rows+at("2025-01-02", "1"))
+}
+
+// mustRefuseUpload sends an upload that must be refused and store nothing.
+func (s *testServer) mustRefuseUpload(t *testing.T, key, path string, c badUpload, header ...string) {
+	t.Helper()
+	before := s.stored(t)
+	text := s.must(t, c.status, "POST", path, key, c.body, header...)
+	expectIn(t, fmt.Sprintf("%.300s", c.body), text, c.want)
+	if s.stored(t) != before {
+		t.Errorf("%.300s: refused, and yet something was stored", c.body)
+	}
+}
+
+func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) { // S21, S22
+	t.Parallel()
+	s, key := mustTenant(t)
+	other := s.mustUser(t, tenantB, "b@example.com")
+	seriesA := s.mustUpload(t, key, runWith(`"run_id":"`+nobody+`",`, at("2025-01-01", "1"))).SeriesIDs["load"]
+	seriesB := s.mustUpload(t, other, oneValue).SeriesIDs["load"]
+	for _, c := range slices.Concat(badBodies(), badMembers(), badRows(seriesA, seriesB), badTimes()) {
+		t.Run("JSON: "+c.name, func(t *testing.T) {
+			s.mustRefuseUpload(t, key, "/upload", c)
+		})
+	}
+	for _, c := range badCSVs() {
+		t.Run("CSV: "+c.name, func(t *testing.T) {
+			s.mustRefuseUpload(t, key, "/upload?run_start_time=2025-01-01", c, "Content-Type: text/csv")
+		})
+	}
+	good := runWith("", goodRow)
+	const inJSON, inCSV, header = "application/json", "text/csv", "valid_time,value_key,value\n"
+	for _, c := range []struct{ name, kind, query, body, want string }{
+		{"unknown, beside JSON", inJSON, "?nope=1", good, "nope"},
+		{"of CSV, beside JSON", inJSON, "?workflow_id=x", good, "workflow_id"},
+		{"missing", inCSV, "", header, "run_start_time"},
+		{"no timestamp", inCSV, "?run_start_time=x", header, "run_start_time"},
+		{"value_rows", inCSV, "?run_start_time=2025-01-01&value_rows=x", header, "value_rows"},
+		{"unknown, beside CSV", inCSV, "?run_start_time=2025-01-01&nope=1", "", "nope"},
+		{"given twice", inCSV, "?run_start_time=2025-01-01&run_start_time=2025-01-02", header, "run_start_time"},
+		{"no object", inCSV, "?run_start_time=2025-01-01&run_params=x", header, "run_params"},
+	} {
+		t.Run("parameter: "+c.name, func(t *testing.T) {
+			refused := badUpload{c.name, c.body, 422, c.want}
+			s.mustRefuseUpload(t, key, "/upload"+c.query, refused, "Content-Type: "+c.kind)
+		})
+	}
+	const asGzip = "Content-Encoding: gzip"
+	zipped := gzipped(good)
+	long := `{"workflow_id":"` + strings.Repeat("x", 80<<20)
+	for _, c := range []struct {
+		name, header, body string
+		status             int
+		want               string
+	}{
+		{"plain text", "Content-Type: text/plain", good, 415, "Content-Type"},
+		{"a form", "Content-Type: application/x-www-form-urlencoded", good, 415, "Content-Type"},
+		{"half a media type", "Content-Type: nonsense/", good, 415, "Content-Type"},
+		{"latin1", "Content-Type: application/json; charset=latin1", good, 415, "Content-Type"},
+		{"brotli", "Content-Encoding: br", good, 415, "Content-Encoding"},
+		{"no gzip where it is said to be", asGzip, good, 422, "body"},
+		{"gzip cut off", asGzip, zipped[:len(zipped)-12], 422, ""},
+		{"gzip with a wrong checksum", asGzip, zipped[:len(zipped)-6] + "\x00\x00\x00\x00\x00\x00", 422, ""},
+		{"200 MiB of rows in gzip", asGzip, gzipBomb(true), 413, "larger"},
+		{"a name of 200 MiB in gzip", asGzip, gzipBomb(false), 413, "at most 65536 bytes"},
+		{"80 MiB of rows", "Content-Type: application/json", longRows(80 << 20), 413, "larger"},
+		{"a text of 80 MiB", "Content-Type: application/json", long, 413, "workflow_id: expected"},
+		{"a row of 70 KiB", "Content-Type: application/json", runWith("", goodRow+`,{"value_key":"`+
+			strings.Repeat("x", 70<<10)), 413, "value_rows[1]: expected"},
+	} {
+		t.Run("encoding: "+c.name, func(t *testing.T) {
+			s.mustRefuseUpload(t, key, "/upload", badUpload{c.name, c.body, c.status, c.want}, c.header)
+		})
+	}
+	t.Run("the server still serves", func(t *testing.T) {
+		s.mustRefuseUpload(t, key, "/upload", badUpload{"an open brace", "{", 422, "body"})
+	})
+	if log := s.log.String(); strings.Contains(log, "status=500") {
+		t.Errorf("a refused upload was an internal error: %s", log)
+	}
+}
+
+// valuesOf reads what is stored under a name, with the name, the id and known_time taken out.
 func (s *testServer) valuesOf(t *testing.T, key, name string) string {
+	t.Helper()
 	id := mustQuery(t, s.db, `SELECT series_id FROM series_table WHERE series_key = $1`, name)
 	text := s.must(t, 200, "GET", "/values?mode=overlapping&series_key="+name, key, "")
 	text = regexp.MustCompile(`"known_time":"[^"]*"`).ReplaceAllString(text, "")
@@ -1135,31 +1283,47 @@ func (s *testServer) valuesOf(t *testing.T, key, name string) string {
 
 func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	body := runWith("", at("2025-01-01T00:00:00Z", "1.5"), at("2025-01-01T01:00:00+00:00", "null"), at("2025-01-01 02:00", "1e-7"), at("2025-01-01T00:00:00Z", "-3", `,"valid_time_end":"2025-01-02"`))
-	csv := "value_key,value,valid_time_end,valid_time\r\nload,1.5,,2025-01-01T00:00:00Z\r\nload,NaN,,2025-01-01T01:00:00+00:00\r\n\"load\",1e-7,,2025-01-01 02:00\nload,-3,2025-01-02,2025-01-01T00:00:00Z"
-	const path = "/upload?run_start_time=2025-01-01T00:00:00+00:00&run_params=%7B%22a%22:1%7D&workflow_id=csv"
-	named := func(text, name string) string { return strings.ReplaceAll(text, "load", name) }
-	s.must(t, 200, "POST", "/upload", key, body)
-	s.must(t, 200, "POST", "/upload", key, gzipped(named(body, "zipped")), "Content-Encoding: gzip")
-	s.must(t, 200, "POST", path, key, named(csv, "csv"), "Content-Type: text/csv; charset=UTF-8")
-	s.must(t, 200, "POST", path, key, named(strings.Replace(csv, "NaN", "", 1), "empty"), "Content-Type: text/csv")
-	s.must(t, 200, "POST", path, key, gzipped(named(csv, "both")), "Content-Type: text/csv", "Content-Encoding: gzip")
-	s.must(t, 200, "POST", path, key, "\ufeff"+named(csv, "excel"), "Content-Type: text/csv")
+	s, key := mustTenant(t)
+	jsonBody := runWith("", at("2025-01-01T00:00:00Z", "1.5"), at("2025-01-01T01:00:00+00:00", "null"),
+		at("2025-01-01 02:00", "1e-7"), at("2025-01-01T00:00:00Z", "-3", `,"valid_time_end":"2025-01-02"`))
+	csvBody := "value_key,value,valid_time_end,valid_time\r\n" +
+		"load,1.5,,2025-01-01T00:00:00Z\r\n" +
+		"load,NaN,,2025-01-01T01:00:00+00:00\r\n" +
+		"\"load\",1e-7,,2025-01-01 02:00\n" +
+		"load,-3,2025-01-02,2025-01-01T00:00:00Z"
+	s.must(t, 200, "POST", "/upload", key, jsonBody)
 	want := s.valuesOf(t, key, "load")
 	if strings.Count(want, `"value":`) != 4 || !strings.Contains(want, `"value":null`) {
 		t.Errorf("JSON stores %s", want)
 	}
-	for _, name := range []string{"zipped", "csv", "empty", "both", "excel"} {
-		if got := s.valuesOf(t, key, name); got != want {
-			t.Errorf("%s stores %s\nJSON stores %s", name, got, want)
-		}
+	named := func(text, name string) string { return strings.ReplaceAll(text, "load", name) }
+	const parameters = "?run_start_time=2025-01-01T00:00:00+00:00&run_params=%7B%22a%22:1%7D&workflow_id=csv"
+	const asCSV, zipped = "Content-Type: text/csv", "Content-Encoding: gzip"
+	for _, c := range []struct {
+		name, query, body string // the name is that of the series, too
+		header            []string
+	}{
+		{"zipped", "", gzipped(named(jsonBody, "zipped")), []string{zipped}},
+		{"csv", parameters, named(csvBody, "csv"), []string{asCSV + "; charset=UTF-8"}},
+		{"empty", parameters, named(strings.Replace(csvBody, "NaN", "", 1), "empty"), []string{asCSV}},
+		{"both", parameters, gzipped(named(csvBody, "both")), []string{asCSV, zipped}},
+		{"excel", parameters, "\ufeff" + named(csvBody, "excel"), []string{asCSV}}, // with a byte order mark
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.must(t, 200, "POST", "/upload"+c.query, key, c.body, c.header...)
+			if got := s.valuesOf(t, key, c.name); got != want {
+				t.Errorf("it stores %s\nJSON stores %s", got, want)
+			}
+		})
 	}
-	if got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`); got != "4" {
+	got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table
+		WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`)
+	if got != "4" {
 		t.Errorf("%s of 4 CSV uploads have their run_params", got)
 	}
 }
+
+// ---- Reads
 
 // answerRow is one row of GET /values.
 type answerRow struct {
@@ -1196,186 +1360,277 @@ func canonical(t *testing.T, text string) string {
 	return string(b)
 }
 
+// uploadOddSeries uploads a series with a name that JSON and CSV must quote, a fraction of a second and extreme
+// values.
+func uploadOddSeries(t *testing.T, s *testServer, key string) {
+	t.Helper()
+	s.must(t, 200, "POST", "/upload", key, runWith("",
+		`{"valid_time":"2025-06-01T02:00:00.000250+02:00","value_key":"a \"quoted\", <ü>\\","value":1e-7}`,
+		`{"valid_time":"2025-06-01T02:00:00+02:00","value_key":"a \"quoted\", <ü>\\","value":-1e300}`))
+}
+
 func TestRowsAreWrittenAsDocumented(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key, series := mustPicture(t, s)
-	s.must(t, 200, "POST", "/upload", key, runWith("",
-		`{"valid_time":"2025-06-01T02:00:00.000250+02:00","value_key":"a \"quoted\", <ü>\\","value":1e-7}`,
-		`{"valid_time":"2025-06-01T02:00:00+02:00","value_key":"a \"quoted\", <ü>\\","value":-1e300}`))
-	runOf := func(where string) string {
-		return mustQuery(t, s.db, `SELECT run_id FROM values_table v JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
+	uploadOddSeries(t, s, key)
+	stored := func(column, where string) string {
+		return mustQuery(t, s.db, `SELECT `+column+` FROM values_table v
+			JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
 	}
 	change := func(where string) string {
-		return mustQuery(t, s.db, `SELECT replace(to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00'
-			FROM values_table v JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
+		const day, fraction = `to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US')`, `'.000000'`
+		return stored(`replace(`+day+`, `+fraction+`, '') || '+00:00'`, where)
 	}
-	read := func(query string, header ...string) string {
-		return s.must(t, 200, "GET", "/values?"+query, key, "", header...)
-	}
-	load, price := `"series_id":"`+series["load"]+`"`, `"series_id":"`+series["price"]+`"`
-	const second = "series_key = 'load' AND version = 2"
-	for query, want := range map[string]string{
-		"limit=1&series_key=load": `{"valid_time":"2025-01-01T00:00:00+00:00",` + load + `,"value":1.0,"series_key":"load","series_unit":"dimensionless"}`,
-		"limit=1&series_key=load&mode=overlapping&start_valid=2025-01-01T02:00:00Z": `{"known_time":"2024-12-31T00:00:00+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
-			`,"value":null,"series_key":"load","series_unit":"dimensionless"}`,
-		"limit=1&series_key=price": `{"valid_time":"2025-01-01T00:00:00+00:00",` + price + `,"value":10.0,"series_key":"price","series_unit":"dimensionless","valid_time_end":"2025-01-01T01:00:00+00:00"}`,
-		"series_key=load&detail=true&start_valid=2025-01-01T02:00:00Z&limit=1": `{"valid_time":"2025-01-01T02:00:00+00:00",` + load + `,"value":3.75,"series_key":"load","series_unit":"dimensionless",` +
-			`"run_id":"` + runOf(second) + `","known_time":"2024-12-31T12:00:00+00:00","valid_time_end":null,"change_time":"` + change(second) + `","changed_by":"a@example.com","annotation":"checked","tags":["a","b"],"version":2}`,
-		"series_key=price&mode=overlapping&all_versions=true&limit=1": `{"known_time":"2024-12-31T12:00:00+00:00","valid_time":"2025-01-01T00:00:00+00:00",` + price + `,"value":10.0,"series_key":"price","series_unit":"dimensionless",` +
-			`"run_id":"` + runOf("series_key = 'price'") + `","valid_time_end":"2025-01-01T01:00:00+00:00","change_time":"` + change("series_key = 'price'") + `","changed_by":"a@example.com","annotation":null,"tags":null,"version":1}`,
+	load := `"series_id":"` + series["load"] + `","series_key":"load","series_unit":"dimensionless"`
+	price := `"series_id":"` + series["price"] + `","series_key":"price","series_unit":"dimensionless",` +
+		`"valid_time_end":"2025-01-01T01:00:00+00:00"`
+	const corrected, ofPrice = "series_key = 'load' AND version = 2", "series_key = 'price'"
+	for _, c := range []struct{ name, query, want string }{
+		{"flat", "series_key=load",
+			`{"valid_time":"2025-01-01T00:00:00+00:00",` + load + `,"value":1.0}`},
+		{"overlapping, with no value", "series_key=load&mode=overlapping&start_valid=2025-01-01T02:00:00Z",
+			`{"known_time":"2024-12-31T00:00:00+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
+				`,"value":null}`},
+		{"of an interval", "series_key=price",
+			`{"valid_time":"2025-01-01T00:00:00+00:00",` + price + `,"value":10.0}`},
+		{"detail of a correction", "series_key=load&detail=true&start_valid=2025-01-01T02:00:00Z",
+			`{"known_time":"2024-12-31T12:00:00+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
+				`,"value":3.75,"run_id":"` + stored("run_id", corrected) + `","valid_time_end":null,"change_time":"` +
+				change(corrected) +
+				`","changed_by":"a@example.com","annotation":"checked","tags":["a","b"],"version":2}`},
+		{"all versions of an interval", "series_key=price&mode=overlapping&all_versions=true",
+			`{"known_time":"2024-12-31T12:00:00+00:00","valid_time":"2025-01-01T00:00:00+00:00",` + price +
+				`,"value":10.0,"run_id":"` + stored("run_id", ofPrice) + `","change_time":"` + change(ofPrice) +
+				`","changed_by":"a@example.com","annotation":null,"tags":null,"version":1}`},
 	} {
-		got := mustDecode[struct{ Data []json.RawMessage }](t, read(query))
-		if len(got.Data) != 1 || canonical(t, string(got.Data[0])) != canonical(t, want) {
-			t.Errorf("GET /values?%s\nshows %s\nwant  %s", query, got.Data, want)
+		t.Run(c.name, func(t *testing.T) {
+			text := s.must(t, 200, "GET", "/values?limit=1&"+c.query, key, "")
+			got := mustDecode[struct{ Data []json.RawMessage }](t, text)
+			if len(got.Data) != 1 || canonical(t, string(got.Data[0])) != canonical(t, c.want) {
+				t.Errorf("it shows %s\nwant     %s", got.Data, c.want)
+			}
+		})
+	}
+	t.Run("an odd key, a fraction of a second, extreme values", func(t *testing.T) {
+		text := s.must(t, 200, "GET", "/values?start_valid=2025-06-01", key, "")
+		if name := mustDecode[readAnswer](t, text).Data[0].Key; name != `a "quoted", <ü>\` {
+			t.Errorf("the key is %q", name)
 		}
-	}
-	odd := mustDecode[readAnswer](t, read("start_valid=2025-06-01"))
-	if text := read("start_valid=2025-06-01"); odd.Data[0].Key != `a "quoted", <ü>\` ||
-		!strings.Contains(text, `"2025-06-01T00:00:00.000250+00:00"`) ||
-		!strings.Contains(text, `"value":1e-07`) || !strings.Contains(text, `"value":-1e+300`) {
-		t.Errorf("an odd key, a fraction of a second, extreme values: %s", text)
-	}
+		expectIn(t, "the rows", text, `"2025-06-01T00:00:00.000250+00:00"`, `"value":1e-07`, `"value":-1e+300`)
+	})
+	t.Run("nothing to show", func(t *testing.T) {
+		got := s.must(t, 200, "GET", "/values?start_valid=2030-01-01", key, "")
+		if got != `{"data":[],"count":0}`+"\n" {
+			t.Errorf("%q", got)
+		}
+	})
+}
+
+func TestCSVRowsAreWrittenAsDocumented(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, series := mustPicture(t, s)
+	uploadOddSeries(t, s, key)
 	const columns = "valid_time,series_id,value,series_key,series_unit,valid_time_end\n"
-	id := series["load"]
-	csv := columns + "2025-01-01T02:00:00+00:00," + id + `,3.75,"load","dimensionless",` + "\n" +
-		"2025-01-01T03:00:00+00:00," + id + `,9.0,"load","dimensionless",` + "\n"
 	const window = "series_key=load&start_valid=2025-01-01T02:00:00Z"
-	if got := read(window + "&format=csv"); got != csv {
-		t.Errorf("format=csv: %q, want %q", got, csv)
+	id := series["load"]
+	flat := columns +
+		"2025-01-01T02:00:00+00:00," + id + `,3.75,"load","dimensionless",` + "\n" +
+		"2025-01-01T03:00:00+00:00," + id + `,9.0,"load","dimensionless",` + "\n"
+	overlapping := "known_time," + columns +
+		"2024-12-31T00:00:00+00:00,2025-01-01T02:00:00+00:00," + id + `,,"load","dimensionless",` + "\n"
+	for _, c := range []struct {
+		name, query string
+		header      []string
+		want        string
+	}{
+		{"by the parameter", window + "&format=csv", nil, flat},
+		{"by the header Accept", window, []string{"Accept: text/csv"}, flat},
+		{"no value; the parameter goes before the header",
+			window + "&end_known=2024-12-31T12:00:00Z&mode=overlapping&format=csv",
+			[]string{"Accept: application/json"}, overlapping},
+		{"nothing to show", "start_valid=2030-01-01&format=csv", nil, columns},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got := s.must(t, 200, "GET", "/values?"+c.query, key, "", c.header...)
+			if got != c.want {
+				t.Errorf("%q, want %q", got, c.want)
+			}
+		})
 	}
-	if got := read(window, "Accept: text/csv"); got != csv {
-		t.Errorf("Accept: text/csv: %q, want %q", got, csv)
+	t.Run("an odd key", func(t *testing.T) {
+		text := s.must(t, 200, "GET", "/values?start_valid=2025-06-01T00:00:00.0001Z&format=csv", key, "")
+		expectIn(t, "the row", text, `,1e-07,"a ""quoted"", <ü>\","dimensionless",`)
+	})
+	for _, mode := range []string{"flat", "overlapping"} {
+		t.Run("detail, "+mode, func(t *testing.T) {
+			query := "/values?series_key=load&detail=true&mode=" + mode
+			text := s.must(t, 200, "GET", query+"&start_valid=2025-01-01T02:00:00Z&format=csv", key, "")
+			expectIn(t, "a correction", text, `,"a@example.com","checked","[""a"",""b""]",2`+"\n")
+			header, _, _ := strings.Cut(text, "\n")
+			members := firstRowsMembers(s.must(t, 200, "GET", query+"&limit=1", key, ""))
+			if header != strings.Join(members, ",") {
+				t.Errorf("the columns of CSV are %s, the members of JSON %q", header, members)
+			}
+		})
 	}
-	if got, want := read(window+"&end_known=2024-12-31T12:00:00Z&mode=overlapping&format=csv", "Accept: application/json"), "known_time,"+
-		columns+"2024-12-31T00:00:00+00:00,2025-01-01T02:00:00+00:00,"+id+`,,"load","dimensionless",`+"\n"; got != want {
-		t.Errorf("a NULL in overlapping CSV: %q, want %q", got, want)
+}
+
+// firstRowsMembers are the names of the members of the first row of a read, in the order in which they are written.
+func firstRowsMembers(text string) []string {
+	dec := json.NewDecoder(strings.NewReader(text))
+	for range 4 { // {, "data", [, {
+		dec.Token()
 	}
-	odd.Data = nil
-	text := read("start_valid=2025-06-01T00:00:00.0001Z&format=csv")
-	if !strings.Contains(text, `,1e-07,"a ""quoted"", <ü>\","dimensionless",`) {
-		t.Errorf("an odd key in CSV: %q", text)
+	var names []string
+	for dec.More() {
+		name, _ := dec.Token()
+		names = append(names, name.(string))
+		var value any
+		dec.Decode(&value)
 	}
-	for _, mode := range []string{"", "&mode=overlapping"} {
-		text := read("series_key=load&format=csv&detail=true&start_valid=2025-01-01T02:00:00Z" + mode)
-		if !strings.Contains(text, `,"a@example.com","checked","[""a"",""b""]",2`+"\n") {
-			t.Errorf("detail in CSV: %q", text)
-		}
-		// The columns are those of JSON, by the same names and in the same order.
-		var names []string
-		dec := json.NewDecoder(strings.NewReader(read("series_key=load&detail=true&limit=1" + mode)))
-		for range 3 {
-			dec.Token()
-		}
-		for dec.Token(); dec.More(); {
-			name, _ := dec.Token()
-			names = append(names, name.(string))
-			var value any
-			dec.Decode(&value)
-		}
-		if header, _, _ := strings.Cut(text, "\n"); header != strings.Join(names, ",") {
-			t.Errorf("the columns of CSV are %s, the members of JSON %q", header, names)
-		}
-	}
-	if got := read("start_valid=2030-01-01&format=csv"); got != columns {
-		t.Errorf("nothing to show in CSV: %q", got)
-	}
-	if got := read("start_valid=2030-01-01"); got != `{"data":[],"count":0}`+"\n" {
-		t.Errorf("nothing to show: %q", got)
-	}
+	return names
 }
 
 // mustManyValues uploads n values of the series load in steps of a minute.
 func mustManyValues(t testing.TB, s *testServer, key string, n int) {
 	t.Helper()
-	const most = 250_000
+	const most = 250_000 // of one upload
 	begin := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 	for first := 0; first < n; first += most {
 		text := []byte(`{"run_start_time":"2020-01-01","known_time":"2020-01-01","value_rows":[`)
 		for i := first; i < min(n, first+most); i++ {
-			text = begin.Add(time.Duration(i)*time.Minute).AppendFormat(append(text, `{"value_key":"load","valid_time":"`...),
-				time.RFC3339)
-			text = append(strconv.AppendInt(append(text, `","value":`...), int64(i%1000), 10), ".25},"...)
+			text = append(text, `{"value_key":"load","valid_time":"`...)
+			text = begin.Add(time.Duration(i)*time.Minute).AppendFormat(text, time.RFC3339)
+			text = append(text, `","value":`...)
+			text = strconv.AppendInt(text, int64(i%1000), 10)
+			text = append(text, ".25},"...)
 		}
 		s.must(t, 200, "POST", "/upload", key, string(text[:len(text)-1])+"]}")
 	}
 }
 
+// longRead reads 64,800 values of mustManyValues. Their answer is sent in several pieces.
+const longRead = "/values?end_valid=2020-02-15T00:00:00Z"
+
 func TestLongResponsesAreCompleteOrVisiblyBroken(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	const n = 1_000_000
-	mustManyValues(t, s, key, n)
-	window := "/values?end_valid=2020-02-15T00:00:00Z" // 64,800 values
-	text := s.must(t, 200, "GET", window, key, "")
-	if got := mustDecode[readAnswer](t, text); got.Count != 64_800 || len(got.Data) != 64_800 || len(text) < 5<<20 ||
-		got.Data[64_799].Valid.Format("01-02T15:04") != "02-14T23:59" {
-		t.Errorf("%d rows, count %d, %d bytes", len(got.Data), got.Count, len(text))
+	s, key := mustTenant(t)
+	mustManyValues(t, s, key, 1_000_000)
+	text := s.must(t, 200, "GET", longRead, key, "")
+	got := mustDecode[readAnswer](t, text)
+	if got.Count != 64_800 || len(got.Data) != 64_800 || len(text) < 5<<20 {
+		t.Fatalf("%d rows, count %d, %d bytes", len(got.Data), got.Count, len(text))
 	}
-	for header, compressed := range map[string]bool{"gzip": true, "deflate, GZIP;q=0.5": true, "br": false, "gzip;q=0": false,
-		"identity": false, "xgzip": false} {
-		resp, got, err := s.do("GET", window, key, "", "Accept-Encoding: "+header)
-		if err != nil {
-			t.Fatal(err)
-		}
-		zipped := resp.Header.Get("Content-Encoding") == "gzip"
-		if zipped != compressed || !strings.Contains(resp.Header.Get("Vary"), "Accept-Encoding") {
-			t.Errorf("Accept-Encoding %q: %v", header, resp.Header)
-		} else if zipped && (len(got) > len(text)/5 || mustUnzip(t, got) != text) {
-			t.Errorf("the compressed response, of %d bytes, differs from the plain one", len(got))
-		}
+	if last := got.Data[64_799].Valid.Format("01-02T15:04"); last != "02-14T23:59" {
+		t.Errorf("the last row is of %s", last)
 	}
-	for _, query := range []string{"", "?mode=overlapping&detail=true", "?format=csv", "?format=json"} {
-		r, _ := http.NewRequest("GET", s.url+"/values"+query, nil)
-		r.Header.Set("X-API-Key", key)
-		if query == "?format=json" {
-			r.Header.Set("Accept-Encoding", "gzip") // http.Client asks for it too, and then unpacks it
-		}
-		resp, err := s.client.Do(r)
-		if err != nil || resp.StatusCode != 200 {
-			t.Fatalf("%v %v", resp, err)
-		}
-		// The response has begun; the database still has most of it.
-		if _, err := io.CopyN(io.Discard, resp.Body, 1000); err != nil {
-			t.Fatal(err)
-		}
-		mustExec(t, s.db, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-			WHERE datname = current_database() AND usename = $1`, appRole.name)
-		size, err := io.Copy(io.Discard, resp.Body)
-		resp.Body.Close()
-		if err == nil {
-			t.Errorf("GET /values%s ended after %d bytes as if it were complete", query, size)
-		}
+	for _, c := range []struct{ name, query, encoding string }{
+		{"flat", "", ""}, // without an encoding http.Client asks for gzip, and unpacks it
+		{"overlapping with detail", "?mode=overlapping&detail=true", ""},
+		{"CSV", "?format=csv", ""},
+		{"compressed", "?format=json", "gzip"}, // it is not unpacked
+	} {
+		t.Run(c.name+", broken", func(t *testing.T) {
+			r, _ := http.NewRequest("GET", s.url+"/values"+c.query, nil)
+			r.Header.Set("X-API-Key", key)
+			if c.encoding != "" {
+				r.Header.Set("Accept-Encoding", c.encoding)
+			}
+			resp, err := s.client.Do(r)
+			if err != nil || resp.StatusCode != 200 {
+				t.Fatalf("%v %v", resp, err)
+			}
+			defer resp.Body.Close()
+			// The response has begun, and the database still has most of it.
+			if _, err := io.CopyN(io.Discard, resp.Body, 1000); err != nil {
+				t.Fatal(err)
+			}
+			mustExec(t, s.db, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+				WHERE datname = current_database() AND usename = $1`, appRole.name)
+			size, err := io.Copy(io.Discard, resp.Body)
+			if err == nil {
+				t.Errorf("it ended after %d bytes as if it were complete", size)
+			}
+		})
 	}
-	if line := s.mustRaw(t, "GET /values HTTP/1.0\r\nHost: x\r\nX-API-Key: "+key+"\r\n\r\n"); !strings.Contains(line, " 505 ") {
-		t.Errorf("HTTP/1.0, whose client could not see that an answer is broken: %q", line)
-	}
-	onePiece := s.must(t, 200, "GET", window+"&limit=200", key, "", "Accept-Encoding: identity")
-	if _, zipped, err := s.do("GET", window+"&limit=200", key, "", "Accept-Encoding: gzip"); err != nil || mustUnzip(t, zipped) != onePiece {
-		t.Error("an answer that was compressed in one piece is not whole")
-	}
-	s.must(t, 200, "GET", window+"&limit=1", key, "") // what is broken is not used again
-	if !strings.Contains(s.log.String(), "broken=true") {
-		t.Error("the log does not tell of the broken responses")
+	s.must(t, 200, "GET", longRead+"&limit=1", key, "") // a broken connection to the database is not used again
+	expectIn(t, "the log", s.log.String(), "broken=true")
+	// A client of HTTP/1.0 could not see that an answer is broken.
+	line := s.mustRaw(t, "GET /values HTTP/1.0\r\nHost: x\r\nX-API-Key: "+key+"\r\n\r\n")
+	expectIn(t, "HTTP/1.0", line, " 505 ")
+}
+
+func TestResponsesAreCompressedForClientsThatTakeGzip(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	mustManyValues(t, s, key, 64_800)
+	for _, answer := range []struct{ name, path string }{
+		{"many pieces", longRead},
+		{"one piece", longRead + "&limit=200"},
+	} {
+		plain := s.must(t, 200, "GET", answer.path, key, "", "Accept-Encoding: identity")
+		for _, c := range []struct {
+			name       string // the header Accept-Encoding
+			compressed bool
+		}{
+			{"gzip", true},
+			{"deflate, GZIP;q=0.5", true},
+			{"br", false},
+			{"gzip;q=0", false},
+			{"identity", false},
+			{"xgzip", false},
+		} {
+			t.Run(answer.name+", "+c.name, func(t *testing.T) {
+				resp, got, err := s.do("GET", answer.path, key, "", "Accept-Encoding: "+c.name)
+				if err != nil || resp.StatusCode != 200 {
+					t.Fatal(resp, err)
+				}
+				zipped := resp.Header.Get("Content-Encoding") == "gzip"
+				if zipped != c.compressed || !strings.Contains(resp.Header.Get("Vary"), "Accept-Encoding") {
+					t.Fatalf("the header is %v", resp.Header)
+				}
+				if zipped {
+					if len(got) > len(plain)/5 {
+						t.Errorf("%d bytes are compressed to %d", len(plain), len(got))
+					}
+					got = mustUnzip(t, got)
+				}
+				if got != plain {
+					t.Error("it differs from the plain response")
+				}
+			})
+		}
 	}
 }
 
-type object = map[string]any
+// ---- openapi.json
 
-// document is web/openapi.json: its text, which alone knows the order of members, and what it says.
+type jsonObject = map[string]any
+
+// document is web/openapi.json.
 type document struct {
 	t          *testing.T
-	text       string
-	root       object
-	operations map[string]object // by "METHOD path"
-	seen       map[string]bool   // answers that were checked, as "METHOD path status type"
+	text       string // the order of members is known only here
+	root       jsonObject
+	operations map[string]jsonObject // by "METHOD path"
+	seen       map[string]bool       // answers that were checked, as "METHOD path status type"
 }
 
 func mustDocument(t *testing.T) *document {
 	t.Helper()
-	text, _ := web.ReadFile("web/openapi.json")
-	d := &document{t, string(text), mustDecode[object](t, string(text)), map[string]object{}, map[string]bool{}}
+	text, err := web.ReadFile("web/openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &document{
+		t:          t,
+		text:       string(text),
+		root:       mustDecode[jsonObject](t, string(text)),
+		operations: map[string]jsonObject{},
+		seen:       map[string]bool{},
+	}
 	for path, item := range d.at(d.root, "paths") {
 		for method, operation := range d.at(item) {
 			d.operations[strings.ToUpper(method)+" "+path] = d.at(operation)
@@ -1384,11 +1639,12 @@ func mustDocument(t *testing.T) *document {
 	return d
 }
 
-// at follows members from a node down, and any $ref on the way. What is not there is an empty object.
-func (d *document) at(node any, names ...string) object {
-	found, _ := node.(object)
+// at follows members down from a node, and any $ref on the way. Where nothing is, it returns an empty object.
+func (d *document) at(node any, names ...string) jsonObject {
+	found, _ := node.(jsonObject)
 	if ref, ok := found["$ref"].(string); ok {
-		return d.at(d.root, append(strings.Split(strings.TrimPrefix(ref, "#/"), "/"), names...)...)
+		target := strings.Split(strings.TrimPrefix(ref, "#/"), "/")
+		return d.at(d.root, append(target, names...)...)
 	}
 	if len(names) > 0 {
 		return d.at(found[names[0]], names[1:]...)
@@ -1396,211 +1652,264 @@ func (d *document) at(node any, names ...string) object {
 	return found
 }
 
-// absent stands for a member that is not there: it satisfies every schema, but shows broken all keywords of it.
+// absent stands for a member that is not there. It satisfies every schema, yet the keywords of its schema are looked
+// at.
 type absent struct{}
 
-var jsonTypes = map[string]string{"<nil>": "null", "bool": "boolean", "string": "string", "float64": "number",
-	"[]interface {}": "array", "map[string]interface {}": "object"}
-
-// broken says what a decoded JSON value has that its schema does not allow. It knows the keywords that the document uses and
-// fails the test at any other, so that none can be written that nothing checks.
-func (d *document) broken(schema object, value any) (err error) {
-	members, isObject := value.(object)
-	elements, isList := value.([]any)
-	text, isText := value.(string)
-	size, sized := value.(float64) // of a number, or the length
-	if isText || isList {
-		size, sized = float64(max(len([]rune(text)), len(elements))), true
-	}
-	within := func(schema, value any) { err = cmp.Or(err, d.broken(schema.(object), value)) }
+// broken says what a decoded JSON value has that its schema does not allow. It knows the keywords that the document
+// uses and fails the test at any other, so that nothing is written that no test checks. For this it looks at all
+// keywords, even after one is broken.
+func (d *document) broken(schema jsonObject, value any) error {
+	var errs []error
 	for keyword, want := range schema {
-		ok := true
-		limit, _ := want.(float64)
-		list, _ := want.([]any)
-		switch keyword {
-		case "title", "description", "default", "example", "examples", "contentMediaType":
-		case "$ref":
-			within(d.at(schema), value)
-		case "type":
-			list, kind := append(list, want), jsonTypes[fmt.Sprintf("%T", value)]
-			ok = slices.Contains(list, any(kind)) || kind == "number" && size == math.Trunc(size) && slices.Contains(list, any("integer"))
-		case "const":
-			ok = value == want
-		case "enum":
-			ok = slices.Contains(list, value)
-		case "format":
-			_, notTime := time.Parse(time.RFC3339, text)
-			ok = !isText || want == "date-time" && notTime == nil || want == "uuid" && uuidPattern.MatchString(text)
-		case "pattern":
-			ok = !isText || regexp.MustCompile(want.(string)).MatchString(text)
-		case "minimum", "minLength", "minItems":
-			ok = !sized || size >= limit
-		case "maximum", "maxLength", "maxItems":
-			ok = !sized || size <= limit
-		case "items":
-			for _, element := range append(slices.Clone(elements), absent{}) {
-				within(want, element)
-			}
-		case "required":
-			for _, name := range list {
-				_, given := members[name.(string)]
-				ok = ok && (given || !isObject)
-			}
-		case "properties":
-			for name, property := range d.at(want) {
-				member, given := members[name]
-				within(property, map[bool]any{true: member, false: absent{}}[given])
-			}
-		case "additionalProperties":
-			within(d.at(want), absent{})
-			for name, member := range members {
-				if d.at(schema, "properties")[name] == nil {
-					ok = ok && want != false
-					within(d.at(want), member)
-				}
-			}
-		case "anyOf", "allOf":
-			kept := slices.DeleteFunc(slices.Clone(list), func(s any) bool { return d.broken(s.(object), value) != nil })
-			ok = len(kept) == len(list) || keyword == "anyOf" && len(kept) > 0
-		default:
-			d.t.Fatalf("this test does not know the keyword %s", keyword)
-		}
-		if value != any(absent{}) && !ok {
-			err = fmt.Errorf("%s %.200v is broken by %.200v", keyword, want, value)
-		}
+		errs = append(errs, d.brokenBy(keyword, want, schema, value))
 	}
-	return err
+	return errors.Join(errs...)
 }
 
-// check looks whether an answer to an operation, such as "GET /values", is as the document says, and returns its body.
-func (d *document) check(operation string, resp *http.Response, body string) string {
+// brokenBy is broken for one keyword of the schema; want is what stands at it.
+func (d *document) brokenBy(keyword string, want any, schema jsonObject, value any) error {
+	switch keyword {
+	case "title", "description", "default", "example", "examples", "contentMediaType":
+		return nil // they demand nothing
+	case "$ref":
+		return d.broken(d.at(schema), value)
+	case "items":
+		return d.brokenElements(want.(jsonObject), value)
+	case "properties", "additionalProperties":
+		return d.brokenMembers(keyword, want, schema, value)
+	case "anyOf", "allOf":
+		return d.brokenParts(keyword, want.([]any), value)
+	}
+	ok, known := satisfies(keyword, want, value)
+	if !known {
+		d.t.Errorf("this test does not know the keyword %s", keyword)
+	}
+	if !ok && value != any(absent{}) {
+		return fmt.Errorf("%s %.200v is broken by %.200v", keyword, want, value)
+	}
+	return nil
+}
+
+// brokenElements is broken for the elements of an array.
+func (d *document) brokenElements(schema jsonObject, value any) error {
+	errs := []error{d.broken(schema, absent{})}
+	elements, _ := value.([]any)
+	for _, element := range elements {
+		errs = append(errs, d.broken(schema, element))
+	}
+	return errors.Join(errs...)
+}
+
+// brokenMembers is broken for the members of an object: those that the schema names, or the others.
+func (d *document) brokenMembers(keyword string, want any, schema jsonObject, value any) error {
+	var errs []error
+	members, _ := value.(jsonObject)
+	if keyword == "properties" {
+		for name, property := range d.at(want) {
+			member, given := members[name]
+			if !given {
+				member = absent{}
+			}
+			errs = append(errs, d.broken(property.(jsonObject), member))
+		}
+		return errors.Join(errs...)
+	}
+	errs = append(errs, d.broken(d.at(want), absent{}))
+	for name, member := range members {
+		if d.at(schema, "properties")[name] != nil {
+			continue
+		}
+		if want == false {
+			errs = append(errs, fmt.Errorf("there is the member %s, which is not described", name))
+		}
+		errs = append(errs, d.broken(d.at(want), member))
+	}
+	return errors.Join(errs...)
+}
+
+// brokenParts is broken for anyOf, of which one schema must hold, and allOf.
+func (d *document) brokenParts(keyword string, parts []any, value any) error {
+	var errs []error
+	for _, part := range parts {
+		errs = append(errs, d.broken(part.(jsonObject), value))
+	}
+	if keyword == "anyOf" && slices.Contains(errs, nil) {
+		return nil
+	}
+	return errors.Join(errs...)
+}
+
+// satisfies says whether a value is as a keyword demands that looks at this value alone. Of others it says that it
+// does not know them.
+func satisfies(keyword string, want, value any) (ok, known bool) {
+	text, isText := value.(string)
+	size, sized := sizeOf(value)
+	switch keyword {
+	case "type":
+		return hasType(want, value), true
+	case "const":
+		return value == want, true
+	case "enum":
+		return slices.Contains(want.([]any), value), true
+	case "format":
+		return !isText || hasFormat(want, text), true
+	case "pattern":
+		return !isText || regexp.MustCompile(want.(string)).MatchString(text), true
+	case "minimum", "minLength", "minItems":
+		return !sized || size >= want.(float64), true
+	case "maximum", "maxLength", "maxItems":
+		return !sized || size <= want.(float64), true
+	case "required":
+		return hasMembers(want.([]any), value), true
+	}
+	return false, false
+}
+
+// sizeOf is what a value's minimum and maximum are about: a number itself, the characters of a text, the elements of
+// an array.
+func sizeOf(value any) (size float64, sized bool) {
+	switch value := value.(type) {
+	case float64:
+		return value, true
+	case string:
+		return float64(len([]rune(value))), true
+	case []any:
+		return float64(len(value)), true
+	}
+	return 0, false
+}
+
+// hasType says whether a value is of a type, or of one of several.
+func hasType(want, value any) bool {
+	allowed, several := want.([]any)
+	if !several {
+		allowed = []any{want}
+	}
+	switch value := value.(type) {
+	case nil:
+		return slices.Contains(allowed, any("null"))
+	case bool:
+		return slices.Contains(allowed, any("boolean"))
+	case string:
+		return slices.Contains(allowed, any("string"))
+	case []any:
+		return slices.Contains(allowed, any("array"))
+	case jsonObject:
+		return slices.Contains(allowed, any("object"))
+	case float64:
+		whole := value == math.Trunc(value)
+		return slices.Contains(allowed, any("number")) || whole && slices.Contains(allowed, any("integer"))
+	}
+	return false
+}
+
+func hasFormat(want any, text string) bool {
+	switch want {
+	case "date-time":
+		_, err := time.Parse(time.RFC3339, text)
+		return err == nil
+	case "uuid":
+		return uuidPattern.MatchString(text)
+	}
+	return false
+}
+
+func hasMembers(names []any, value any) bool {
+	members, isObject := value.(jsonObject)
+	for _, name := range names {
+		if _, given := members[name.(string)]; isObject && !given {
+			return false
+		}
+	}
+	return true
+}
+
+// check looks whether an answer to an operation, such as "GET /values", is as the document says.
+func (d *document) check(t *testing.T, operation string, resp *http.Response, body string) {
+	t.Helper()
 	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
 	d.seen[fmt.Sprint(operation, " ", resp.StatusCode, " ", kind)] = true
 	described := d.at(d.operations[operation], "responses", strconv.Itoa(resp.StatusCode))
-	var value any = body
-	if json.Unmarshal([]byte(body), &value) != nil && kind == "application/json" {
-		d.t.Errorf("%s: no JSON: %q", operation, body)
+	var value any
+	err := json.Unmarshal([]byte(body), &value)
+	if err != nil && kind == "application/json" {
+		t.Errorf("%s: no JSON: %q", operation, body)
+	}
+	if err != nil {
+		value = body
 	}
 	schema := d.at(described, "content", kind, "schema")
-	err := d.broken(schema, value)
+	errs := []error{d.broken(schema, value)}
 	for name, header := range d.at(described, "headers") {
-		err = cmp.Or(err, d.broken(d.at(header, "schema"), resp.Header.Get(name)))
+		errs = append(errs, d.broken(d.at(header, "schema"), resp.Header.Get(name)))
 	}
-	if err != nil || len(schema) == 0 {
-		d.t.Errorf("%s: the document does not describe status %d with %s: %v: %.500s", operation, resp.StatusCode, kind, err, body)
+	if err := errors.Join(errs...); err != nil || len(schema) == 0 {
+		t.Errorf("%s: the document does not describe status %d with %s: %v: %.500s",
+			operation, resp.StatusCode, kind, err, body)
 	}
-	return body
 }
 
-// try sends a request, such as "GET /values?limit=1", which must be answered with the status want and as described.
-func (d *document) try(s *testServer, want int, request, key, body string, header ...string) string {
+// try sends a request, such as "GET /values?limit=1", and returns the body of the answer. It must have the status
+// want and be as described.
+func (d *document) try(
+	t *testing.T, s *testServer, want int, request, key, body string, header ...string,
+) string {
+	t.Helper()
 	method, path, _ := strings.Cut(request, " ")
 	operation, _, _ := strings.Cut(request, "?")
 	resp, text, err := s.do(method, path, key, body, header...)
 	if err != nil || resp.StatusCode != want {
-		d.t.Fatalf("%s %.300s: %v %v %s, want %d", request, body, err, resp, text, want)
+		t.Fatalf("%s %.300s: %v %v %s, want %d", request, body, err, resp, text, want)
 	}
-	return d.check(operation, resp, text)
+	d.check(t, operation, resp, text)
+	return text
+}
+
+// tryRaw sends bytes as they are; their answer must be as described.
+func (d *document) tryRaw(t *testing.T, s *testServer, operation, request string) {
+	t.Helper()
+	conn := s.mustDial(t)
+	io.WriteString(conn, request)
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(resp.Body)
+	d.check(t, operation, resp, string(body))
 }
 
 func TestDocumentListsTheRoutesAndWhatTheyNeed(t *testing.T) {
 	d := mustDocument(t)
 	routes, described := map[string]bool{}, map[string]bool{} // whether they are open
 	for _, rt := range (&server{}).routes() {
-		routes[strings.TrimSuffix(rt.pattern, "{$}")] = rt.access == "open"
+		routes[strings.TrimSuffix(rt.pattern, "{$}")] = rt.access == open
 	}
 	for name, operation := range d.operations {
 		security, own := operation["security"].([]any) // without its own the document's holds
 		described[name] = own && len(security) == 0
 	}
-	if !reflect.DeepEqual(routes, described) || fmt.Sprint(d.root["security"]) != "[map[ApiKey:[]]]" {
-		t.Errorf("the document describes %v, by security %v; the routes are %v", described, d.root["security"], routes)
+	if !reflect.DeepEqual(routes, described) {
+		t.Errorf("the document describes %v; the routes are %v", described, routes)
 	}
-	if n := strings.Count(d.text, `"version": "`); n == 0 || n != strings.Count(d.text, `"version": "`+release+`"`) {
+	if security := fmt.Sprint(d.root["security"]); security != "[map[ApiKey:[]]]" {
+		t.Errorf("the document's security is %s", security)
+	}
+	versions := strings.Count(d.text, `"version": "`)
+	if versions == 0 || versions != strings.Count(d.text, `"version": "`+release+`"`) {
 		t.Errorf("the document is not of version %s", release)
 	}
 }
 
-// Every answer that can be provoked must be described, and every one that is described must be provoked.
+// Every answer that can be provoked must be described, and every answer that is described must be provoked.
 func TestDocumentDescribesEveryAnswerAndNoOther(t *testing.T) {
 	t.Parallel()
-	d, s := mustDocument(t), mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	readOnly, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-q", "--read-only", "-t", tenantA, "-e", "r@example.com")
-	named := `"run_id":"` + nobody + `",`
-	for _, c := range []struct {
-		status        int
-		request, body string
-	}{
-		{200, "GET /", ""}, {200, "GET /healthz", ""}, {200, "GET /docs", ""}, {200, "GET /openapi.json", ""},
-		{200, "GET /list_timeseries", ""}, {200, "GET /runs", ""}, {200, "GET /values", ""}, {200, "POST /upload", oneValue},
-		{200, "POST /upload", runWith(named + `"run_params":{"n":[1]},"series_descriptions":null,`)},
-		{200, "POST /upload", runWith("", at("2025-01-02", "null"), at("2025-01-03", "1e300", `,"valid_time_end":"2025-01-04"`))},
-		{200, "PUT /values", update(`"value":2.5,"annotation":"why","tags":["b","A"]`)}, {200, "PUT /values", update(`"value":2.5`)},
-		{200, "POST /series", `{"name":"s","unit":"MW","description":"d"}`}, {200, "POST /series", `{"name":"s","unit":"MW"}`},
-		{200, "GET /values?limit=3", ""}, {200, "GET /values?detail=true", ""}, {200, "GET /values?all_versions=1&mode=overlapping", ""},
-		{200, "GET /values?bucket=1h&agg=count", ""}, {200, "GET /values?format=csv&detail=true", ""},
-		{200, "GET /values?mode=overlapping&format=csv", ""}, {200, "GET /list_timeseries", ""}, {200, "GET /runs", ""},
-		{404, "POST /upload", runWith("", `{"valid_time":"2025-01-01","series_id":"`+nobody+`","value":1}`)},
-		{404, "GET /values?series_key=nope", ""}, {404, "PUT /values", strings.Replace(update(`"value":1`), "load", "nope", 1)},
-		{409, "POST /upload", runWith(named, at("2025-01-01", "1"))}, {409, "POST /series", `{"name":"s","unit":"kW"}`},
-	} {
-		d.try(s, c.status, c.request, key, c.body)
-	}
-	raw := func(s *testServer, operation, request string) {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		io.WriteString(conn, request)
-		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, _ := io.ReadAll(resp.Body)
-		d.check(operation, resp, string(body))
-	}
-	raw(s, "GET /values", "GET /values HTTP/1.0\r\nX-API-Key: "+key+"\r\n\r\n")
-	without := func(failure error, patience time.Duration) *testServer { // a server without a database; patience: for a body
-		usersTable := func(context.Context) (bool, error) { return false, failure }
-		hs := httptest.NewUnstartedServer(newServer(nil, usersTable, &authenticator{usersTableExists: usersTable}, slog.New(slog.DiscardHandler)))
-		hs.Config.ReadTimeout = patience
-		hs.Start()
-		t.Cleanup(hs.Close)
-		return &testServer{url: hs.URL, client: hs.Client()}
-	}
-	down, bug, hasty := without(io.EOF, 0), without(nil, 0), without(nil, 100*time.Millisecond)
-	d.try(down, 503, "GET /healthz", "", "")
-	d.try(without(errors.New("a bug"), 0), 500, "GET /healthz", "", "")
-	bodies := map[string]string{"POST /upload": oneValue, "PUT /values": update(`"value":1`), "POST /series": `{"name":"x"}`}
-	tooLarge := gzipped(`{"` + strings.Repeat("x", maxBody)) // one long name: it is read the fastest
+	d := mustDocument(t)
+	s, key := mustTenant(t)
+	d.tryRequests(t, s, key)
+	d.tryRefusals(t, s, key)
+	d.tryTooManyBadKeys(t, s)
 	for operation, spec := range d.operations {
-		if spec["security"] != nil {
-			continue
-		}
-		body := bodies[operation]
-		d.try(s, 401, operation, "", body)
-		d.try(s, 403, operation+"?tenant_id="+tenantB, key, body)
-		d.try(s, 422, operation+"?nope=1", key, body)
-		d.try(bug, 500, operation, "", body)
-		d.try(down, 503, operation, "", body)
-		if body != "" {
-			d.try(s, 403, operation, strings.TrimSpace(readOnly), body)
-			d.try(s, 413, operation, key, tooLarge, "Content-Encoding: gzip")
-			d.try(s, 415, operation, key, body, "Content-Type: text/plain")
-			raw(hasty, operation, operation+" HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
-		}
-	}
-	for operation, spec := range d.operations {
-		method, path, _ := strings.Cut(operation, " ")
-		for tries := 0; spec["security"] == nil && tries < 3*failureBurst && !d.seen[operation+" 429 application/json"]; tries++ {
-			resp, text, err := s.do(method, path, "x", "")
-			if err != nil {
-				t.Fatal(err)
-			}
-			d.check(operation, resp, text)
-		}
 		for status, answer := range d.at(spec, "responses") {
 			for kind := range d.at(answer, "content") {
 				if !d.seen[operation+" "+status+" "+kind] {
@@ -1611,33 +1920,148 @@ func TestDocumentDescribesEveryAnswerAndNoOther(t *testing.T) {
 	}
 }
 
-// examples calls fn with each example and default under a node, and with its schema.
-func (d *document) examples(node any, fn func(schema object, example any)) {
-	members, _ := node.(object)
-	elements, _ := node.([]any)
-	list, _ := members["examples"].([]any) // of a schema itself
-	if standard, given := members["default"]; given {
-		list = append(list, standard)
+// tryRequests sends requests whose answers depend on what is stored, in an order that matters.
+func (d *document) tryRequests(t *testing.T, s *testServer, key string) {
+	named := `"run_id":"` + nobody + `",`
+	params := runWith(named + `"run_params":{"n":[1]},"series_descriptions":null,`)
+	twoRows := runWith("", at("2025-01-02", "null"), at("2025-01-03", "1e300", `,"valid_time_end":"2025-01-04"`))
+	ofNoSeries := runWith("", `{"valid_time":"2025-01-01","series_id":"`+nobody+`","value":1}`)
+	for _, c := range []struct {
+		name          string
+		status        int
+		request, body string
+	}{
+		{"the root", 200, "GET /", ""},
+		{"health", 200, "GET /healthz", ""},
+		{"the page", 200, "GET /docs", ""},
+		{"the document itself", 200, "GET /openapi.json", ""},
+		{"no series", 200, "GET /list_timeseries", ""},
+		{"no runs", 200, "GET /runs", ""},
+		{"no values", 200, "GET /values", ""},
+		{"an upload", 200, "POST /upload", oneValue},
+		{"an upload without rows", 200, "POST /upload", params},
+		{"an upload with null and an interval", 200, "POST /upload", twoRows},
+		{"a correction of everything", 200, "PUT /values", update(`"value":2.5,"annotation":"why","tags":["b","A"]`)},
+		{"a correction of nothing new", 200, "PUT /values", update(`"value":2.5`)},
+		{"a new series", 200, "POST /series", `{"name":"s","unit":"MW","description":"d"}`},
+		{"a series that exists", 200, "POST /series", `{"name":"s","unit":"MW"}`},
+		{"values", 200, "GET /values?limit=3", ""},
+		{"values in detail", 200, "GET /values?detail=true", ""},
+		{"all versions", 200, "GET /values?all_versions=1&mode=overlapping", ""},
+		{"buckets", 200, "GET /values?bucket=1h&agg=count", ""},
+		{"CSV in detail", 200, "GET /values?format=csv&detail=true", ""},
+		{"overlapping CSV", 200, "GET /values?mode=overlapping&format=csv", ""},
+		{"series", 200, "GET /list_timeseries", ""},
+		{"runs", 200, "GET /runs", ""},
+		{"an upload to no series", 404, "POST /upload", ofNoSeries},
+		{"values of no series", 404, "GET /values?series_key=nope", ""},
+		{"a correction of no series", 404, "PUT /values", strings.Replace(update(`"value":1`), "load", "nope", 1)},
+		{"a run_id that is taken", 409, "POST /upload", runWith(named, at("2025-01-01", "1"))},
+		{"a series in another unit", 409, "POST /series", `{"name":"s","unit":"kW"}`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d.try(t, s, c.status, c.request, key, c.body)
+		})
 	}
-	for _, example := range list {
+	t.Run("HTTP/1.0", func(t *testing.T) {
+		d.tryRaw(t, s, "GET /values", "GET /values HTTP/1.0\r\nX-API-Key: "+key+"\r\n\r\n")
+	})
+}
+
+// tryRefusals provokes the refusals that every operation with a key has in common, and those of every one with a
+// body.
+func (d *document) tryRefusals(t *testing.T, s *testServer, key string) {
+	readOnly, _ := mustRun(t, 0, s.dsn, "",
+		"users", "create", "-q", "--read-only", "-t", tenantA, "-e", "r@example.com")
+	readOnly = strings.TrimSpace(readOnly)
+	down := serverWithoutDatabase(t, io.EOF, 0, io.Discard)
+	confused := serverWithoutDatabase(t, errors.New("a bug"), 0, io.Discard)
+	bug := serverWithoutDatabase(t, nil, 0, io.Discard)
+	hasty := serverWithoutDatabase(t, nil, 100*time.Millisecond, io.Discard)
+	d.try(t, down, 503, "GET /healthz", "", "")
+	d.try(t, confused, 500, "GET /healthz", "", "")
+	bodies := map[string]string{
+		"POST /upload": oneValue,
+		"PUT /values":  update(`"value":1`),
+		"POST /series": `{"name":"x"}`,
+	}
+	tooLarge := gzipped(`{"` + strings.Repeat("x", maxBody)) // one long name: it is read the fastest
+	for operation, spec := range d.operations {
+		if spec["security"] != nil {
+			continue // it needs no key
+		}
+		body := bodies[operation]
+		t.Run("refusals of "+operation, func(t *testing.T) {
+			d.try(t, s, 401, operation, "", body)
+			d.try(t, s, 403, operation+"?tenant_id="+tenantB, key, body)
+			d.try(t, s, 422, operation+"?nope=1", key, body)
+			d.try(t, bug, 500, operation, "", body)
+			d.try(t, down, 503, operation, "", body)
+		})
+		if body == "" {
+			continue
+		}
+		t.Run("refusals of a body of "+operation, func(t *testing.T) {
+			d.try(t, s, 403, operation, readOnly, body)
+			d.try(t, s, 413, operation, key, tooLarge, "Content-Encoding: gzip")
+			d.try(t, s, 415, operation, key, body, "Content-Type: text/plain")
+			d.tryRaw(t, hasty, operation, operation+" HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"+
+				"Content-Length: 9\r\n\r\n{") // and then nothing
+		})
+	}
+}
+
+// tryTooManyBadKeys sends bad keys to every operation that needs one until it answers 429.
+func (d *document) tryTooManyBadKeys(t *testing.T, s *testServer) {
+	for operation, spec := range d.operations {
+		if spec["security"] != nil {
+			continue // it needs no key
+		}
+		method, path, _ := strings.Cut(operation, " ")
+		for range 3 * failureBurst {
+			if d.seen[operation+" 429 application/json"] {
+				break
+			}
+			resp, text, err := s.do(method, path, "x", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.check(t, operation, resp, text)
+		}
+	}
+}
+
+// examples calls fn with each example and default under a node, and with its schema.
+func (d *document) examples(node any, fn func(schema jsonObject, example any)) {
+	members, _ := node.(jsonObject)
+	ofSchema, _ := members["examples"].([]any)
+	for _, example := range ofSchema {
 		fn(members, example)
 	}
+	if standard, given := members["default"]; given {
+		fn(members, standard)
+	}
 	if schema := d.at(members["schema"]); len(schema) > 0 { // of a parameter, a header or a body
-		if example, given := members["example"]; given || len(d.at(members, "examples")) == 0 {
+		several := d.at(members, "examples")
+		if example, given := members["example"]; given || len(several) == 0 {
 			fn(schema, example)
 		}
-		for _, example := range d.at(members, "examples") {
+		for _, example := range several {
 			fn(schema, d.at(example)["value"])
 		}
 	}
-	for _, child := range slices.AppendSeq(elements, maps.Values(members)) {
-		d.examples(child, fn)
+	for _, member := range members {
+		d.examples(member, fn)
+	}
+	elements, _ := node.([]any)
+	for _, element := range elements {
+		d.examples(element, fn)
 	}
 }
 
 func TestExamplesOfTheDocumentFitTheirSchemas(t *testing.T) {
 	d, count := mustDocument(t), 0
-	d.examples(d.root, func(schema object, example any) {
+	d.examples(d.root, func(schema jsonObject, example any) {
 		count++
 		if err := d.broken(schema, example); err != nil {
 			t.Errorf("the example %.200v does not fit its schema: %v", example, err)
@@ -1650,8 +2074,8 @@ func TestExamplesOfTheDocumentFitTheirSchemas(t *testing.T) {
 
 var variesInAnswers = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|"(change_time|inserted_at|value_id)":[^,}]*`)
 
-// essence is what must be the same in two answers to one request: no ids, no times of writing. The rest is in parts, sorted,
-// because members may be in any order.
+// essence is what two answers to one request must have in common: everything but ids and times of writing. It is cut
+// into sorted parts, because members may be in any order.
 func essence(answer any) []string {
 	constant := variesInAnswers.ReplaceAllString(asJSON(answer), "")
 	parts := strings.FieldsFunc(constant, func(r rune) bool { return strings.ContainsRune("{},", r) })
@@ -1659,103 +2083,161 @@ func essence(answer any) []string {
 	return parts
 }
 
-// The examples of requests are sent in the order in which they stand, as a reader of the docs page would; then the reads
-// again, because the answers that are shown are those after all writes. x-query tells the parameters.
+// exchange is a request of the document's examples and the answer that is shown for it.
+type exchange struct {
+	request, kind, name string // kind is the media type: of the body in a write, of the answer in a read
+	query               jsonObject
+	body, shown         any
+}
+
+// exchanges are the document's examples of requests, in no order.
+func (d *document) exchanges() (writes, reads []exchange) {
+	for request, spec := range d.operations {
+		answers := d.at(spec, "responses", "200", "content")
+		for kind, content := range d.at(spec, "requestBody", "content") {
+			for name, node := range d.at(content, "examples") {
+				example, shown := d.at(node), d.at(answers, "application/json", "examples", name)
+				writes = append(writes,
+					exchange{request, kind, name, d.at(example["x-query"]), example["value"], shown["value"]})
+			}
+		}
+		if !strings.HasPrefix(request, "GET ") {
+			continue
+		}
+		for kind, content := range answers {
+			for name, node := range d.at(content, "examples") {
+				shown := d.at(node)
+				reads = append(reads, exchange{request, kind, name, d.at(shown["x-query"]), nil, shown["value"]})
+			}
+		}
+	}
+	return writes, reads
+}
+
+// send sends the request of an example, as the document tells it, and returns its answer.
+func (x exchange) send(t *testing.T, d *document, s *testServer, key string) (answer any) {
+	t.Helper()
+	query := url.Values{}
+	for name, value := range x.query {
+		query.Set(name, value.(string))
+	}
+	body := ""
+	switch value := x.body.(type) {
+	case string:
+		body = value // CSV
+	case jsonObject:
+		body = asJSON(value)
+	}
+	text := d.try(t, s, 200, x.request+"?"+query.Encode(), key, body, "Content-Type: "+x.kind)
+	if err := json.Unmarshal([]byte(text), &answer); err != nil {
+		return text // CSV
+	}
+	return answer
+}
+
+// The examples of requests are sent in the order in which they stand, as a reader of the docs page would send them.
+// Then the reads are sent again, because the answers that are shown are those after all writes. x-query tells the
+// parameters.
 func TestExamplesOfTheDocumentAreAnsweredAsItShows(t *testing.T) {
 	t.Parallel()
 	d, s := mustDocument(t), mustServer(t)
 	key := s.mustUser(t, "3b241101-e2bb-4255-8caf-4136c566a962", "anna@example.com")
-	type sending struct {
-		request, kind, name string
-		example, shown      object
-	}
-	var writes, reads []sending
-	for request, spec := range d.operations {
-		answers := d.at(spec, "responses", "200", "content")
-		for kind, content := range d.at(spec, "requestBody", "content") {
-			for name, example := range d.at(content, "examples") {
-				writes = append(writes, sending{request, kind, name, d.at(example), d.at(answers, "application/json", "examples", name)})
-			}
-		}
-		for kind, content := range answers {
-			for name, example := range d.at(content, "examples") {
-				if strings.HasPrefix(request, "GET ") {
-					reads = append(reads, sending{request, kind, name, object{"x-query": d.at(example)["x-query"]}, d.at(example)})
-				}
-			}
-		}
-	}
-	place := func(x sending) int { return strings.Index(d.text, strconv.Quote(x.name)+":") }
-	all := append(writes, reads...)
-	slices.SortFunc(all, func(x, y sending) int { return cmp.Compare(place(x), place(y)) })
-	for i, x := range append(all, reads...) {
-		query, body := url.Values{}, ""
-		for name, value := range d.at(x.example, "x-query") {
-			query.Set(name, value.(string))
-		}
-		switch value := x.example["value"].(type) {
-		case string:
-			body = value // CSV
-		case object:
-			body = asJSON(value)
-		}
-		text := d.try(s, 200, x.request+"?"+query.Encode(), key, body, "Content-Type: "+x.kind)
-		var answer any = text
-		_ = json.Unmarshal([]byte(text), &answer) // or it is CSV
-		if (body != "" || i >= len(all)) && !slices.Equal(essence(answer), essence(x.shown["value"])) {
-			t.Errorf("%s?%s %s: %s\nthe document shows %v", x.request, query.Encode(), body, text, x.shown["value"])
-		}
-	}
+	writes, reads := d.exchanges()
 	if len(writes) < 6 || len(reads) < 6 {
 		t.Errorf("only %d writes and %d reads were found", len(writes), len(reads))
 	}
+	place := func(x exchange) int { return strings.Index(d.text, strconv.Quote(x.name)+":") }
+	all := slices.Concat(writes, reads)
+	slices.SortFunc(all, func(x, y exchange) int { return place(x) - place(y) })
+	for _, x := range all {
+		t.Run(x.request+", "+x.name, func(t *testing.T) {
+			answer := x.send(t, d, s, key)
+			if x.body != nil && !slices.Equal(essence(answer), essence(x.shown)) {
+				t.Errorf("%v\nthe document shows %v", answer, x.shown)
+			}
+		})
+	}
+	for _, x := range reads {
+		t.Run(x.request+", "+x.name+", after all writes", func(t *testing.T) {
+			answer := x.send(t, d, s, key)
+			if !slices.Equal(essence(answer), essence(x.shown)) {
+				t.Errorf("%v\nthe document shows %v", answer, x.shown)
+			}
+		})
+	}
 }
 
-// The server names what it takes when it refuses a parameter, a field or a column that it does not know.
+// When the server refuses a parameter, a field or a column that it does not know, it names those that it takes.
 func TestDocumentNamesTheParametersAndFieldsThatThereAre(t *testing.T) {
 	t.Parallel()
-	d, s := mustDocument(t), mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	for _, c := range []struct{ request, body, kind, schema string }{ // without a schema it is about parameters
-		{"GET /values?nope=1", "", "", ""}, {"GET /runs?nope=1", "", "", ""}, {"GET /list_timeseries?nope=1", "", "", ""},
-		{"POST /upload?nope=1", "x", "text/csv", ""}, {"PUT /values?nope=1", `{"updates":[]}`, "", ""},
-		{"POST /series?nope=1", `{"name":"x"}`, "", ""}, {"POST /upload", `{"nope":1}`, "", "Upload"},
-		{"POST /upload?run_start_time=2025-01-01", "nope", "text/csv", "UploadRow"}, {"PUT /values", `{"nope":1}`, "", "Updates"},
-		{"PUT /values", `{"updates":[{"nope":1}]}`, "", "Update"}, {"POST /series", `{"nope":1}`, "", "NewSeries"},
+	d := mustDocument(t)
+	s, key := mustTenant(t)
+	const inJSON, inCSV = "application/json", "text/csv"
+	for _, c := range []struct{ name, request, body, kind, schema string }{ // without a schema it is about parameters
+		{"parameters of GET /values", "GET /values?nope=1", "", inJSON, ""},
+		{"parameters of GET /runs", "GET /runs?nope=1", "", inJSON, ""},
+		{"parameters of GET /list_timeseries", "GET /list_timeseries?nope=1", "", inJSON, ""},
+		{"parameters of POST /upload", "POST /upload?nope=1", "x", inCSV, ""},
+		{"parameters of PUT /values", "PUT /values?nope=1", `{"updates":[]}`, inJSON, ""},
+		{"parameters of POST /series", "POST /series?nope=1", `{"name":"x"}`, inJSON, ""},
+		{"members of an upload", "POST /upload", `{"nope":1}`, inJSON, "Upload"},
+		{"columns of an upload", "POST /upload?run_start_time=2025-01-01", "nope", inCSV, "UploadRow"},
+		{"members of updates", "PUT /values", `{"nope":1}`, inJSON, "Updates"},
+		{"members of one update", "PUT /values", `{"updates":[{"nope":1}]}`, inJSON, "Update"},
+		{"members of a series", "POST /series", `{"nope":1}`, inJSON, "NewSeries"},
 	} {
-		text := d.try(s, 422, c.request, key, c.body, "Content-Type: "+cmp.Or(c.kind, "application/json"))
-		_, taken, _ := strings.Cut(strings.ReplaceAll(text, "also ", ""), "there are ")
-		operation, _, _ := strings.Cut(c.request, "?")
-		names := slices.Collect(maps.Keys(d.at(d.root, "components", "schemas", c.schema, "properties")))
-		parameters, _ := d.operations[operation]["parameters"].([]any)
-		for _, p := range parameters {
-			if p := d.at(p); c.schema == "" && p["in"] == "query" {
-				names = append(names, p["name"].(string))
+		t.Run(c.name, func(t *testing.T) {
+			text := d.try(t, s, 422, c.request, key, c.body, "Content-Type: "+c.kind)
+			_, taken, _ := strings.Cut(strings.ReplaceAll(text, "also ", ""), "there are ")
+			operation, _, _ := strings.Cut(c.request, "?")
+			names := d.parameters(operation)
+			if c.schema != "" {
+				properties := d.at(d.root, "components", "schemas", c.schema, "properties")
+				names = slices.Collect(maps.Keys(properties))
 			}
-		}
-		slices.Sort(names)
-		if described := strings.Join(names, ", "); described+"\"}\n" != taken {
-			t.Errorf("%s %s: the document names %s\nthe server takes %s", c.request, c.schema, described, taken)
-		}
+			slices.Sort(names)
+			if described := strings.Join(names, ", "); described+"\"}\n" != taken {
+				t.Errorf("the document names %s\nthe server takes %s", described, taken)
+			}
+		})
 	}
 }
 
-// uploadBodies are rows as the notebooks' pandas writes them: ten series, one after the other, in quarters of an hour.
-func uploadBodies(rows int) (asJSON, asCSV string) {
-	var list []string
-	csv := []byte("valid_time,value_key,value\n")
+// parameters are the names of an operation's parameters in the query string.
+func (d *document) parameters(operation string) []string {
+	var names []string
+	all, _ := d.operations[operation]["parameters"].([]any)
+	for _, node := range all {
+		parameter := d.at(node)
+		if parameter["in"] == "query" {
+			names = append(names, parameter["name"].(string))
+		}
+	}
+	return names
+}
+
+// ---- Benchmarks
+
+// uploadBodies are rows as the notebooks' pandas writes them: ten series, one after the other, in quarters of an
+// hour.
+func uploadBodies(rows int) (jsonBody, csvBody string) {
+	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	var objects []string
+	lines := []byte("valid_time,value_key,value\n")
 	for i := range rows {
-		at := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC).Add(time.Duration(i%(rows/10)) * 15 * time.Minute)
-		key, value := fmt.Sprintf("series_%d", i/(rows/10)), 80+float64(i*7919%40_000)/1000
-		list = append(list, fmt.Sprintf(`{"valid_time":%q,"value_key":%q,"value":%g}`, at.Format("2006-01-02T15:04:05+00:00"), key, value))
-		csv = fmt.Appendf(csv, "%s,%s,%g\n", at.Format("2006-01-02 15:04:05+00:00"), key, value)
+		valid := begin.Add(time.Duration(i%(rows/10)) * 15 * time.Minute)
+		key := fmt.Sprintf("series_%d", i/(rows/10))
+		value := 80 + float64(i*7919%40_000)/1000
+		objects = append(objects, fmt.Sprintf(`{"valid_time":%q,"value_key":%q,"value":%g}`,
+			valid.Format("2006-01-02T15:04:05+00:00"), key, value))
+		lines = fmt.Appendf(lines, "%s,%s,%g\n", valid.Format("2006-01-02 15:04:05+00:00"), key, value)
 	}
-	return runWith("", list...), string(csv)
+	return runWith("", objects...), string(lines)
 }
 
+// benchmarkUpload uploads a body, which has so many rows, again and again.
 func benchmarkUpload(b *testing.B, rows int, path, body string, header ...string) {
-	s := mustServer(b)
-	key := s.mustUser(b, tenantA, "a@example.com")
+	s, key := mustTenant(b)
 	b.SetBytes(int64(len(body)))
 	b.ReportAllocs()
 	for b.Loop() {
@@ -1784,8 +2266,7 @@ func BenchmarkUploadSensors(b *testing.B) {
 }
 
 func BenchmarkReadFlat1M(b *testing.B) {
-	s := mustServer(b)
-	key := s.mustUser(b, tenantA, "a@example.com")
+	s, key := mustTenant(b)
 	const n = 1_000_000
 	mustManyValues(b, s, key, n)
 	benchmarkRead(b, s, key, n)
@@ -1793,13 +2274,13 @@ func BenchmarkReadFlat1M(b *testing.B) {
 
 // BenchmarkReadRevisions reads the latest of hourly forecasts, each of a week ahead in quarters of an hour.
 func BenchmarkReadRevisions(b *testing.B) {
-	s := mustServer(b)
-	key := s.mustUser(b, tenantA, "a@example.com")
+	s, key := mustTenant(b)
 	const series, runs, values = 20, 168, 672
 	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
 	for run := range runs {
 		known := begin.Add(time.Duration(run) * time.Hour)
-		text := fmt.Appendf(nil, `{"run_start_time":%[1]q,"known_time":%[1]q,"value_rows":[`, known.Format(time.RFC3339))
+		text := fmt.Appendf(nil, `{"run_start_time":%[1]q,"known_time":%[1]q,"value_rows":[`,
+			known.Format(time.RFC3339))
 		for i := range series * values {
 			text = fmt.Appendf(text, `{"value_key":"load%d","valid_time":%q,"value":%d.5},`, i/values,
 				known.Add(time.Duration(i%values)*15*time.Minute).Format(time.RFC3339), run)
@@ -1809,7 +2290,7 @@ func BenchmarkReadRevisions(b *testing.B) {
 	benchmarkRead(b, s, key, series*runs*values)
 }
 
-// benchmarkRead reads all that there is, which considers n stored values.
+// benchmarkRead reads everything, for which n stored values are looked at.
 func benchmarkRead(b *testing.B, s *testServer, key string, n int) {
 	b.ReportAllocs()
 	for b.Loop() {
@@ -1831,14 +2312,14 @@ func benchmarkRead(b *testing.B, s *testServer, key string, n int) {
 }
 
 func BenchmarkSmallRead(b *testing.B) {
-	s := mustServer(b)
-	key := s.mustUser(b, tenantA, "a@example.com")
+	s, key := mustTenant(b)
 	mustManyValues(b, s, key, 100_000)
+	const hour = "/values?series_key=load&start_valid=2020-02-01T00:00:00Z&end_valid=2020-02-01T01:00:00Z"
 	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			resp, _, err := s.do("GET", "/values?series_key=load&start_valid=2020-02-01T00:00:00Z&end_valid=2020-02-01T01:00:00Z", key, "")
+			resp, _, err := s.do("GET", hour, key, "")
 			if err != nil || resp.StatusCode != 200 {
 				b.Error(resp, err)
 			}
@@ -1846,57 +2327,79 @@ func BenchmarkSmallRead(b *testing.B) {
 	})
 }
 
+// ---- Fuzzing of what a request's body can be
+
 func FuzzUploadCSV(f *testing.F) {
-	for _, seed := range []string{"valid_time,value_key,value\n2025-01-01,load,1\n2025-01-02,load,\n", "value,series_id,valid_time\n",
-		"valid_time,value_key,value,valid_time_end\r\n\"2025-01-01 00:00\",\"a\"\"b\",NaN,2025-01-02\r\n", "valid_time,value\n1\n", "\"", ""} {
+	for _, seed := range []string{
+		"valid_time,value_key,value\n2025-01-01,load,1\n2025-01-02,load,\n",
+		"value,series_id,valid_time\n",
+		"valid_time,value_key,value,valid_time_end\r\n\"2025-01-01 00:00\",\"a\"\"b\",NaN,2025-01-02\r\n",
+		"valid_time,value\n1\n",
+		"\"",
+		"",
+	} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		u := &upload{points: map[seriesRef][]point{}}
-		err := u.decodeCSV(bytes.NewReader(body))
-		if err == nil {
-			if all, err := csv.NewReader(bytes.NewReader(body)).ReadAll(); err != nil || len(all) != u.rows+1 {
-				t.Fatalf("%d rows of %q, encoding/csv finds %d lines: %v", u.rows, body, len(all), err)
-			}
-		} else if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 422 {
-			t.Errorf("%q: %v, want a refusal with 422", body, err)
+		u := newUploadReader(t)
+		err := u.readCSV(bytes.NewReader(body), &parameters{}, Caller{})
+		if err != nil {
+			mustBeRefusal(t, body, err, invalidInput)
+			return
+		}
+		lines, err := csv.NewReader(bytes.NewReader(body)).ReadAll()
+		if err != nil || len(lines) != u.rows+1 {
+			t.Fatalf("%d rows of %q, encoding/csv finds %d lines: %v", u.rows, body, len(lines), err)
 		}
 	})
 }
 
 func FuzzUpdates(f *testing.F) {
-	for _, seed := range []string{`{"valid_time":"2025-01-01","series_key":"a","value":1}`, `{"valid_time":"2025-01-01","series_id":null,"tags":["B","a "]}`,
-		`{"value":null,"value":1}`, `{"valid_time":"2025-01-01T00:00Z","valid_time_end":null,"series_key":"x","annotation":" y "}`, `{"Value":1}`, `[]`, `{`} {
+	for _, seed := range []string{
+		`{"valid_time":"2025-01-01","series_key":"a","value":1}`,
+		`{"valid_time":"2025-01-01","series_id":null,"tags":["B","a "]}`,
+		`{"value":null,"value":1}`,
+		`{"valid_time":"2025-01-01T00:00Z","valid_time_end":null,"series_key":"x","annotation":" y "}`,
+		`{"Value":1}`,
+		`[]`,
+		`{`,
+	} {
 		f.Add([]byte(`{"updates":[` + seed + `]}`))
 	}
-	f.Fuzz(func(t *testing.T, body []byte) {
-		var updates []map[string]any
-		err := fields{"updates": list(func(decode func(into any) error) error {
-			var text rawJSON
-			if err := decode(&text); err != nil {
+	f.Fuzz(func(t *testing.T, text []byte) {
+		b := &body{in: bytes.NewReader(text), digest: sha256.New()}
+		readUpdates := func() error {
+			return eachItem(b.json, '[', func(int) error {
+				x, err := readUpdate(b.json, Caller{tenant: tenantA})
+				if err == nil && (x.ref == seriesRef{} || x.point.time == 0) {
+					t.Errorf("%q is read as %v", text, x)
+				}
 				return err
-			}
-			ref, update, err := decodeUpdate(Caller{tenant: tenantA}, text)
-			if err == nil && (ref == seriesRef{} || update["valid_time"] == nil || len(update) < 3) {
-				t.Errorf("%q is read as %v %v", body, ref, update)
-			}
-			updates = append(updates, update)
-			return err
-		})}.decodeJSON(bytes.NewReader(body))
-		if err == nil {
-			asJSON(updates) // must not panic
-		} else if refused, ok := errors.AsType[*apiError](err); !ok || refused.status != 422 && refused.status != 403 {
-			t.Errorf("%q: %v, want a refusal", body, err)
+			})
+		}
+		if err := b.decodeJSON(map[string]any{"updates": readUpdates}); err != nil {
+			mustBeRefusal(t, text, err, invalidInput, forbidden)
 		}
 	})
 }
 
-// decodeUpload decodes the body of an upload as POST /upload does, without a database.
-func decodeUpload(body []byte) (*upload, error) {
-	u := &upload{points: map[seriesRef][]point{}}
-	err := fields{"run_id": &u.runID, "run_start_time": &u.start, "known_time": &u.known, "run_params": &u.params,
-		"series_descriptions": &u.descriptions, "value_rows": list(u.add)}.decodeJSON(bytes.NewReader(body))
-	return u, err
+// ampleClaim is a claim on more memory than any test takes.
+func ampleClaim() *claim { return &claim{of: newShares(1<<40, 1<<40)} }
+
+// newUploadReader reads an upload as POST /upload does, without a database.
+func newUploadReader(t testing.TB) *uploadReader {
+	u := &uploadReader{ctx: t.Context(), memory: ampleClaim()}
+	u.points = map[seriesRef][]point{}
+	return u
+}
+
+// mustBeRefusal fails the test unless err says, to whoever sent text, that it is wrong.
+func mustBeRefusal(t *testing.T, text []byte, err error, kinds ...errorKind) {
+	t.Helper()
+	refused, ok := errors.AsType[*refusal](err)
+	if !ok || !slices.Contains(kinds, refused.kind) {
+		t.Errorf("%q: %v, want a refusal of the kinds %q", text, err, kinds)
+	}
 }
 
 func FuzzUploadJSON(f *testing.F) {
@@ -1904,20 +2407,21 @@ func FuzzUploadJSON(f *testing.F) {
 	for _, seed := range []string{emptyRun, oneValue, params, `{"value_rows":[{},]}`, `{} {`} {
 		f.Add([]byte(seed))
 	}
-	f.Fuzz(func(t *testing.T, body []byte) {
-		u, err := decodeUpload(body)
+	f.Fuzz(func(t *testing.T, text []byte) {
+		u := newUploadReader(t)
+		b := &body{in: bytes.NewReader(text), digest: sha256.New()}
+		err := u.readJSON(b, &parameters{}, Caller{})
 		if err == nil {
 			var plain struct {
 				Rows []json.RawMessage `json:"value_rows"`
 			}
-			if err := json.Unmarshal(body, &plain); err != nil || len(plain.Rows) != u.rows {
-				t.Fatalf("%d rows of %q, encoding/json finds %d: %v", u.rows, body, len(plain.Rows), err)
+			if err := json.Unmarshal(text, &plain); err != nil || len(plain.Rows) != u.rows {
+				t.Fatalf("%d rows of %q, encoding/json finds %d: %v", u.rows, text, len(plain.Rows), err)
 			}
 			err = u.check()
 		}
-		var refused *apiError
-		if err != nil && (!errors.As(err, &refused) || refused.status != 422) {
-			t.Errorf("%q: %v, want a refusal with 422", body, err)
+		if err != nil {
+			mustBeRefusal(t, text, err, invalidInput, forbidden, tooLarge)
 		}
 	})
 }

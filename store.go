@@ -1,6 +1,10 @@
 package main
 
+// The words that timedb speaks, the errors that it knows, and all of its SQL. In this order: words,
+// errors, shares, the pool, the catalog, users, series, uploads, arrays, reads, corrections, lists.
+
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"database/sql"
@@ -15,10 +19,14 @@ import (
 	"math"
 	"net"
 	"os"
+	"reflect"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/lib/pq"
 )
@@ -26,78 +34,620 @@ import (
 //go:embed schema.sql
 var schemaSQL string
 
+// ---- Words: types that know how to read and print themselves, wherever they stand: in JSON, in
+// the query, in a CSV or on the command line.
+
+// word is a type that says which texts it takes.
+type word interface{ expected() string }
+
+// unfit is the error of a text that is no T. It is of a type to which encoding/json adds the name
+// of the field.
+func unfit[T word](text []byte) error {
+	return &json.UnmarshalTypeError{Value: string(text), Type: reflect.TypeFor[T]()}
+}
+
+// timestamp counts microseconds from the first instant of year 1 UTC, where time.Time begins too.
+// Zero is no time: not given, or NULL.
+type timestamp int64
+
 const (
-	// A block is one row of values_table; schema.sql checks both bounds. 1,000 values make a row's overhead (some 200
-	// bytes) vanish beside them; 32 days bound how far before a window the read of that window must start.
-	maxBlockValues     = 1000
-	maxBlockSpan       = micros(32 * 24 * time.Hour / time.Microsecond)
-	blocksPerStatement = 250              // so that the parameters of one INSERT stay within some megabytes
-	poolSize           = 24               // keeps a dozen cores busy; two servers, with lookupPool, fit PostgreSQL's default of 100
-	lookupPool         = 8                // connections for looking up keys alone
-	connMaxLifetime    = 30 * time.Minute // retires a connection that went bad
-	schemaVersion      = 2                // of the tables that this program knows; schema.sql writes it down
-	statementTimeout   = 5 * time.Minute  // PostgreSQL ends a statement of the API then, whatever became of its server
+	unixEpoch     = timestamp(62_135_596_800e6)
+	postgresEpoch = timestamp(63_082_281_600e6) // of a timestamptz in binary form: 2000-01-01
+	firstTime     = timestamp(52_889_500_800e6) // the years that there are begin with 1677
+	lastTime      = timestamp(71_381_779_200e6) // and end with 2262
 )
 
-// store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx and binds its tenant.
+func timestampOf(t time.Time) timestamp { return unixEpoch + timestamp(t.UnixMicro()) }
+
+func (t timestamp) utc() time.Time { return time.UnixMicro(int64(t - unixEpoch)).UTC() }
+
+// append writes t as the API does: in UTC, with six digits of fraction or none.
+func (t timestamp) append(b []byte) []byte {
+	seconds := len(b) + len("2006-01-02T15:04:05")
+	b = t.utc().AppendFormat(b, time.RFC3339Nano) // much faster than a layout of our own
+	b = b[:len(b)-len("Z")]
+	for len(b) > seconds && len(b) < seconds+len(".000000") {
+		b = append(b, '0')
+	}
+	return append(b, "+00:00"...)
+}
+
+func (t timestamp) String() string { return string(t.append(nil)) }
+
+func (t timestamp) MarshalText() ([]byte, error) { return t.append(nil), nil }
+
+// Value is t as a bound argument.
+func (t timestamp) Value() (driver.Value, error) {
+	if t == 0 {
+		return nil, nil
+	}
+	return t.utc(), nil
+}
+
+// Scan reads a timestamptz, or NULL.
+func (t *timestamp) Scan(stored any) error {
+	switch stored := stored.(type) {
+	case nil:
+		*t = 0
+	case time.Time:
+		*t = timestampOf(stored)
+	default:
+		return fmt.Errorf("expected a timestamptz, not a %T", stored)
+	}
+	return nil
+}
+
+func (timestamp) expected() string {
+	return "ISO 8601 timestamp such as 2025-01-31T12:00Z, of the years 1677 to 2262"
+}
+
+var timeLayouts = []string{
+	time.RFC3339,
+	"2006-01-02T15:04:05",
+	"2006-01-02",
+	"2006-01-02T15:04Z07:00",
+	"2006-01-02T15:04",
+	"2006-01-02T15:04:05Z0700",
+	"2006-01-02T15:04:05Z07",
+	"2006-01-02T15:04Z0700",
+	"2006-01-02T15:04Z07",
+}
+
+// UnmarshalText reads an ISO 8601 timestamp: a date, or date and time with T or a space between.
+// No offset means UTC. A plus that a query string has turned into a space is understood. Digits
+// beyond microseconds are cut off.
+func (t *timestamp) UnmarshalText(text []byte) error {
+	s := string(text)
+	const date = len("2006-01-02")
+	if len(s) > date && s[date] == ' ' {
+		s = s[:date] + "T" + s[date+1:]
+	}
+	s = strings.Replace(s, " ", "+", 1)
+	const hour = len("2006-01-02T15")
+	if len(s) > hour && s[hour] != ':' {
+		return unfit[timestamp](text) // time.Parse would take an hour of one digit
+	}
+	for _, layout := range timeLayouts {
+		parsed, err := time.Parse(layout, s)
+		if err != nil {
+			continue
+		}
+		*t = timestampOf(parsed)
+		if *t >= firstTime && *t < lastTime {
+			return nil
+		}
+	}
+	return unfit[timestamp](text)
+}
+
+// span is a duration in microseconds, of less than 293 years.
+type span timestamp
+
+const day = span(24 * time.Hour / time.Microsecond)
+
+var isoSpan = regexp.MustCompile(`^P?(?:(\d{1,5})W)?(?:(\d{1,6})[Dd])?(?:T([0-9.HMS]+))?$`)
+
+func (span) expected() string { return "duration such as PT36H, P1D or 90m" }
+
+// UnmarshalText reads a duration as ISO 8601 writes it (P1DT12H; no months or years, whose length
+// differs), as Go does (36h), or in days (90d). What is finer than a microsecond is cut off.
+func (d *span) UnmarshalText(text []byte) error {
+	s := string(text)
+	parts := isoSpan.FindStringSubmatch(s)
+	if parts != nil && len(s) > 1 {
+		weeks, _ := strconv.Atoi(parts[1]) // a few digits, or nothing: zero
+		days, _ := strconv.Atoi(parts[2])
+		s = fmt.Sprintf("%dh%s", 24*(7*weeks+days), strings.ToLower(parts[3]))
+	}
+	length, err := time.ParseDuration(s)
+	if err != nil || length < 0 {
+		return unfit[span](text)
+	}
+	*d = span(length.Microseconds())
+	return nil
+}
+
+// expiry is a time to come: a timestamp, or a span from now on. Zero is never.
+type expiry timestamp
+
+func (expiry) expected() string { return "90d, 12h or a timestamp, to come" }
+
+func (e *expiry) UnmarshalText(text []byte) error {
+	now := timestampOf(time.Now())
+	var after span
+	var ends timestamp
+	if err := after.UnmarshalText(text); err == nil {
+		ends = now + timestamp(after)
+	} else if err := ends.UnmarshalText(text); err != nil {
+		return unfit[expiry](text)
+	}
+	if ends <= now {
+		return unfit[expiry](text)
+	}
+	*e = expiry(ends)
+	return nil
+}
+
+// uuid is a UUID in lower case.
+type uuid string
+
+var uuidPattern = regexp.MustCompile(
+	`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
+
+func (uuid) expected() string { return "UUID" }
+
+func (u *uuid) UnmarshalText(text []byte) error {
+	*u = uuid(strings.ToLower(string(text)))
+	if !uuidPattern.MatchString(string(*u)) {
+		return unfit[uuid](text)
+	}
+	return nil
+}
+
+// label is a key, unit, workflow_id, e-mail address or tag.
+type label string
+
+const maxLabel = 500 // bytes; PostgreSQL indexes keys of up to some 2,700
+
+func (label) expected() string { return "text of 1 to 500 bytes without control characters" }
+
+func (l *label) UnmarshalText(text []byte) error {
+	blank := len(bytes.TrimSpace(text)) == 0
+	if blank || len(text) > maxLabel || bytes.ContainsFunc(text, unprintable) {
+		return unfit[label](text)
+	}
+	*l = label(text)
+	return nil
+}
+
+// unprintable is true of control characters and of what stands for bytes that are not UTF-8.
+func unprintable(r rune) bool { return r == unicode.ReplacementChar || unicode.IsControl(r) }
+
+// prose is a description or an annotation, without white space around it.
+type prose string
+
+const maxProse = 10_000 // bytes
+
+func (prose) expected() string { return "text of at most 10,000 bytes" }
+
+func (p *prose) UnmarshalText(text []byte) error {
+	bad := func(r rune) bool { return unprintable(r) && !strings.ContainsRune("\t\r\n", r) }
+	if len(text) > maxProse || bytes.ContainsFunc(text, bad) {
+		return unfit[prose](text)
+	}
+	*p = prose(bytes.TrimSpace(text))
+	return nil
+}
+
+// object is a JSON object, kept as it was sent.
+type object []byte
+
+const maxObject = 16 << 10 // bytes
+
+func (object) expected() string { return "JSON object of at most 16,384 bytes" }
+
+func (o *object) UnmarshalText(text []byte) error {
+	if len(text) > maxObject || !json.Valid(text) || text[0] != '{' {
+		return unfit[object](text)
+	}
+	*o = bytes.Clone(text)
+	return nil
+}
+
+// UnmarshalJSON takes null for nothing.
+func (o *object) UnmarshalJSON(text []byte) error {
+	if string(text) == "null" {
+		return nil
+	}
+	return o.UnmarshalText(text)
+}
+
+// number is a value: any float64 but infinity, or NULL, which is NaN.
+type number float64
+
+// notGiven is what no input can be.
+var notGiven = number(math.Inf(1))
+
+func (number) expected() string { return "finite number or null" }
+
+func (n *number) UnmarshalJSON(b []byte) error {
+	if string(b) == "null" {
+		b = nil
+	}
+	return n.UnmarshalText(b)
+}
+
+// UnmarshalText takes nothing and NaN for NULL. Other spellings that strconv knows, such as nan,
+// 0x1p-2 or 1_000, are refused.
+func (n *number) UnmarshalText(text []byte) error {
+	s := string(text)
+	if s == "" || s == "NaN" {
+		*n = number(math.NaN())
+		return nil
+	}
+	f, err := strconv.ParseFloat(s, 64)
+	if err != nil || math.IsNaN(f) || math.IsInf(f, 0) || strings.ContainsAny(s, "xX_") {
+		return unfit[number](text)
+	}
+	*n = number(f)
+	return nil
+}
+
+// appendNumber writes f so that it reads as a float: 20.0, not 20. NaN is written as null says.
+func appendNumber(b []byte, f float64, null string) []byte {
+	abs := math.Abs(f)
+	switch {
+	case math.IsNaN(f):
+		return append(b, null...)
+	case abs != 0 && (abs < 1e-4 || abs >= 1e16):
+		return strconv.AppendFloat(b, f, 'e', -1, 64)
+	case f == math.Trunc(f):
+		b = strconv.AppendFloat(b, f, 'f', -1, 64)
+		return append(b, ".0"...)
+	}
+	return strconv.AppendFloat(b, f, 'f', -1, 64)
+}
+
+// optional is a member of which it matters whether it is absent, or null, or has a value.
+type optional[T any] struct {
+	given bool
+	value *T // nil is null
+}
+
+func (o *optional[T]) UnmarshalJSON(b []byte) error {
+	o.given = true
+	return json.Unmarshal(b, &o.value)
+}
+
+// ---- Errors
+
+// errorKind is what an error means for whoever asked. server.go gives each kind its HTTP status.
+type errorKind string
+
+const (
+	invalidInput errorKind = "invalid input"
+	notFound     errorKind = "not found"
+	conflict     errorKind = "conflict"
+	forbidden    errorKind = "forbidden"
+	busy         errorKind = "busy"
+	tooLarge     errorKind = "too large"
+)
+
+// refusal is an error that whoever asked may read.
+type refusal struct {
+	kind    errorKind
+	message string
+}
+
+func (e *refusal) Error() string { return e.message }
+
+// maxMessage bounds what a refusal repeats of the input, in characters.
+const maxMessage = 1000
+
+func refuse(kind errorKind, format string, args ...any) error {
+	message := fmt.Sprintf(format, args...)
+	return &refusal{kind, fmt.Sprintf("%.*s", maxMessage, message)}
+}
+
+// prefix says where in the request a refusal belongs.
+func prefix(where string, err error) error {
+	var refused *refusal
+	if errors.As(err, &refused) {
+		return &refusal{refused.kind, where + refused.message}
+	}
+	return err
+}
+
+func invalid(format string, args ...any) error { return refuse(invalidInput, format, args...) }
+
+// sqlState returns the five-character code of a PostgreSQL error, "" for any other error.
+func sqlState(err error) string {
+	if e := pq.As(err); e != nil {
+		return string(e.Code)
+	}
+	return ""
+}
+
+// lostConnection are the errors that Go and lib/pq have for a database that cannot be asked.
+var lostConnection = []error{
+	context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, io.EOF, io.ErrUnexpectedEOF,
+	sql.ErrConnDone, sql.ErrTxDone,
+}
+
+// cannotServe are the beginnings of SQLSTATEs that say that the database cannot serve now.
+// https://www.postgresql.org/docs/15/errcodes-appendix.html
+var cannotServe = []string{
+	"08",    // connection
+	"28",    // authorization
+	"40",    // rollback, of a deadlock for example
+	"53",    // resources
+	"57",    // operator intervention
+	"58",    // system error
+	"42P01", // no such table
+	"42883", // no such function
+	"42501", // no privilege
+	"25006", // a standby, which is read-only
+	"3D000", // no such database
+	"55000", // not open to connections
+	"55006", // object in use
+	"0A000", // a plan of an older schema
+}
+
+// unavailable tells whether err means that the database cannot serve now, rather than a bug.
+func unavailable(err error) bool {
+	var netErr net.Error
+	if errors.As(err, &netErr) {
+		return true
+	}
+	for _, lost := range lostConnection {
+		if errors.Is(err, lost) {
+			return true
+		}
+	}
+	state := sqlState(err)
+	return slices.ContainsFunc(cannotServe, func(start string) bool {
+		return strings.HasPrefix(state, start)
+	})
+}
+
+// ---- Shares: what the tenants have in common is divided among them, so that none can take it all
+
+// shareWait is how long a request waits for its part before it is refused.
+const shareWait = 5 * time.Second
+
+// shares divides places or bytes among tenants.
+type shares struct {
+	total int64 // of all tenants together
+	share int64 // of each
+
+	mu       sync.Mutex
+	taken    int64
+	byTenant map[string]int64
+	given    chan struct{} // closed, and made anew, when something is given back
+}
+
+func newShares(total, share int64) *shares {
+	return &shares{total: total, share: share, byTenant: map[string]int64{},
+		given: make(chan struct{})}
+}
+
+// tryTake takes a part for the caller's tenant if there is room for it, and otherwise returns a
+// channel that is closed when there may be. In open mode there is one tenant, and it may take all.
+func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	mayTakeMore := c.open || s.byTenant[c.tenant]+amount <= s.share
+	if s.taken+amount > s.total || !mayTakeMore {
+		return false, s.given
+	}
+	s.taken += amount
+	s.byTenant[c.tenant] += amount
+	return true, nil
+}
+
+// take takes a part for the caller's tenant, for which it waits until shareWait is over or ctx ends.
+// Whoever takes gives back.
+func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
+	if amount > s.total || !c.open && amount > s.share {
+		return refuse(tooLarge, "The request takes more memory than one tenant may have.")
+	}
+	timeout := time.After(shareWait)
+	for {
+		ok, retry := s.tryTake(c, amount)
+		if ok {
+			return nil
+		}
+		select {
+		case <-retry:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timeout:
+			return refuse(busy, "The server is busy with other requests of this tenant, or of all.")
+		}
+	}
+}
+
+// give returns a part.
+func (s *shares) give(c Caller, amount int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.taken -= amount
+	s.byTenant[c.tenant] -= amount
+	if s.byTenant[c.tenant] == 0 {
+		delete(s.byTenant, c.tenant) // tenants that left are not remembered
+	}
+	close(s.given)
+	s.given = make(chan struct{})
+}
+
+// claim is what one request holds of its tenant's share of the memory.
+type claim struct {
+	of     *shares
+	caller Caller
+	held   int64 // bytes
+}
+
+// claimStep is how much more a claim takes at a time, in bytes: a request that grows by rows must
+// not count each of them.
+const claimStep = 256 << 10
+
+// reach makes the claim at least so many bytes large.
+func (c *claim) reach(ctx context.Context, bytes int64) error {
+	if bytes <= c.held {
+		return nil
+	}
+	steps := (bytes - c.held + claimStep - 1) / claimStep
+	if err := c.of.take(ctx, c.caller, steps*claimStep); err != nil {
+		return err
+	}
+	c.held += steps * claimStep
+	return nil
+}
+
+// release gives everything back.
+func (c *claim) release() {
+	c.of.give(c.caller, c.held)
+	c.held = 0
+}
+
+// ---- The pool
+
+const (
+	// totalPlaces are the requests that work on the database at a time, which keeps a dozen cores
+	// busy. A tenant has a third of them: beside two greedy tenants the others have the last third.
+	totalPlaces  = 24
+	tenantPlaces = totalPlaces / 3
+
+	// poolSize has one connection more, for statements that are prepared while all places are
+	// taken. Two servers, with lookupPool and a connection for health each, fit PostgreSQL's
+	// default of 100.
+	poolSize   = totalPlaces + 1
+	lookupPool = 8 // connections for looking up keys alone
+
+	connectTimeout  = 5 * time.Second  // for a connection to the database
+	connMaxLifetime = 30 * time.Minute // retires a connection that went bad
+
+	// statementTimeout ends a statement of the API in PostgreSQL, whatever became of its server.
+	statementTimeout = 5 * time.Minute
+	// idleTransactionTimeout frees the locks of a client that vanished within a transaction.
+	idleTransactionTimeout = time.Minute
+
+	schemaVersion = 2 // of the tables that this program knows; schema.sql writes it down
+)
+
+// store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx
+// and binds its tenant.
 type store struct {
 	db         *sql.DB
 	schema     string
-	exposed    bool     // who sits between here and the database could listen in
+	exposed    bool     // whoever sits between here and the database could listen in
 	statements sync.Map // of *sql.Stmt by query
+	places     *shares  // one for each request that works on the database
 }
 
-var errBadDSN = errors.New("the DSN cannot be read: expected postgresql://user:password@host:port/database (percent-encode " +
-	"reserved characters of the password) or key=value pairs")
+var errBadDSN = errors.New("the DSN cannot be read: expected " +
+	"postgresql://user:password@host:port/database (percent-encode reserved characters of the " +
+	"password) or key=value pairs")
 
-// openStore prepares a pool of connections that see schema alone; it does not connect yet. timeout ends a statement on
-// the database's side; 0 means never. connections is the most that there will be. An error never holds any part of the
-// DSN, as lib/pq's would.
+// openStore prepares a pool of at most so many connections that see schema alone; it does not
+// connect yet. timeout ends a statement on the database's side; 0 means never. An error never holds
+// any part of the DSN, as lib/pq's would.
 func openStore(dsn, schema string, timeout time.Duration, connections int) (*store, error) {
 	if os.Getenv("PGSERVICE") != "" {
 		return nil, errors.New("PGSERVICE is set and would override the DSN: unset it")
 	}
 	cfg, err := pq.NewConfig(dsn)
-	if err != nil || strings.ContainsAny(cfg.Database, "@/?#") || strings.ContainsAny(cfg.Host, "@?#") {
-		return nil, errBadDSN // a reserved character in the password has shifted what follows it
+	if err != nil {
+		return nil, errBadDSN
 	}
-	cfg.SSLMode = cmp.Or(cfg.SSLMode, pq.SSLModePrefer) // as libpq does; lib/pq would require TLS
-	cfg.ConnectTimeout = cmp.Or(cfg.ConnectTimeout, lookupTimeout)
-	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "timedb")
-	cfg.BinaryParameters = true
-	cfg.TZ = "UTC"
-	cfg = cfg.Clone()                                                                             // with room for parameters
-	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"                         // last, or temporary tables hide ours
-	cfg.Runtime["plan_cache_mode"] = cmp.Or(cfg.Runtime["plan_cache_mode"], "force_generic_plan") // Citus: auto
-	cfg.Runtime["statement_timeout"] = fmt.Sprint(timeout.Milliseconds())
-	cfg.Runtime["idle_in_transaction_session_timeout"] = "60000" // a vanished client must not keep its locks
-	connector, err := pq.NewConnectorConfig(cfg)
+	// A reserved character in the password shifts what follows it.
+	if strings.ContainsAny(cfg.Database, "@/?#") || strings.ContainsAny(cfg.Host, "@?#") {
+		return nil, errBadDSN
+	}
+	connector, err := pq.NewConnectorConfig(sessionConfig(cfg, schema, timeout))
 	if err != nil {
 		return nil, errBadDSN
 	}
 	if timeout > 0 {
-		connector.Dialer(&boundedConn{timeout: timeout + time.Second}) // later than PostgreSQL would say so itself
+		// Later than PostgreSQL would say so itself.
+		connector.Dialer(boundedDialer{timeout: timeout + time.Second})
 	}
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
 	db.SetConnMaxLifetime(connMaxLifetime)
-	near := (isLoopback(cfg.Host) || strings.HasPrefix(cfg.Host, "/")) && len(cfg.Multi) == 0 && !cfg.Hostaddr.IsValid() // "/": a socket
-	return &store{db: db, schema: schema, exposed: !near && cfg.SSLMode != pq.SSLModeVerifyFull}, nil
+	places := newShares(totalPlaces, tenantPlaces)
+	return &store{db: db, schema: schema, exposed: isExposed(cfg), places: places}, nil
 }
 
-// boundedConn is a connection to a database that may freeze: what is sent is taken and answered within timeout, or it fails.
-// Before it has a net.Conn, it is the dialer that makes one.
+// enter waits for a place to work on the database, and bounds that work in time. The returned
+// function leaves the place.
+func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), error) {
+	if err := s.places.take(ctx, c, 1); err != nil {
+		return nil, nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, statementTimeout)
+	leave := func() {
+		cancel()
+		s.places.give(c, 1)
+	}
+	return ctx, leave, nil
+}
+
+// sessionConfig adds to cfg what every session of timedb has.
+func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Config {
+	if cfg.SSLMode == "" {
+		cfg.SSLMode = pq.SSLModePrefer // as libpq does; lib/pq would require TLS
+	}
+	cfg.ConnectTimeout = cmp.Or(cfg.ConnectTimeout, connectTimeout)
+	cfg.ApplicationName = cmp.Or(cfg.ApplicationName, "timedb")
+	cfg.BinaryParameters = true
+	cfg.TZ = "UTC"
+	cfg = cfg.Clone() // which has room for parameters
+	// pg_temp comes last, or temporary tables would hide ours.
+	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"
+	if cfg.Runtime["plan_cache_mode"] == "" { // Citus needs auto
+		cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
+	}
+	cfg.Runtime["statement_timeout"] = milliseconds(timeout)
+	cfg.Runtime["idle_in_transaction_session_timeout"] = milliseconds(idleTransactionTimeout)
+	return cfg
+}
+
+func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+
+// isExposed tells whether whoever sits between here and the database could listen in.
+func isExposed(cfg pq.Config) bool {
+	if cfg.SSLMode == pq.SSLModeVerifyFull {
+		return false
+	}
+	if len(cfg.Multi) > 0 || cfg.Hostaddr.IsValid() {
+		return true
+	}
+	isSocket := strings.HasPrefix(cfg.Host, "/")
+	isLocal := cfg.Host == "localhost" || net.ParseIP(strings.Trim(cfg.Host, "[]")).IsLoopback()
+	return !isSocket && !isLocal
+}
+
+// boundedDialer connects to a database that may freeze: what is sent to it is taken and answered
+// within timeout, or the connection fails.
+type boundedDialer struct {
+	pq.Dialer // nil: lib/pq calls DialContext alone, because there is one
+	timeout   time.Duration
+}
+
+func (d boundedDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return &boundedConn{Conn: conn, timeout: d.timeout}, nil
+}
+
 type boundedConn struct {
-	pq.Dialer // nil: with a DialContext lib/pq calls no other method
 	net.Conn
 	timeout    time.Duration
 	connecting bool // lib/pq has set a deadline of its own, for connecting
-}
-
-func (c *boundedConn) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, network, address)
-	return &boundedConn{Conn: conn, timeout: c.timeout}, err
 }
 
 func (c *boundedConn) SetDeadline(t time.Time) error {
@@ -107,44 +657,58 @@ func (c *boundedConn) SetDeadline(t time.Time) error {
 
 func (c *boundedConn) Write(p []byte) (int, error) {
 	if !c.connecting {
-		_ = c.Conn.SetDeadline(time.Now().Add(c.timeout)) // it fails on a closed connection only, and then so does Write
+		if err := c.Conn.SetDeadline(time.Now().Add(c.timeout)); err != nil {
+			return 0, err
+		}
 	}
 	return c.Conn.Write(p)
 }
 
-// QueryContext prepares query once per connection: that saves planning it, and only so does lib/pq receive bytea in binary.
-func (s *store) QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error) {
-	st, known := s.statements.Load(query)
-	if !known {
+// prepare prepares query once per connection. That saves planning it, and only so does lib/pq
+// receive bytea in binary form.
+func (s *store) prepare(ctx context.Context, query string) (*sql.Stmt, error) {
+	known, found := s.statements.Load(query)
+	if !found {
 		prepared, err := s.db.PrepareContext(ctx, query)
 		if err != nil {
 			return nil, err
 		}
-		st, _ = s.statements.LoadOrStore(query, prepared)
+		known, _ = s.statements.LoadOrStore(query, prepared)
 	}
-	return st.(*sql.Stmt).QueryContext(ctx, args...)
+	return known.(*sql.Stmt), nil
 }
 
-// scanAll reads every row into a T, whose fields' addresses are what fields returns, and closes rows.
-func scanAll[T any](rows *sql.Rows, err error, fields func(*T) []any) ([]T, error) {
+// eachRow runs query, in tx unless that is nil, and calls row for each row, to scan it. An error of
+// row ends it.
+func (s *store) eachRow(ctx context.Context, tx *sql.Tx, query string, args []any,
+	row func(*sql.Rows) error) error {
+	st, err := s.prepare(ctx, query)
 	if err != nil {
-		return nil, err
+		return err
+	}
+	if tx != nil {
+		st = tx.StmtContext(ctx, st)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	rows, err := st.QueryContext(ctx, args...)
+	if err != nil {
+		cancel()
+		return err
 	}
 	defer rows.Close()
-	all := []T{}
+	defer cancel() // before the rows are closed, which would fetch all that is left of them
 	for rows.Next() {
-		var one T
-		if err := rows.Scan(fields(&one)...); err != nil {
-			return nil, err
+		if err := row(rows); err != nil {
+			return err
 		}
-		all = append(all, one)
 	}
-	return all, rows.Err()
+	return rows.Err()
 }
 
-// inTx runs fn in one transaction and commits when fn returns nil. Otherwise, or when fn panics, nothing is stored. An
-// error of the commit itself leaves open whether it took effect: that is what a client's own run_id is for. Whatever writes
-// does it here: outside a transaction database/sql may run a statement again whose answer was lost.
+// inTx runs fn in one transaction and commits when fn returns nil. Otherwise, or when fn panics,
+// nothing is stored. An error of the commit itself leaves open whether it took effect: that is what
+// a client's own run_id is for. All writes use inTx: outside a transaction database/sql may retry a
+// statement whose reply was lost.
 func (s *store) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {
@@ -174,66 +738,70 @@ func asJSON(v any) string {
 	return string(text)
 }
 
-// sqlState returns the five-character code of a PostgreSQL error, "" for any other error.
-func sqlState(err error) string {
-	return string(cmp.Or(pq.As(err), new(pq.Error)).Code)
-}
+// ---- The catalog
 
-// unavailable: the database cannot serve now; not a bug of timedb's. https://www.postgresql.org/docs/15/errcodes-appendix.html
-func unavailable(err error) bool {
-	var netErr net.Error
-	return errors.As(err, &netErr) || slices.ContainsFunc([]error{context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, io.EOF,
-		io.ErrUnexpectedEOF, sql.ErrConnDone, sql.ErrTxDone}, func(e error) bool { return errors.Is(err, e) }) ||
-		// Classes: connection, authorization, rollback (deadlock), resources, operator intervention, system. Codes: no table or
-		// function, no privilege, read-only standby, no database, not open to connections, object in use, plan of an older schema.
-		slices.ContainsFunc([]string{"08", "28", "40", "53", "57", "58", "42P01", "42883", "42501", "25006", "3D000", "55000", "55006", "0A000"},
-			func(start string) bool { return strings.HasPrefix(sqlState(err), start) })
-}
-
-// schemaSections returns the sections of schema.sql that are wanted, with the placeholders replaced by quoted identifiers.
-func schemaSections(schema, role string, wanted map[string]bool) string {
-	text := ""
+// schemaSections returns the named sections of schema.sql, in the file's order, with quoted
+// identifiers in place of the placeholders.
+func schemaSections(schema, role string, names ...string) string {
+	var text strings.Builder
 	for _, section := range strings.Split(schemaSQL, "-- section: ")[1:] {
-		if name, body, _ := strings.Cut(section, "\n"); wanted[name] {
-			text += "\n" + strings.TrimSpace(body) + "\n"
+		name, body, _ := strings.Cut(section, "\n")
+		if slices.Contains(names, name) {
+			text.WriteString("\n" + strings.TrimSpace(body) + "\n")
 		}
 	}
-	return strings.NewReplacer(":schema", pq.QuoteIdentifier(schema), ":app_role", pq.QuoteIdentifier(role)).Replace(text)
+	identifiers := strings.NewReplacer(
+		":schema", pq.QuoteIdentifier(schema), ":app_role", pq.QuoteIdentifier(role))
+	return identifiers.Replace(text.String())
 }
 
-// catalog is what there is of timedb in the store's schema. It is read from PostgreSQL's catalog, which does not hide what this
-// role may not use: a name that is not among names is proven absent.
+// catalog is what there is of timedb in the store's schema. It is read from pg_class, which lists
+// relations that this role may not use as well: a name that is missing is really absent.
 type catalog struct {
 	names    pq.StringArray // of tables and views
 	version  int            // of the tables; 1 if they do not tell, 0 if there are none
 	rewrites bool           // the role could change or delete stored data
 }
 
-func (s *store) catalog(ctx context.Context) (c catalog, err error) {
-	rows, err := s.QueryContext(ctx, `
-		SELECT array_agg(c.relname::text ORDER BY c.relname), coalesce(max(CASE c.relname WHEN 'runs_table'
-		       THEN coalesce(substring(obj_description(c.oid, 'pg_class') FROM 'timedb schema (\d+)')::integer, 1) END), 0),
+func (s *store) catalog(ctx context.Context) (catalog, error) {
+	var c catalog
+	err := s.eachRow(ctx, nil, `
+		SELECT array_agg(c.relname::text ORDER BY c.relname),
+		       coalesce(max(CASE c.relname WHEN 'runs_table' THEN coalesce(substring(
+		           obj_description(c.oid, 'pg_class') FROM 'timedb schema (\d+)')::integer, 1) END), 0),
 		       coalesce(bool_or(has_table_privilege(c.oid, 'DELETE, TRUNCATE')
-		       OR CASE c.relname WHEN 'users_table' THEN has_table_privilege(c.oid, 'INSERT, UPDATE')
-		                         ELSE has_any_column_privilege(c.oid, 'UPDATE') END)
-		       FILTER (WHERE c.relname LIKE '%table'), false)
-		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1
-		AND c.relname IN ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`, s.schema)
-	_, err = scanAll(rows, err, func(*struct{}) []any { return []any{&c.names, &c.version, &c.rewrites} }) // it is one row
+		           OR CASE c.relname WHEN 'users_table' THEN has_table_privilege(c.oid, 'INSERT, UPDATE')
+		                             ELSE has_any_column_privilege(c.oid, 'UPDATE') END)
+		           FILTER (WHERE c.relname LIKE '%table'), false)
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		WHERE n.nspname = $1 AND c.relname IN
+		      ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`,
+		[]any{s.schema}, func(rows *sql.Rows) error {
+			return rows.Scan(&c.names, &c.version, &c.rewrites)
+		})
 	return c, err
 }
 
 // check returns an error unless the tables, if there are any, are of this program's version.
 func (c catalog) check() error {
-	return invalidIf(c.version != 0 && c.version != schemaVersion, "the tables are of schema version %d and this timedb is for %d: "+
-		"run timedb create tables if they are older, or else the timedb that made them", c.version, schemaVersion)
+	if c.version == 0 || c.version == schemaVersion {
+		return nil
+	}
+	return fmt.Errorf("the tables are of schema version %d and this timedb is for %d: run timedb "+
+		"create tables if they are older, or else the timedb that made them",
+		c.version, schemaVersion)
 }
 
-// usersTableExists: true is present, false is proven absent, an error is neither.
-func (s *store) usersTableExists(ctx context.Context) (bool, error) {
+// UsersTableExists: true is present, false is proven absent, an error is neither.
+func (s *store) UsersTableExists(ctx context.Context) (bool, error) {
 	c, err := s.catalog(ctx)
-	return slices.Contains(c.names, "users_table"), err
+	if err != nil {
+		return false, err
+	}
+	return slices.Contains(c.names, "users_table"), nil
 }
+
+// ---- Users and their keys
 
 // user is a row of users_table as an operator may see it: without digests.
 type user struct {
@@ -243,38 +811,61 @@ type user struct {
 	KeyID     string     `json:"key_id"`
 	Access    string     `json:"access"`
 	Active    bool       `json:"is_active"`
-	Status    string     `json:"status"` // active, inactive or expired
+	Status    userStatus `json:"status"`
 	ExpiresAt *time.Time `json:"expires_at"`
 	LastUsed  *time.Time `json:"last_used_at"`
 	CreatedAt time.Time  `json:"created_at"`
 }
 
+type userStatus string
+
+const (
+	statusActive   userStatus = "active"
+	statusInactive userStatus = "inactive"
+	statusExpired  userStatus = "expired"
+)
+
+// statusAt says what became of a user at a moment of the database's clock.
+func (u *user) statusAt(now time.Time) userStatus {
+	switch {
+	case !u.Active:
+		return statusInactive
+	case u.ExpiresAt != nil && !now.Before(*u.ExpiresAt):
+		return statusExpired
+	}
+	return statusActive
+}
+
 // LookupKey finds the user whose key has this digest, in whatever state: auth.go judges.
 func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error) {
-	rows, err := s.QueryContext(ctx, `
-		SELECT user_id, tenant_id, email, access = 'ro', is_active, CASE key_digest WHEN $1 THEN key_digest ELSE previous_digest END,
-		       coalesce(least(expires_at, CASE WHEN key_digest <> $1 THEN previous_ends_at END) <= clock_timestamp(), key_digest <> $1),
-		       coalesce(last_used_at < clock_timestamp() - interval '5 minutes', true)
-		FROM users_table WHERE key_digest = $1 OR previous_digest = $1`, digest)
-	found, err := scanAll(rows, err, func(k *keyRecord) []any {
-		return []any{&k.userID, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest, &k.expired, &k.useIsStale}
-	})
-	return append(found, keyRecord{})[0], err
+	var k keyRecord
+	err := s.eachRow(ctx, nil, `
+		SELECT user_id, tenant_id, email, access = 'ro', is_active, key_digest, previous_digest,
+		       clock_timestamp(), expires_at, previous_ends_at, last_used_at
+		FROM users_table WHERE key_digest = $1 OR previous_digest = $1`,
+		[]any{digest}, func(rows *sql.Rows) error {
+			return rows.Scan(&k.userID, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest,
+				&k.previousDigest, &k.now, &k.expiresAt, &k.previousEndsAt, &k.lastUsedAt)
+		})
+	return k, err
 }
 
 // TouchKey notes that a user's key was used now.
 func (s *store) TouchKey(ctx context.Context, userID string) error {
-	return s.exec(ctx, `UPDATE users_table SET last_used_at = clock_timestamp() WHERE user_id = $1`, userID)
+	return s.exec(ctx, `UPDATE users_table SET last_used_at = clock_timestamp() WHERE user_id = $1`,
+		userID)
 }
 
-// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in its tenant.
+// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in its
+// tenant.
 func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends expiry) error {
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		return tx.QueryRowContext(ctx, `
-			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at) VALUES ($1, $2, $3, $4, $5, $6)
-			RETURNING user_id, expires_at`, u.Tenant, u.Email, u.KeyID, digest, u.Access, micros(ends)).Scan(&u.ID, &u.ExpiresAt)
+			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at)
+			VALUES ($1, $2, $3, $4, $5, $6) RETURNING user_id, expires_at`,
+			u.Tenant, u.Email, u.KeyID, digest, u.Access, timestamp(ends)).Scan(&u.ID, &u.ExpiresAt)
 	})
-	if sqlState(err) == "23505" {
+	if sqlState(err) == "23505" { // unique_violation
 		//lint:ignore ST1005 the contract quotes this sentence
 		return fmt.Errorf("User with email '%s' already exists for this tenant.", u.Email)
 	}
@@ -282,35 +873,68 @@ func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends exp
 }
 
 // Users lists users by tenant and email. An empty tenant or email means all.
-func (s *store) Users(ctx context.Context, tenant, email string) ([]user, error) {
-	rows, err := s.QueryContext(ctx, `
-		SELECT user_id, tenant_id, email, key_id, access, is_active,
-		       CASE WHEN NOT is_active THEN 'inactive' WHEN expires_at <= clock_timestamp() THEN 'expired' ELSE 'active' END,
-		       expires_at, last_used_at, created_at
-		FROM users_table WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid) AND ($2 = '' OR lower(email) = lower($2))
-		ORDER BY tenant_id, lower(email)`, tenant, email)
-	return scanAll(rows, err, func(u *user) []any {
-		return []any{&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active, &u.Status, &u.ExpiresAt, &u.LastUsed, &u.CreatedAt}
-	})
+func (s *store) Users(ctx context.Context, tenant uuid, email string) ([]user, error) {
+	var users []user
+	err := s.eachRow(ctx, nil, `
+		SELECT user_id, tenant_id, email, key_id, access, is_active, expires_at, last_used_at,
+		       created_at, clock_timestamp()
+		FROM users_table
+		WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid) AND ($2 = '' OR lower(email) = lower($2))
+		ORDER BY tenant_id, lower(email)`,
+		[]any{tenant, email}, func(rows *sql.Rows) error {
+			var u user
+			var now time.Time
+			err := rows.Scan(&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active,
+				&u.ExpiresAt, &u.LastUsed, &u.CreatedAt, &now)
+			u.Status = u.statusAt(now)
+			users = append(users, u)
+			return err
+		})
+	return users, err
 }
 
-// SetActive deactivates or activates a user; from its return on every server sees it. What was in its grace then has ended.
-func (s *store) SetActive(ctx context.Context, userID string, active bool) error {
+// ActivateUser admits the keys of a user again. From its return on every server sees it.
+func (s *store) ActivateUser(ctx context.Context, userID string) error {
+	return s.exec(ctx, `UPDATE users_table SET is_active = true WHERE user_id = $1`, userID)
+}
+
+// DeactivateUser refuses the keys of a user. A key that was in its grace has ended for good.
+func (s *store) DeactivateUser(ctx context.Context, userID string) error {
 	return s.exec(ctx, `
-		UPDATE users_table SET is_active = $2, previous_digest = CASE WHEN $2 THEN previous_digest END
-		WHERE user_id = $1`, userID, active)
+		UPDATE users_table SET is_active = false, previous_digest = NULL, previous_ends_at = NULL
+		WHERE user_id = $1`, userID)
 }
 
-// ReplaceKey gives u a new key. The old one, unless it is dead already, ends after grace; if that is 0, now. ends 0: as before.
-func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []byte, grace span, ends expiry) error {
+// ReplaceKey gives u a new key. The one before works on for grace, unless that is 0 or the key is
+// dead already. The keys end as before if ends is 0. It sets u.ExpiresAt.
+func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []byte, grace span,
+	ends expiry) error {
 	return s.inTx(ctx, func(tx *sql.Tx) error {
+		var now time.Time
+		current := *u
+		var old []byte
+		err := tx.QueryRowContext(ctx, `
+			SELECT is_active, expires_at, key_digest, clock_timestamp() FROM users_table
+			WHERE user_id = $1 FOR UPDATE`,
+			u.ID).Scan(&current.Active, &current.ExpiresAt, &old, &now)
+		if err != nil {
+			return err
+		}
+		var graceEnds timestamp
+		if grace > 0 && current.statusAt(now) == statusActive {
+			graceEnds = timestampOf(now) + timestamp(grace)
+		} else {
+			old = nil
+		}
 		return tx.QueryRowContext(ctx, `
-			UPDATE users_table SET key_id = $2, key_digest = $3, previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
-			       previous_digest = CASE WHEN $4::bigint > 0 AND is_active AND coalesce(expires_at > clock_timestamp(), true)
-			                         THEN key_digest END, expires_at = coalesce($5::timestamptz, expires_at)
-			WHERE user_id = $1 RETURNING expires_at`, u.ID, keyID, digest, int64(grace), micros(ends)).Scan(&u.ExpiresAt)
+			UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = $4,
+			       previous_ends_at = $5, expires_at = coalesce($6::timestamptz, expires_at)
+			WHERE user_id = $1 RETURNING expires_at`,
+			u.ID, keyID, digest, old, graceEnds, timestamp(ends)).Scan(&u.ExpiresAt)
 	})
 }
+
+// ---- Series
 
 type series struct{ ID, Key, Unit string }
 
@@ -320,72 +944,103 @@ type seriesRef struct {
 	Key label `json:"key"`
 }
 
+// noSeries is the error of a reference to nothing.
 func noSeries(ref seriesRef) error {
-	field := map[bool]string{true: "series_id", false: "series_key"}[ref.ID != ""]
-	return refusal(404, "%s: there is no series %q", field, cmp.Or(string(ref.ID), string(ref.Key)))
+	if ref.ID != "" {
+		return refuse(notFound, "series_id: there is no series %q", ref.ID)
+	}
+	return refuse(notFound, "series_key: there is no series %q", ref.Key)
 }
 
-// findSeries returns the series that each ref names, of the caller's tenant. One that does not exist is a 404, an
-// id with another key than the one given a 422.
-func findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) ([]series, error) {
-	rows, err := tx.QueryContext(ctx, `
+// findSeries returns the series that each ref names, of the caller's tenant. One that does not
+// exist is notFound, an id with another key than the one given invalid.
+func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) (
+	[]series, error) {
+	var found []series
+	err := s.eachRow(ctx, tx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
-		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text)) WITH ORDINALITY AS ref (id, key, number)
+		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text))
+		     WITH ORDINALITY AS ref (id, key, number)
 		LEFT JOIN LATERAL (
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
 			UNION ALL
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = ''
-		) AS s ON true ORDER BY ref.number`, c.tenant, asJSON(refs))
-	found, err := scanAll(rows, err, func(x *series) []any { return []any{&x.ID, &x.Key, &x.Unit} })
-	for i, x := range found {
-		ref := refs[i]
-		if x.ID == "" {
-			return nil, noSeries(ref)
-		}
-		if ref.Key != "" && string(ref.Key) != x.Key {
-			return nil, invalid("series_id: %s is not the series %q", ref.ID, ref.Key)
-		}
-	}
+		) AS s ON true
+		ORDER BY ref.number`,
+		[]any{c.tenant, asJSON(refs)}, func(rows *sql.Rows) error {
+			var x series
+			if err := rows.Scan(&x.ID, &x.Key, &x.Unit); err != nil {
+				return err
+			}
+			ref := refs[len(found)]
+			if x.ID == "" {
+				return noSeries(ref)
+			}
+			if ref.Key != "" && string(ref.Key) != x.Key {
+				return invalid("series_id: %s is not the series %q", ref.ID, ref.Key)
+			}
+			found = append(found, x)
+			return nil
+		})
 	return found, err
 }
 
-// ensureSeries returns the series that each ref names, after creating those named by a key that is new, and how many it
-// created. They are inserted in one order whoever inserts, so that two uploads of the same series cannot deadlock.
-func ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit label, about map[label]prose) (
-	found []series, created int, err error) {
-	rows, err := tx.QueryContext(ctx, `
-		INSERT INTO series_table (tenant_id, series_key, unit, description)
-		SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '') FROM json_to_recordset($3) AS n (id text, key text)
-		WHERE n.id = '' AND (SELECT series_id FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key) IS NULL
-		ORDER BY n.key COLLATE "C" ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING true`,
-		c.tenant, unit, asJSON(refs), asJSON(about))
-	isNew, err := scanAll(rows, err, func(new *bool) []any { return []any{new} }) // counted: Citus's own count has conflicts in it
-	if err == nil {
-		found, err = findSeries(ctx, c, tx, refs)
+// ensureSeries returns the series that each ref names, after creating those named by a key that is
+// new, and how many it created. They are inserted in one order whoever inserts, so that two uploads
+// of the same series cannot deadlock.
+func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit label,
+	descriptions map[label]prose) (found []series, created int64, err error) {
+	// The new ones are counted row by row: Citus' own count has the conflicts in it.
+	err = tx.QueryRowContext(ctx, `
+		WITH created AS (
+			INSERT INTO series_table (tenant_id, series_key, unit, description)
+			SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '')
+			FROM json_to_recordset($3) AS n (id text, key text)
+			WHERE n.id = '' AND NOT EXISTS (
+				SELECT FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key)
+			ORDER BY n.key COLLATE "C"
+			ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING series_id)
+		SELECT count(*) FROM created`,
+		c.tenant, unit, asJSON(refs), asJSON(descriptions)).Scan(&created)
+	if err != nil {
+		return nil, 0, err
 	}
-	return found, len(isNew), err
+	found, err = s.findSeries(ctx, c, tx, refs)
+	return found, created, err
 }
 
-// CreateSeries makes a series or finds the one of that key. created tells which; another unit is a 409.
-func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, description prose) (id string, created bool, err error) {
+// CreateSeries makes a series or finds the one of that key. created tells which. Another unit is a
+// conflict.
+func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, description prose) (
+	id string, created bool, err error) {
+	ctx, leave, err := s.enter(ctx, c)
+	if err != nil {
+		return "", false, err
+	}
+	defer leave()
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		found, n, err := ensureSeries(ctx, c, tx, []seriesRef{{Key: key}}, unit, map[label]prose{key: description})
+		descriptions := map[label]prose{key: description}
+		found, n, err := s.ensureSeries(ctx, c, tx, []seriesRef{{Key: key}}, unit, descriptions)
 		if err != nil {
 			return err
 		}
 		if found[0].Unit != string(unit) {
-			return refusal(409, "unit: the series %q exists with the unit %q", key, found[0].Unit)
+			return refuse(conflict, "unit: the series %q exists with the unit %q", key, found[0].Unit)
 		}
-		id, created = found[0].ID, n == 1
+		id = found[0].ID
+		created = n == 1
 		return nil
 	})
 	return id, created, err
 }
 
+// ---- Uploads
+
 // point is one value at its time. A NULL value is NaN: no NaN is ever stored.
 type point struct {
-	time, end micros
-	value     float64
+	time  timestamp
+	end   timestamp // 0: the value has no end of its own
+	value float64
 }
 
 func comparePoints(a, b point) int {
@@ -394,25 +1049,30 @@ func comparePoints(a, b point) int {
 
 // upload is one run with its values.
 type upload struct {
-	runID                uuid
+	runID                uuid // "": the database makes one
 	workflowID           label
-	start, finish, known micros           // the latter two may be 0
-	params               *json.RawMessage // an object, or nil
-	descriptions         map[label]prose
-	points               map[seriesRef][]point // of each series, as the rows named it
-	row                  uploadRow             // the one that is being decoded
+	start, finish, known timestamp       // the latter two may be 0
+	params               object          // or nil
+	descriptions         map[label]prose // by value_key
+	points               map[seriesRef][]point
 	rows                 int
-	digest               [32]byte // of the request, to tell a retry from a clash
+	digest               []byte // of the request, to tell a retry from a clash
 }
 
-// Upload stores a run and its values, all or nothing, and returns the ids of its series by key. The same run_id with the
-// same digest answers as the first time and stores nothing; with another digest it is a 409.
+// Upload stores a run and its values, all or nothing, sets u.runID, and returns the ids of its series
+// by key. The same run_id with the same digest answers as the first time and stores nothing; with
+// another digest it is a conflict.
 func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]string, error) {
+	ctx, leave, err := s.enter(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	ids := map[string]string{}
-	err := s.inTx(ctx, func(tx *sql.Tx) error {
+	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		// The series first: as of the run's change_time they must exist.
 		refs := slices.AppendSeq([]seriesRef{}, maps.Keys(u.points))
-		found, _, err := ensureSeries(ctx, c, tx, refs, defaultUnit, u.descriptions)
+		found, _, err := s.ensureSeries(ctx, c, tx, refs, defaultUnit, u.descriptions)
 		if err != nil {
 			return err
 		}
@@ -425,41 +1085,54 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		if err != nil || !isNew {
 			return err
 		}
-		blocks, err := cutBlocks(points)
-		for batch := range slices.Chunk(blocks, blocksPerStatement) {
-			if err == nil {
-				err = insertBlocks(ctx, c, tx, u.runID, batch)
-			}
-		}
-		return err
+		return insertValues(ctx, c, tx, u.runID, points)
 	})
 	return ids, err
 }
 
-// insertRun stores the run's own row and sets u.runID if the client did not. isNew: this request was not stored before.
+// insertRun stores the run's own row and sets u.runID if the client did not. isNew is false if this
+// request was stored before.
 func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool, err error) {
 	err = tx.QueryRowContext(ctx, `
-		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time, known_time, run_params,
-		                        rows_inserted, request_digest, changed_by, inserted_at)
-		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3, $4::timestamptz, $5::timestamptz,
-		       coalesce($6::timestamptz, now), nullif($7, 'null')::jsonb, $8::integer, $9::bytea, nullif($10, ''), now
+		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time,
+		       known_time, run_params, rows_inserted, request_digest, changed_by, inserted_at)
+		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3, $4::timestamptz,
+		       $5::timestamptz, coalesce($6::timestamptz, now), nullif($7, '')::jsonb, $8::integer,
+		       $9::bytea, nullif($10, ''), now
 		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
-		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, asJSON(u.params), u.rows, u.digest[:], c.email).Scan(&u.runID)
-	if state := sqlState(err); strings.HasPrefix(state, "22") || state == "54001" {
-		// Every other argument was checked: only run_params can hold what jsonb refuses (\u0000, numbers out of range).
+		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, string(u.params), u.rows,
+		u.digest, c.email).Scan(&u.runID)
+	state := sqlState(err)
+	if strings.HasPrefix(state, "22") || state == "54001" {
+		// Every other argument was checked: only run_params can hold what jsonb refuses, such as
+		// \u0000, a number out of range, or too deep a nesting.
 		return false, invalid("run_params holds something that PostgreSQL cannot store as jsonb")
 	}
 	if !errors.Is(err, sql.ErrNoRows) {
-		return true, err
+		return err == nil, err
 	}
-	err = tx.QueryRowContext(ctx, `SELECT run_id FROM runs_table WHERE tenant_id = $1 AND run_id = $2 AND request_digest = $3`,
-		c.tenant, u.runID, u.digest[:]).Scan(&u.runID)
+	err = tx.QueryRowContext(ctx, `
+		SELECT run_id FROM runs_table WHERE tenant_id = $1 AND run_id = $2 AND request_digest = $3`,
+		c.tenant, u.runID, u.digest).Scan(&u.runID)
 	if errors.Is(err, sql.ErrNoRows) {
-		err = refusal(409, "run_id %s was already used for a different request", u.runID)
+		return false, refuse(conflict, "run_id %s was already used for a different request", u.runID)
 	}
 	return false, err
 }
+
+const (
+	// A block is one row of values_table; schema.sql checks both bounds. 1,000 values make a row's
+	// overhead of some 200 bytes vanish beside them. 32 days bound how far before a window the
+	// read of that window must start.
+	maxBlockValues = 1000
+	maxBlockSpan   = timestamp(32 * day)
+
+	// One INSERT takes so many rows or values, whichever comes first, so that its parameters stay
+	// within some megabytes.
+	blocksPerStatement = 250
+	valuesPerStatement = 100_000
+)
 
 // block is what one row of values_table holds: points of one series in order.
 type block struct {
@@ -467,7 +1140,8 @@ type block struct {
 	points   []point
 }
 
-// cutBlocks sorts the points of each series and cuts them into blocks. A point that occurs twice is a 422.
+// cutBlocks sorts the points of each series and cuts them into blocks. A point that occurs twice is
+// invalid.
 func cutBlocks(bySeries map[string][]point) ([]block, error) {
 	var blocks []block
 	for id, points := range bySeries {
@@ -487,360 +1161,928 @@ func cutBlocks(bySeries map[string][]point) ([]block, error) {
 	return blocks, nil
 }
 
-// insertBlocks stores blocks in one statement: all values end to end in three arrays, and a list of which stretch is whose.
-func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, runID uuid, blocks []block) error {
-	var stretches []map[string]any // by positions in the arrays, from 1
-	var times, ends, values []uint64
-	for _, b := range blocks {
-		stretches = append(stretches, map[string]any{"series_id": b.seriesID, "first": len(times) + 1, "last": len(times) + len(b.points)})
-		for _, p := range b.points {
-			times = append(times, uint64(p.time-pgEpoch)) // #nosec G115 -- bits of a signed number
-			ends = append(ends, uint64(p.end-pgEpoch))    // #nosec G115 -- the same
-			values = append(values, math.Float64bits(p.value))
-		}
+// insertValues stores the points of a run, by series_id.
+func insertValues(ctx context.Context, c Caller, tx *sql.Tx, run uuid, bySeries map[string][]point) error {
+	blocks, err := cutBlocks(bySeries)
+	if err != nil {
+		return err
 	}
-	wireEnds := encodeArray(oidTimestamptz, ends, nullTime)
-	if len(wireEnds) == arrayHeader+4*len(ends) {
-		wireEnds = nil // all are points
+	for len(blocks) > 0 {
+		n, values := 0, 0
+		for n < min(len(blocks), blocksPerStatement) && values < valuesPerStatement {
+			values += len(blocks[n].points)
+			n++
+		}
+		if err := insertBlocks(ctx, c, tx, run, blocks[:n]); err != nil {
+			return err
+		}
+		blocks = blocks[n:]
+	}
+	return nil
+}
+
+// stretch says which elements of the arrays sent with it belong to one block, counted from 1.
+type stretch struct {
+	SeriesID string `json:"series_id"`
+	First    int    `json:"first"`
+	Last     int    `json:"last"`
+}
+
+// insertBlocks stores blocks in one statement: all their values end to end in three arrays, and a
+// list of stretches.
+func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid, blocks []block) error {
+	var stretches []stretch
+	var points []point
+	for _, b := range blocks {
+		stretches = append(stretches,
+			stretch{b.seriesID, len(points) + 1, len(points) + len(b.points)})
+		points = append(points, b.points...)
 	}
 	_, err := tx.ExecContext(ctx, `
-		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
-		                          valid_from, valid_to, valid_times, valid_time_ends, "values")
-		SELECT r.tenant_id, b.series_id, r.run_id, r.run_order, 1, r.known_time, r.inserted_at, r.changed_by,
-		       a.times[b.first], a.times[b.last], a.times[b.first:b.last],
-		       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0 THEN a.ends[b.first:b.last] END, a."values"[b.first:b.last]
-		FROM runs_table r, (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[]) AS a (times, ends, "values"),
+		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+		       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends, "values")
+		SELECT r.tenant_id, b.series_id, r.run_id, r.run_order, 1, r.known_time,
+		       r.inserted_at, r.changed_by, a.times[b.first], a.times[b.last],
+		       a.times[b.first:b.last],
+		       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
+		            THEN a.ends[b.first:b.last] END,
+		       a."values"[b.first:b.last]
+		FROM runs_table r,
+		     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[]) AS a (times, ends, "values"),
 		     json_to_recordset($6) AS b (series_id uuid, first integer, last integer)
-		WHERE r.tenant_id = $1 AND r.run_id = $2`, c.tenant, runID, encodeArray(oidTimestamptz, times, nullTime), wireEnds,
-		encodeArray(oidFloat8, values, nullFloat), asJSON(stretches))
+		WHERE r.tenant_id = $1 AND r.run_id = $2`,
+		c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
+		asJSON(stretches))
 	return err
 }
 
-// ---- arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c): number of dimensions, whether
-// there may be NULLs, the element type's oid, the length, the lower bound, then per element its byte length, -1 for
-// NULL, and its bytes; all big-endian. Here every element is 8 bytes: a timestamptz or a float8, as its bits.
+// ---- Arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c): number
+// of dimensions, whether there may be NULLs, the element type's oid, the length, the lower bound,
+// then of each element its length in bytes, or -1 for NULL, and its bytes; all big-endian. Here
+// every element is 8 bytes: a timestamptz or a float8, as its bits.
 
 const (
 	oidTimestamptz = 1184
 	oidFloat8      = 701
 	arrayHeader    = 20
-	nullTime       = 1<<64 - 63_082_281_600e6 // the bits of no time, less pgEpoch
-	nullFloat      = 0x7ff8000000000001       // the bits of math.NaN()
+	elementLength  = 8
+	nullLength     = math.MaxUint32 // -1
+
+	nullFloat = 0x7ff8000000000001       // the bits of math.NaN()
+	nullTime  = 1<<64 - 63_082_281_600e6 // the bits of which decodeTime makes 0
 )
 
-// encodeArray returns bits as an array of the element type oid; elements equal to null are sent as NULL.
-func encodeArray(oid uint32, bits []uint64, null uint64) []byte {
-	wire := make([]byte, 0, arrayHeader+12*len(bits))
-	wire, _ = binary.Append(wire, binary.BigEndian, []uint32{1, 1, oid, uint32(len(bits)), 1}) // #nosec G115 -- at most maxBody
-	for _, b := range bits {
-		if b == null {
-			wire = binary.BigEndian.AppendUint32(wire, math.MaxUint32)
+// encodeArray returns an array of the element type oid with one element for each point: the bits
+// that element returns, or NULL.
+func encodeArray(oid uint32, points []point, element func(point) (bits uint64, isNull bool)) []byte {
+	wire := make([]byte, 0, arrayHeader+len(points)*(4+elementLength))
+	length := uint32(len(points)) // #nosec G115 -- at most valuesPerStatement
+	for _, field := range []uint32{1, 1, oid, length, 1} {
+		wire = binary.BigEndian.AppendUint32(wire, field)
+	}
+	for _, p := range points {
+		bits, isNull := element(p)
+		if isNull {
+			wire = binary.BigEndian.AppendUint32(wire, nullLength)
 			continue
 		}
-		wire = binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(wire, 8), b)
+		wire = binary.BigEndian.AppendUint32(wire, elementLength)
+		wire = binary.BigEndian.AppendUint64(wire, bits)
 	}
 	return wire
 }
 
-// decodeArray appends the elements of a one-dimensional array to dst, null in place of NULL.
+func encodeTimes(points []point) []byte {
+	return encodeArray(oidTimestamptz, points, func(p point) (uint64, bool) {
+		return uint64(p.time - postgresEpoch), false // #nosec G115 -- the bits of a signed number
+	})
+}
+
+// encodeEnds returns nil, which is NULL, if no point has an end.
+func encodeEnds(points []point) []byte {
+	if !slices.ContainsFunc(points, func(p point) bool { return p.end != 0 }) {
+		return nil
+	}
+	return encodeArray(oidTimestamptz, points, func(p point) (uint64, bool) {
+		return uint64(p.end - postgresEpoch), p.end == 0 // #nosec G115 -- as above
+	})
+}
+
+func encodeValues(points []point) []byte {
+	return encodeArray(oidFloat8, points, func(p point) (uint64, bool) {
+		return math.Float64bits(p.value), math.IsNaN(p.value)
+	})
+}
+
+// decodeTime is a timestamptz by its bits.
+func decodeTime(bits uint64) timestamp {
+	return timestamp(bits) + postgresEpoch // #nosec G115 -- the bits of a signed number
+}
+
+// decodeArray appends the elements of a one-dimensional array to dst, null in place of NULL. A NULL
+// array has none.
 func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
-	wire = wire[min(len(wire), arrayHeader):] // an empty array has no dimension and a shorter header
+	wire = wire[min(len(wire), arrayHeader):] // an empty array has a shorter header
 	for len(wire) > 0 {
-		switch {
-		case len(wire) >= 12 && binary.BigEndian.Uint32(wire) == 8:
-			dst = append(dst, binary.BigEndian.Uint64(wire[4:]))
-			wire = wire[12:]
-		case len(wire) >= 4 && binary.BigEndian.Uint32(wire) == math.MaxUint32:
-			dst = append(dst, null)
-			wire = wire[4:]
-		default:
-			return nil, errors.New("array: expected elements of 8 bytes")
+		if len(wire) < 4 {
+			return nil, errBadArray
 		}
+		length := binary.BigEndian.Uint32(wire)
+		wire = wire[4:]
+		if length == nullLength {
+			dst = append(dst, null)
+			continue
+		}
+		if length != elementLength || len(wire) < elementLength {
+			return nil, errBadArray
+		}
+		dst = append(dst, binary.BigEndian.Uint64(wire))
+		wire = wire[elementLength:]
 	}
 	return dst, nil
 }
 
+var errBadArray = errors.New("array: expected elements of 8 bytes")
+
+// ---- Reads
+
 // readQuery says which values to read.
 type readQuery struct {
-	series               []seriesRef // nil: all
-	start, end           micros      // start <= valid_time < end
-	startKnown, endKnown micros      // likewise known_time
-	asOf                 micros      // only versions written up to then
-	lead                 span        // only elements of which known_time is at least so long before valid_time
+	series               []seriesRef // none: all
+	start, end           timestamp   // start <= valid_time < end
+	startKnown, endKnown timestamp   // likewise known_time
+	asOf                 timestamp   // only versions written up to then
+	lead                 span        // known_time is at least so long before valid_time; <0: ever
 	bucket               span        // the width of the buckets to aggregate over; 0: none
-	agg                  label       // mean, min, max, sum or count
-	overlapping          bool        // every run, rather than the latest known
-	allVersions          bool        // every version, rather than the current
+	agg                  aggregate
+	overlapping          bool // every run, rather than the latest known
+	allVersions          bool // every version, rather than the current
 }
 
-var anyValue = readQuery{start: firstTime, end: lastTime, startKnown: firstTime, endKnown: lastTime, asOf: lastTime, lead: math.MinInt64}
-
-// add returns one more series, to be named.
-func (q *readQuery) add() *seriesRef {
-	q.series = append(q.series, seriesRef{})
-	return &q.series[len(q.series)-1]
-}
+var anyValue = readQuery{start: firstTime, end: lastTime, startKnown: firstTime, endKnown: lastTime,
+	asOf: lastTime, lead: -1}
 
 // version is what all elements of one row of values_table share.
 type version struct {
-	of                    *series // the same pointer in all rows of a series that follow each other
-	first                 micros  // the first valid_time of the row
+	of                    *series   // the same pointer in all rows of a series that follow each other
+	first                 timestamp // no valid_time of the row, in its window, is earlier
 	RunID                 string
-	Order                 int64
+	Order                 int64 // of the run, among those inserted
 	Number                int
-	Known, Change         micros
+	Known, Change         timestamp
 	ChangedBy, Annotation *string
 	Tags                  pq.StringArray
 }
 
-// supersedes is the rule of the house: of two elements with the same series, valid_time and valid_time_end the later
-// known counts; of runs known at the same time the one inserted later; of one run the higher version.
+// supersedes is the rule of the house: of two elements with the same series, valid_time and
+// valid_time_end the later known counts; of runs known at the same time the one inserted later; of
+// one run the higher version.
 func (v *version) supersedes(w *version) bool {
-	return cmp.Or(cmp.Compare(v.Known, w.Known), cmp.Compare(v.Order, w.Order), cmp.Compare(v.Number, w.Number)) > 0
+	return cmp.Or(
+		cmp.Compare(v.Known, w.Known),
+		cmp.Compare(v.Order, w.Order),
+		cmp.Compare(v.Number, w.Number)) > 0
 }
 
-// element is one value of one version; a NULL value is NaN. Whoever is given one may keep it only during the call.
+// element is one value of one version; a NULL value is NaN. Whoever is given one may keep it only
+// during the call.
 type element struct {
 	point
 	from *version // of an aggregate only its series counts
 }
 
-// merger combines blocks that arrive ordered by their first valid_time into one ordered sequence of elements. open
-// holds, in order, those that a later block may still supersede or precede; spare is room for the next merge.
+const elementBytes = 32 // that an element takes in memory
+
+// merger combines sorted blocks that arrive in the order of their first valid_time into one sorted
+// sequence. What a later block may still supersede or precede it holds in lists, each at least
+// twice as long as the next one. So there are few lists, and n elements of k blocks cost n log k,
+// however the blocks overlap.
 type merger struct {
-	everyRun    bool // only versions of one run supersede each other
-	keepAll     bool // keep every version, ordered by valid_time and version
-	open, spare []element
+	everyRun bool // only versions of one run supersede each other
+	keepAll  bool // keep every version, ordered by valid_time and version
+	lists    [][]element
 }
 
 // compare orders elements; 0 means that one supersedes the other.
-func (m *merger) compare(a, b element) int {
+func (m *merger) compare(a, b *element) int {
 	switch {
 	case m.keepAll:
-		return cmp.Or(cmp.Compare(a.time, b.time), cmp.Compare(a.from.Number, b.from.Number), cmp.Compare(a.end, b.end),
-			cmp.Compare(a.from.Known, b.from.Known), cmp.Compare(a.from.Order, b.from.Order))
+		return cmp.Or(
+			cmp.Compare(a.time, b.time),
+			cmp.Compare(a.from.Number, b.from.Number),
+			cmp.Compare(a.end, b.end),
+			cmp.Compare(a.from.Known, b.from.Known),
+			cmp.Compare(a.from.Order, b.from.Order))
 	case m.everyRun:
 		return cmp.Or(comparePoints(a.point, b.point), cmp.Compare(a.from.Order, b.from.Order))
 	}
 	return comparePoints(a.point, b.point)
 }
 
-// add merges a block, sorted and without repetition, into the open elements.
+// add takes over a block, which is sorted and without repetition.
 func (m *merger) add(block []element) {
-	out, rest := m.spare[:0], m.open
-	for _, e := range block {
-		for len(rest) > 0 && m.compare(rest[0], e) < 0 {
-			out, rest = append(out, rest[0]), rest[1:]
+	m.lists = append(m.lists, block)
+	for i := len(m.lists) - 2; i >= 0; i-- {
+		if len(m.lists[i]) < 2*len(m.lists[i+1]) {
+			m.lists[i] = m.merge(m.lists[i], m.lists[i+1])
+			m.lists = slices.Delete(m.lists, i+1, i+2)
 		}
-		if len(rest) > 0 && m.compare(rest[0], e) == 0 {
-			if rest[0].from.supersedes(e.from) {
-				e = rest[0]
-			}
-			rest = rest[1:]
-		}
-		out = append(out, e)
 	}
-	m.open, m.spare = append(out, rest...), m.open
 }
 
-// flush emits the open elements before bound, which no later block can touch.
-func (m *merger) flush(bound micros, emit func(*element) error) error {
-	n, _ := slices.BinarySearchFunc(m.open, bound, func(e element, t micros) int { return cmp.Compare(e.time, t) })
-	for i := range m.open[:n] {
-		if err := emit(&m.open[i]); err != nil {
+// merge returns a list of what a and b hold, in order.
+func (m *merger) merge(a, b []element) []element {
+	merged := make([]element, 0, len(a)+len(b))
+	for len(a) > 0 && len(b) > 0 {
+		order := m.compare(&a[0], &b[0])
+		switch {
+		case order < 0:
+			merged = append(merged, a[0])
+			a = a[1:]
+		case order > 0:
+			merged = append(merged, b[0])
+			b = b[1:]
+		case a[0].from.supersedes(b[0].from):
+			b = b[1:]
+		default:
+			a = a[1:]
+		}
+	}
+	merged = append(merged, a...)
+	return append(merged, b...)
+}
+
+// bytes is how much memory the lists take, and a copy of them that is being made.
+func (m *merger) bytes() int64 {
+	const elementBytes = 32
+	n := 0
+	for _, list := range m.lists {
+		n += len(list)
+	}
+	return int64(2 * n * elementBytes)
+}
+
+// flush emits, in order, the elements before bound, which no later block can touch.
+func (m *merger) flush(bound timestamp, emit func(*element) error) error {
+	var ready []element
+	for i, list := range m.lists {
+		n, _ := slices.BinarySearchFunc(list, bound, func(e element, t timestamp) int {
+			return cmp.Compare(e.time, t)
+		})
+		m.lists[i] = list[n:]
+		if len(ready) == 0 {
+			ready = list[:n]
+		} else {
+			ready = m.merge(ready, list[:n])
+		}
+	}
+	m.lists = slices.DeleteFunc(m.lists, func(list []element) bool { return len(list) == 0 })
+	for i := range ready {
+		if err := emit(&ready[i]); err != nil {
 			return err
 		}
 	}
-	m.open = append(m.open[:0], m.open[n:]...)
 	return nil
 }
 
-// The series that are asked for, in order, each once; those that there are not first. Of each the blocks that overlap the
-// window, and of each block what lies in it: lo to hi. width_bucket is a binary search, and times are valid_times unpacked
-// once for all that looks into them: OFFSET 0 keeps PostgreSQL from unpacking them for each.
-// A block spans 768 hours at most, so both bounds on valid_from make a range of the primary key.
-const selectBlocks = `
-	SELECT s.id, s.key, coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, ''),
-	       coalesce(b.run_id::text, ''), coalesce(b.run_order, 0), coalesce(b.version, 0), b.changed_by, b.annotation, b.tags,
-	       array_send(ARRAY[b.known_time, b.change_time, b.valid_from]), array_send(b.times[b.lo:b.hi]),
-	       array_send(b.valid_time_ends[b.lo:b.hi]), array_send(b."values"[b.lo:b.hi])
-	FROM (
-		SELECT DISTINCT ON (s.series_key COLLATE "C") ref.id, ref.key, s.series_id, s.series_key, s.unit
-		FROM json_to_recordset($2) AS ref (id text, key text)
+// What to read from are windows: of a series, from start up to end. A query of blocks consists of
+// one of these beginnings, which lists the windows in order, and one of the endings.
+// $1 is the tenant; $2 and $3 are the window; $4, $5 and $6 are the bounds of known_time and as_of.
+const (
+	// windowsOfAll has one window of each series of the tenant.
+	windowsOfAll = `
+		SELECT series_id, series_key, unit, '' AS wanted_id, '' AS wanted_key,
+		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
+		FROM series_table WHERE tenant_id = $1 AND inserted_at <= $6
+		ORDER BY series_key COLLATE "C"`
+
+	// windowsOfNamed has one window of each series that $7, JSON, names by id or key. What there is
+	// not comes first, with the name and no series.
+	windowsOfNamed = `
+		SELECT DISTINCT ON (s.series_key COLLATE "C")
+		       s.series_id, s.series_key, s.unit, wanted.id AS wanted_id, wanted.key AS wanted_key,
+		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
+		FROM json_to_recordset($7) AS wanted (id text, key text)
 		LEFT JOIN LATERAL (
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
+			SELECT * FROM series_table
+			WHERE tenant_id = $1 AND series_id = nullif(wanted.id, '')::uuid
 			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key
-			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND ref.id = '' AND ref.key = ''
-		) AS s ON s.inserted_at <= $7
-		ORDER BY s.series_key COLLATE "C" NULLS FIRST) AS s
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = wanted.key
+		) AS s ON s.inserted_at <= $6
+		ORDER BY s.series_key COLLATE "C" NULLS FIRST`
+
+	// windowsOfPlaces covers the times that $7, JSON, lists by series_id: of each series one window
+	// for each 32 days in which there are some.
+	windowsOfPlaces = `
+		SELECT s.series_id, s.series_key, s.unit, '' AS wanted_id, '' AS wanted_key,
+		       min(p.valid_time) AS window_start,
+		       max(p.valid_time) + interval '1 microsecond' AS window_end
+		FROM json_to_recordset($7) AS p (series_id uuid, valid_time timestamptz)
+		JOIN series_table s ON s.tenant_id = $1 AND s.series_id = p.series_id
+		WHERE p.valid_time >= $2 AND p.valid_time < $3
+		GROUP BY s.tenant_id, s.series_id, date_bin('768 hours', p.valid_time, 'epoch')
+		ORDER BY s.series_key COLLATE "C", window_start`
+
+	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
+	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
+	// into them: OFFSET 0 keeps PostgreSQL from unpacking them for each. A block spans 768 hours
+	// at most, so both bounds on valid_from make a range of the primary key.
+	selectBlocks = `
+	SELECT w.wanted_id, w.wanted_key, coalesce(w.series_id::text, ''), coalesce(w.series_key, ''),
+	       coalesce(w.unit, ''), coalesce(b.run_id::text, ''), coalesce(b.run_order, 0),
+	       coalesce(b.version, 0), b.changed_by, b.annotation, b.tags,
+	       array_send(ARRAY[b.known_time, b.change_time, greatest(b.valid_from, w.window_start)]),
+	       array_send(b.times[b.lo:b.hi]), array_send(b.valid_time_ends[b.lo:b.hi]),
+	       array_send(b."values"[b.lo:b.hi])
+	FROM (`
+	fromBlocks = `) AS w
 	LEFT JOIN LATERAL (
-		SELECT *, width_bucket($3::timestamptz - interval '1 microsecond', times) + 1 AS lo,
-		       width_bucket($4::timestamptz - interval '1 microsecond', times) AS hi
+		SELECT *, width_bucket(w.window_start - interval '1 microsecond', times) + 1 AS lo,
+		       width_bucket(w.window_end - interval '1 microsecond', times) AS hi
 		FROM (SELECT *, valid_times || '{}' AS times FROM (
 			SELECT * FROM values_table v
-			WHERE v.tenant_id = $1 AND v.series_id = s.series_id AND v.valid_to >= $3
-			  AND v.valid_from >= $3::timestamptz - interval '768 hours' AND v.valid_from < $4
-			  AND v.known_time >= $5 AND v.known_time < $6 AND v.change_time <= $7
-			ORDER BY %s) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
-	WHERE b.version IS NOT NULL OR s.series_id IS NULL AND s.id || s.key <> ''`
+			WHERE v.tenant_id = $1 AND v.series_id = w.series_id AND v.valid_to >= w.window_start
+			  AND v.valid_from >= w.window_start - interval '768 hours'
+			  AND v.valid_from < w.window_end
+			  AND v.known_time >= $4 AND v.known_time < $5 AND v.change_time <= $6
+			ORDER BY `
+	endBlocks = `) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
+	WHERE b.version IS NOT NULL OR w.series_id IS NULL`
 
-// Read calls emit for each value that q asks for, ordered by series_key, then valid_time (overlapping: known_time, valid_time),
-// then version. Memory holds what overlaps, not the result. An unknown series is a 404; an error of emit ends the read.
-func (s *store) Read(ctx context.Context, c Caller, q readQuery, emit func(*element) error) error {
-	if q.bucket > 0 {
-		emit = inBuckets(micros(q.bucket), q.agg, emit)
+	byTime  = fromBlocks + `v.valid_from` + endBlocks
+	byKnown = fromBlocks + `v.known_time, v.valid_from` + endBlocks
+
+	selectAllByTime    = selectBlocks + windowsOfAll + byTime
+	selectAllByKnown   = selectBlocks + windowsOfAll + byKnown
+	selectNamedByTime  = selectBlocks + windowsOfNamed + byTime
+	selectNamedByKnown = selectBlocks + windowsOfNamed + byKnown
+	selectPlaces       = selectBlocks + windowsOfPlaces + byTime
+)
+
+// statement is the SQL that reads the blocks which q is about.
+func (q *readQuery) statement() string {
+	switch {
+	case len(q.series) > 0 && q.overlapping:
+		return selectNamedByKnown
+	case len(q.series) > 0:
+		return selectNamedByTime
+	case q.overlapping:
+		return selectAllByKnown
 	}
-	if q.series == nil {
-		q.series = []seriesRef{{}} // which names all
-	}
-	query := fmt.Sprintf(selectBlocks, map[bool]string{true: "v.known_time, v.valid_from", false: "v.valid_from"}[q.overlapping])
-	// A read that ends early must cancel: closing rows would fetch all that is left of them.
-	ctx, cancel := context.WithCancel(ctx)
-	rows, err := s.QueryContext(ctx, query, c.tenant, asJSON(q.series), q.start, q.end, q.startKnown, q.endKnown, q.asOf)
+	return selectAllByTime
+}
+
+// Read calls emit for each value that q asks for, ordered by series_key, then valid_time
+// (overlapping: known_time, valid_time), then version. Memory holds what overlaps, for which the
+// request's claim grows, and not the result. An unknown series is notFound. An error of emit ends
+// the read.
+func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
+	emit func(*element) error) error {
+	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
-		cancel()
 		return err
 	}
-	defer rows.Close()
-	defer cancel()
-	var d blockDecoder
-	m := merger{everyRun: q.overlapping, keepAll: q.allVersions}
-	last := &version{of: &series{}} // of the row before
-	for rows.Next() {
-		v, elements, err := d.next(rows, q.lead)
-		if err != nil {
-			return err
-		}
-		if *v.of == *last.of {
-			v.of = last.of
-		}
-		bound := lastTime // unless this row goes on with what is being merged: a series, in overlapping mode a known_time of it
-		if v.of == last.of && (v.Known == last.Known || !q.overlapping) {
-			bound = v.first
-		}
-		if v.of.Key < last.of.Key || bound < last.first {
-			return errors.New("Read: the database answered out of order")
-		}
-		if err := m.flush(bound, emit); err != nil {
-			return err
-		}
-		m.add(elements)
-		last = v
+	defer leave()
+	args := []any{c.tenant, q.start, q.end, q.startKnown, q.endKnown, q.asOf}
+	if len(q.series) > 0 {
+		args = append(args, asJSON(q.series))
 	}
-	if err := rows.Err(); err != nil {
+	read := blockReader{
+		merger:  merger{everyRun: q.overlapping, keepAll: q.allVersions},
+		byKnown: q.overlapping,
+		lead:    q.lead,
+		memory:  memory,
+		emit:    emit,
+	}
+	if q.bucket == 0 {
+		return s.readBlocks(ctx, nil, q.statement(), args, &read)
+	}
+	b := buckets{width: timestamp(q.bucket), agg: q.agg, emit: emit}
+	read.emit = b.add
+	if err := s.readBlocks(ctx, nil, q.statement(), args, &read); err != nil {
 		return err
 	}
-	if err := m.flush(lastTime, emit); err != nil || q.bucket == 0 {
-		return err
-	}
-	return emit(&element{from: &version{of: &series{}}}) // of a series that there is not: it ends the last bucket
+	return b.finish()
 }
 
-// blockDecoder turns rows of selectBlocks into elements. Its buffers serve one row after the other.
-type blockDecoder struct {
-	wire                        [4]sql.RawBytes // known_time, change_time and valid_from; valid_times; ends; values
-	stamps, times, ends, values []uint64
-	out                         []element
+// readBlocks runs a query of blocks, in tx unless that is nil, and has them read.
+func (s *store) readBlocks(ctx context.Context, tx *sql.Tx, query string, args []any,
+	read *blockReader) error {
+	read.last = &version{of: &series{}}
+	err := s.eachRow(ctx, tx, query, args, func(rows *sql.Rows) error {
+		return read.next(ctx, rows)
+	})
+	if err != nil {
+		return err
+	}
+	return read.flush(lastTime, read.emit)
 }
 
-// next decodes the row at hand, of its values those that were known lead before their time.
-func (d *blockDecoder) next(rows *sql.Rows, lead span) (*version, []element, error) {
-	v, ref := &version{of: &series{}}, seriesRef{}
-	err := rows.Scan(&ref.ID, &ref.Key, &v.of.ID, &v.of.Key, &v.of.Unit, &v.RunID, &v.Order, &v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
-		&d.wire[0], &d.wire[1], &d.wire[2], &d.wire[3])
-	for i, into := range []*[]uint64{&d.stamps, &d.times, &d.ends, &d.values} {
-		if err == nil { // a NULL, of ends, gives none
-			*into, err = decodeArray((*into)[:0], d.wire[i], []uint64{nullTime, nullTime, nullTime, nullFloat}[i])
-		}
+// blockReader decodes rows of a query of blocks, and merges them. Its buffers serve one row after
+// the other.
+type blockReader struct {
+	merger
+	byKnown bool                 // of a series the rows come by known_time, and are merged within each
+	lead    span                 // as in readQuery
+	memory  *claim               // of the request
+	emit    func(*element) error // gets each element, in order
+	last    *version             // of the row before
+
+	stamps, times, ends, values arrayBuffer
+}
+
+// arrayBuffer is an array as it comes, and the bits of its elements.
+type arrayBuffer struct {
+	wire sql.RawBytes
+	bits []uint64
+}
+
+// next takes the row at hand.
+func (b *blockReader) next(ctx context.Context, rows *sql.Rows) error {
+	v, block, err := b.decode(rows)
+	if err != nil {
+		return err
 	}
-	if err == nil && v.of.ID == "" {
-		err = noSeries(ref)
+	if *v.of == *b.last.of {
+		v.of = b.last.of
 	}
+	bound := lastTime // another series, or known_time, begins
+	if v.of == b.last.of && (v.Known == b.last.Known || !b.byKnown) {
+		bound = v.first
+	}
+	if v.of.Key < b.last.of.Key || bound < b.last.first {
+		return errors.New("the database sent blocks out of order")
+	}
+	b.last = v
+	if err := b.flush(bound, b.emit); err != nil {
+		return err
+	}
+	b.add(block)
+	return b.claimMemory(ctx)
+}
+
+// claimMemory counts what is being merged as the request's.
+func (b *blockReader) claimMemory(ctx context.Context) error {
+	err := b.memory.reach(ctx, b.bytes())
+	var refused *refusal
+	if errors.As(err, &refused) && refused.kind == tooLarge {
+		return invalid("too many versions of the same time at once: ask for fewer runs, such as " +
+			"those of a narrower start_known and end_known")
+	}
+	return err
+}
+
+// decode decodes the row at hand into a version and its elements, without those that were not known
+// lead before their time.
+func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
+	v := &version{of: &series{}}
+	var wanted seriesRef
+	err := rows.Scan(&wanted.ID, &wanted.Key, &v.of.ID, &v.of.Key, &v.of.Unit, &v.RunID, &v.Order,
+		&v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
+		&b.stamps.wire, &b.times.wire, &b.ends.wire, &b.values.wire)
 	if err != nil {
 		return nil, nil, err
 	}
-	v.Known, v.Change, v.first = micros(d.stamps[0])+pgEpoch, micros(d.stamps[1])+pgEpoch, micros(d.stamps[2])+pgEpoch // #nosec G115 -- bits
-	d.out = d.out[:0]
-	for i, bits := range d.times { // the table checks that the arrays have one length
-		p := point{time: micros(bits) + pgEpoch, value: math.Float64frombits(d.values[i])} // #nosec G115 -- bits
-		if p.time-v.Known < micros(lead) {
+	if v.of.ID == "" {
+		return nil, nil, noSeries(wanted)
+	}
+	for _, array := range []*arrayBuffer{&b.stamps, &b.times, &b.ends, &b.values} {
+		null := uint64(nullTime)
+		if array == &b.values {
+			null = nullFloat
+		}
+		array.bits, err = decodeArray(array.bits[:0], array.wire, null)
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+	v.Known = decodeTime(b.stamps.bits[0])
+	v.Change = decodeTime(b.stamps.bits[1])
+	v.first = decodeTime(b.stamps.bits[2])
+	block := make([]element, 0, len(b.times.bits))
+	for i, bits := range b.times.bits { // the table checks that the arrays have one length
+		p := point{time: decodeTime(bits), value: math.Float64frombits(b.values.bits[i])}
+		if b.lead >= 0 && p.time-v.Known < timestamp(b.lead) {
 			continue
 		}
-		if len(d.ends) > 0 {
-			p.end = micros(d.ends[i]) + pgEpoch // #nosec G115 -- bits
+		if len(b.ends.bits) > 0 {
+			p.end = decodeTime(b.ends.bits[i])
 		}
-		d.out = append(d.out, element{p, v})
+		block = append(block, element{p, v})
 	}
-	return v, d.out, nil
+	return v, block, nil
 }
 
-// inBuckets returns an emit that aggregates what it is given in order, NULLs aside, over buckets of a width that are aligned
-// to 1970-01-01 UTC. The first element beyond a bucket ends it. A sum that no float64 can hold is a 422: JSON has no infinity.
-func inBuckets(width micros, agg label, emit func(*element) error) func(*element) error {
-	bucket := element{from: &version{}}
-	var n, sum, lo, hi float64
-	return func(e *element) error {
-		if math.IsNaN(e.value) {
-			return nil
-		}
-		start := e.time - (e.time-unixEpoch%width)%width
-		if e.from.of != bucket.from.of || start != bucket.time {
-			bucket.value = map[label]float64{"mean": sum / n, "min": lo, "max": hi, "sum": sum, "count": n}[agg]
-			if math.IsInf(bucket.value, 0) {
-				return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float", agg, bucket.from.of.Key, bucket.time)
-			}
-			if n > 0 {
-				if err := emit(&bucket); err != nil {
-					return err
-				}
-			}
-			bucket.from, bucket.time, n, sum, lo, hi = e.from, start, 0, 0, e.value, e.value
-		}
-		n, sum, lo, hi = n+1, sum+e.value, min(lo, e.value), max(hi, e.value)
+// aggregate is a way to make one value of those in a bucket.
+type aggregate string
+
+func (aggregate) expected() string { return "mean, min, max, sum or count" }
+
+func (a *aggregate) UnmarshalText(text []byte) error {
+	*a = aggregate(text)
+	switch *a {
+	case "mean", "min", "max", "sum", "count":
 		return nil
 	}
+	return unfit[aggregate](text)
 }
 
-// UpdateValues stores a new version for each update that changes something, all or none, and returns which did; refs: whose.
-func (s *store) UpdateValues(ctx context.Context, c Caller, refs []seriesRef, updates []map[string]any) (
-	answer json.RawMessage, err error) {
+// buckets aggregates elements that come in order, NULLs aside, over buckets that are aligned to
+// 1970-01-01 UTC.
+type buckets struct {
+	width timestamp
+	agg   aggregate
+	emit  func(*element) error
+
+	current           element // of the bucket that is being filled; its time is where that begins
+	n, sum, low, high float64
+}
+
+// add takes one more element. The first beyond a bucket ends it.
+func (b *buckets) add(e *element) error {
+	if math.IsNaN(e.value) {
+		return nil
+	}
+	start := e.time - (e.time-unixEpoch%b.width)%b.width
+	if b.n > 0 && (start != b.current.time || e.from.of != b.current.from.of) {
+		if err := b.finish(); err != nil {
+			return err
+		}
+	}
+	if b.n == 0 {
+		b.current = element{point{time: start}, e.from}
+		b.sum = 0
+		b.low = e.value
+		b.high = e.value
+	}
+	b.n++
+	b.sum += e.value
+	b.low = min(b.low, e.value)
+	b.high = max(b.high, e.value)
+	return nil
+}
+
+// finish emits the bucket that is being filled, if there is one. A sum that no float64 can hold is
+// invalid: JSON has no infinity.
+func (b *buckets) finish() error {
+	if b.n == 0 {
+		return nil
+	}
+	b.current.value = b.value()
+	if math.IsInf(b.current.value, 0) {
+		return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float",
+			b.agg, b.current.from.of.Key, b.current.time)
+	}
+	b.n = 0
+	return b.emit(&b.current)
+}
+
+func (b *buckets) value() float64 {
+	switch b.agg {
+	case "min":
+		return b.low
+	case "max":
+		return b.high
+	case "sum":
+		return b.sum
+	case "count":
+		return b.n
+	}
+	return b.sum / b.n
+}
+
+// ---- Corrections
+
+// correction is one update of a value. What is not given stays as it is, and null clears it.
+type correction struct {
+	ref        seriesRef
+	point      point     // its time and end; the value is given below
+	run        uuid      // whose value is corrected; "": of whichever run a flat read shows
+	known      timestamp // the same by known_time; 0: any
+	value      optional[number]
+	annotation optional[prose]
+	tags       optional[[]label]
+}
+
+// corrected is what became of a correction: a new version, or none, because nothing changed.
+type corrected struct {
+	RunID     string    `json:"run_id"`
+	TenantID  string    `json:"tenant_id"`
+	ValidTime timestamp `json:"valid_time"`
+	SeriesID  string    `json:"series_id"`
+	ValueID   int64     `json:"value_id,omitempty"` // of the new version
+	Version   int       `json:"version"`
+}
+
+// place is where a value stands: a time of a series.
+type place struct {
+	Series string    `json:"series_id"`
+	Time   timestamp `json:"valid_time"`
+	end    timestamp
+}
+
+// target is a value that can be corrected: what one run has at a place.
+type target struct {
+	place
+	Run string `json:"run_id"`
+}
+
+// newVersion is a value as it stands after a correction.
+type newVersion struct {
+	target
+	Version    int `json:"version"`
+	value      float64
+	Annotation *string        `json:"annotation"`
+	Tags       pq.StringArray `json:"tags"`
+	changed    bool           // from what is stored
+}
+
+// Correct stores a new version for each correction that changes something, all or none; of several
+// for one value the last counts. It returns what was stored, and what was not because nothing
+// changed, in the order of the corrections.
+func (s *store) Correct(ctx context.Context, c Caller, corrections []correction, memory *claim) (
+	updated, unchanged []corrected, err error) {
+	ctx, leave, err := s.enter(ctx, c)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer leave()
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		found, err := findSeries(ctx, c, tx, refs)
+		// Corrections within a tenant wait for each other, so that each sees the one before. This
+		// lock needs no UPDATE privilege. Two tenants with the same hash would merely wait.
+		_, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, c.tenant)
 		if err != nil {
 			return err
 		}
-		for i, x := range found {
-			updates[i]["series_id"] = x.ID
+		places, err := s.findPlaces(ctx, c, tx, corrections)
+		if err != nil {
+			return err
 		}
-		return tx.QueryRowContext(ctx, `SELECT correct_values($1, nullif($2, ''), $3) /* of tenant_id $1 */`,
-			c.tenant, c.email, asJSON(updates)).Scan(&answer)
+		stored, err := s.findStored(ctx, c, tx, corrections, places, memory)
+		if err != nil {
+			return err
+		}
+		var versions []newVersion
+		for i := range corrections {
+			x := &corrections[i]
+			next := versionOf(places[i], stored[i])
+			if stored[i].from == nil {
+				next.Run, err = s.gainingRun(ctx, c, tx, x)
+			}
+			if err != nil {
+				return prefix(fmt.Sprintf("updates[%d]: ", i), err)
+			}
+			x.apply(&next)
+			versions = append(versions, next)
+		}
+		updated, unchanged, err = s.insertVersions(ctx, c, tx, lastOfEach(versions))
+		return err
 	})
-	if status := map[string]int{"TD404": 404, "TD422": 422}[sqlState(err)]; status != 0 {
-		err = refusal(status, "%s", pq.As(err).Message)
+	return updated, unchanged, err
+}
+
+// findPlaces returns where each correction belongs.
+func (s *store) findPlaces(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction) (
+	[]place, error) {
+	refs := []seriesRef{}
+	for _, x := range corrections {
+		refs = append(refs, x.ref)
 	}
-	return answer, err
+	found, err := s.findSeries(ctx, c, tx, refs)
+	places := []place{}
+	for i, x := range found {
+		places = append(places, place{x.ID, corrections[i].point.time, corrections[i].point.end})
+	}
+	return places, err
 }
 
-// SeriesByID is the JSON object {series_id: series} of the caller's tenant, by series_key.
-func (s *store) SeriesByID(ctx context.Context, c Caller) (answer json.RawMessage, err error) {
-	err = s.db.QueryRowContext(ctx, `
-		SELECT coalesce(json_object_agg(series_id, json_build_object('series_key', series_key, 'description', description,
-		       'unit', unit) ORDER BY series_key COLLATE "C"), '{}')
-		FROM series_table WHERE tenant_id = $1`, c.tenant).Scan(&answer)
-	return answer, err
+// findStored returns the current version of what each correction names, by the rule and the query
+// of any read; the zero element where there is none.
+func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
+	places []place, memory *claim) ([]element, error) {
+	wanted := map[place][]int{}
+	for i, p := range places {
+		wanted[p] = append(wanted[p], i)
+	}
+	found := make([]element, len(corrections))
+	read := blockReader{merger: merger{everyRun: true}, lead: -1, memory: memory}
+	read.emit = func(e *element) error {
+		for _, i := range wanted[place{e.from.of.ID, e.time, e.end}] {
+			x := corrections[i]
+			isNamed := (x.run == "" || string(x.run) == e.from.RunID) &&
+				(x.known == 0 || x.known == e.from.Known)
+			if isNamed && (found[i].from == nil || e.from.supersedes(found[i].from)) {
+				found[i] = *e
+			}
+		}
+		return nil
+	}
+	args := []any{c.tenant, firstTime, lastTime, firstTime, lastTime, lastTime, asJSON(places)}
+	err := s.readBlocks(ctx, tx, selectPlaces, args, &read)
+	return found, err
 }
 
-// Runs is {"count", "data"} of the tenant's runs known in start <= t < end, the newest known first; a workflow of "" is any.
-func (s *store) Runs(ctx context.Context, c Caller, workflow label, start, end micros, limit int64) (answer json.RawMessage, err error) {
-	err = s.db.QueryRowContext(ctx, `
-		SELECT json_build_object('count', count(*), 'data', coalesce(json_agg(r), '[]')) FROM (
-			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time, iso_time(run_finish_time) AS run_finish_time,
-			       iso_time(known_time) AS known_time, run_params, changed_by, iso_time(inserted_at) AS inserted_at,
-			       rows_inserted AS rows
-			FROM runs_table t
-			WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2) AND t.known_time >= $3 AND t.known_time < $4
-			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`, c.tenant, workflow, start, end, limit).Scan(&answer)
-	return answer, err
+// versionOf is what is stored at a place, which may be nothing.
+func versionOf(at place, stored element) newVersion {
+	if stored.from == nil {
+		return newVersion{target: target{place: at}, value: math.NaN(), changed: true}
+	}
+	v := stored.from
+	return newVersion{target{at, v.RunID}, v.Number, stored.value, v.Annotation, v.Tags, false}
+}
+
+// gainingRun is the run that gains a value by this correction: the latest inserted of those named.
+func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, x *correction) (
+	run string, err error) {
+	if x.run == "" && x.known == 0 {
+		return "", refuse(notFound, "the series has no value at this valid_time and valid_time_end")
+	}
+	err = s.eachRow(ctx, tx, `
+		SELECT run_id FROM runs_table
+		WHERE tenant_id = $1 AND ($2 = '' OR run_id = nullif($2, '')::uuid)
+		  AND known_time = coalesce($3, known_time)
+		ORDER BY run_order DESC LIMIT 1`,
+		[]any{c.tenant, x.run, x.known}, func(rows *sql.Rows) error { return rows.Scan(&run) })
+	switch {
+	case err != nil:
+		return "", err
+	case run == "":
+		return "", refuse(notFound, "no run has this run_id or known_time")
+	case !x.value.given:
+		return "", invalid("value is required, because the run has none at this valid_time")
+	}
+	return run, nil
+}
+
+// apply makes v the version after the correction. It changes something if value, annotation or tags
+// are others: the value by its bits, because 0.0 and -0.0 are different numbers here.
+func (x *correction) apply(v *newVersion) {
+	before := *v
+	if x.value.given {
+		v.value = math.NaN()
+		if x.value.value != nil {
+			v.value = float64(*x.value.value)
+		}
+	}
+	if x.annotation.given {
+		v.Annotation = nil
+		if text := x.annotation.value; text != nil && *text != "" {
+			v.Annotation = (*string)(text)
+		}
+	}
+	if x.tags.given {
+		v.Tags = nil
+		if x.tags.value != nil {
+			v.Tags = sortedTags(*x.tags.value)
+		}
+	}
+	v.changed = v.changed || math.Float64bits(v.value) != math.Float64bits(before.value) ||
+		asJSON(v.Annotation) != asJSON(before.Annotation) || !slices.Equal(v.Tags, before.Tags)
+	if v.changed {
+		v.Version++
+	}
+}
+
+// sortedTags returns tags in the form in which they are stored: each once, in lower case, in order.
+func sortedTags(tags []label) pq.StringArray {
+	var sorted pq.StringArray
+	for _, tag := range tags {
+		sorted = append(sorted, strings.ToLower(strings.TrimSpace(string(tag))))
+	}
+	slices.Sort(sorted)
+	return slices.Compact(sorted)
+}
+
+// lastOfEach leaves out the versions that a later one of the same target replaces.
+func lastOfEach(versions []newVersion) []newVersion {
+	last := map[target]int{}
+	for i, v := range versions {
+		last[v.target] = i
+	}
+	var kept []newVersion
+	for i, v := range versions {
+		if last[v.target] == i {
+			kept = append(kept, v)
+		}
+	}
+	return kept
+}
+
+// insertVersions stores those that changed something, in one statement.
+func (s *store) insertVersions(ctx context.Context, c Caller, tx *sql.Tx, versions []newVersion) (
+	updated, unchanged []corrected, err error) {
+	changed := []newVersion{} // not nil, which is null in JSON; likewise below
+	updated = []corrected{}
+	unchanged = []corrected{}
+	var points []point
+	for _, v := range versions {
+		if v.changed {
+			changed = append(changed, v)
+			points = append(points, point{v.Time, v.end, v.value})
+		}
+	}
+	ids := map[target]int64{}
+	err = s.eachRow(ctx, tx, `
+		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+		       change_time, changed_by, annotation, tags, valid_from, valid_to, valid_times,
+		       valid_time_ends, "values")
+		SELECT r.tenant_id, n.series, r.run_id, r.run_order, n.version, r.known_time, now,
+		       nullif($2, ''), n.annotation, n.tags, n.valid_time, n.valid_time,
+		       ARRAY[n.valid_time], nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value]
+		FROM ROWS FROM (
+		         json_to_recordset($3) AS (series_id uuid, run_id uuid, version integer,
+		                                   annotation text, tags text[]),
+		         unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]))
+		     AS n (series, run, version, annotation, tags, valid_time, valid_time_end, value)
+		JOIN runs_table r ON r.tenant_id = $1 AND r.run_id = n.run
+		CROSS JOIN clock_timestamp() AS now
+		RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1]`,
+		[]any{c.tenant, c.email, asJSON(changed), encodeTimes(points), encodeEnds(points),
+			encodeValues(points)},
+		func(rows *sql.Rows) error {
+			var id int64
+			var t target
+			err := rows.Scan(&id, &t.Series, &t.Run, &t.Time, &t.end)
+			ids[t] = id
+			return err
+		})
+	for _, v := range versions {
+		answer := corrected{RunID: v.Run, TenantID: c.tenant, ValidTime: v.Time,
+			SeriesID: v.Series, ValueID: ids[v.target], Version: v.Version}
+		if v.changed {
+			updated = append(updated, answer)
+		} else {
+			unchanged = append(unchanged, answer)
+		}
+	}
+	return updated, unchanged, err
+}
+
+// ---- Lists
+
+// listedSeries is a series as GET /list_timeseries shows it.
+type listedSeries struct {
+	ID, Key, Unit string
+	Description   *string
+}
+
+// ListSeries calls emit for each series of the caller's tenant, by series_key.
+func (s *store) ListSeries(ctx context.Context, c Caller, emit func(*listedSeries) error) error {
+	ctx, leave, err := s.enter(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	return s.eachRow(ctx, nil, `
+		SELECT series_id, series_key, unit, description FROM series_table
+		WHERE tenant_id = $1 ORDER BY series_key COLLATE "C"`,
+		[]any{c.tenant}, func(rows *sql.Rows) error {
+			var x listedSeries
+			if err := rows.Scan(&x.ID, &x.Key, &x.Unit, &x.Description); err != nil {
+				return err
+			}
+			return emit(&x)
+		})
+}
+
+// runsQuery says which runs to list.
+type runsQuery struct {
+	workflow             label     // "": any
+	startKnown, endKnown timestamp // start <= known_time < end
+	limit                int64
+}
+
+// listedRun is a run as GET /runs shows it.
+type listedRun struct {
+	ID, Workflow                   string
+	Start, Finish, Known, Inserted timestamp // Finish may be 0
+	Params                         []byte    // JSON, or nil
+	ChangedBy                      *string
+	Rows                           int64
+}
+
+// ListRuns calls emit for each of the tenant's runs that q asks for, the newest known first.
+func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
+	emit func(*listedRun) error) error {
+	ctx, leave, err := s.enter(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	return s.eachRow(ctx, nil, `
+		SELECT run_id, workflow_id, run_start_time, run_finish_time, known_time, inserted_at,
+		       run_params, changed_by, rows_inserted
+		FROM runs_table
+		WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2)
+		  AND known_time >= $3 AND known_time < $4
+		ORDER BY known_time DESC, run_order DESC LIMIT $5`,
+		[]any{c.tenant, q.workflow, q.startKnown, q.endKnown, q.limit}, func(rows *sql.Rows) error {
+			var x listedRun
+			err := rows.Scan(&x.ID, &x.Workflow, &x.Start, &x.Finish, &x.Known, &x.Inserted,
+				&x.Params, &x.ChangedBy, &x.Rows)
+			if err != nil {
+				return err
+			}
+			return emit(&x)
+		})
 }

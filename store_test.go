@@ -1,5 +1,9 @@
 package main
 
+// These tests cover what is stored and what is shown of it: runs and series that uploads create, reads with their
+// parameters, corrections, and the SQL of docs/SQL.md. Random histories of one tenant are compared with a naive model.
+// The fuzz tests at the end read outside bytes with the parsers of store.go, without a database.
+
 import (
 	"bytes"
 	"cmp"
@@ -26,41 +30,78 @@ import (
 	"github.com/lib/pq"
 )
 
+// seriesRow is a row of an upload, like at, but of any series.
+func seriesRow(series, validTime, value string, more ...string) string {
+	return strings.Replace(at(validTime, value, more...), `"value_key":"load"`, `"value_key":"`+series+`"`, 1)
+}
+
+// expectOK sends one request, which must be answered with 200, and returns the body. Unlike must it does not end the
+// test, so that goroutines may call it.
+func (s *testServer) expectOK(t *testing.T, method, path, key, body string) string {
+	t.Helper()
+	resp, text, err := s.do(method, path, key, body)
+	if err != nil {
+		t.Errorf("%s %s: %v", method, path, err)
+	} else if resp.StatusCode != 200 {
+		t.Errorf("%s %s: status %d, want 200: %s", method, path, resp.StatusCode, text)
+	}
+	return text
+}
+
+// mustRead reads values and returns the rows.
+func (s *testServer) mustRead(t *testing.T, path, key string) []answerRow {
+	t.Helper()
+	return mustDecode[readAnswer](t, s.must(t, 200, "GET", path, key, "")).Data
+}
+
+// jsonText is v as JSON.
+func jsonText(v any) string {
+	text, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // v is made of what JSON can hold
+	}
+	return string(text)
+}
+
+// ---- Timestamps
+
 func TestTimestampsAreReadInEveryDocumentedForm(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	for i, c := range []struct{ in, out string }{
-		{"2025-01-01", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05", ""}, {"2025-01-01T05:30", "2025-01-01T05:30:00+00:00"},
-		{"2025-01-01 05:30:01", "2025-01-01T05:30:01+00:00"},
-		{"2025-01-01T05:30:01.5", "2025-01-01T05:30:01.500000+00:00"},
-		{"2025-01-01T05:30:01.123456789Z", "2025-01-01T05:30:01.123456+00:00"},
-		{"2025-01-01T05:30:00+05:30", "2025-01-01T00:00:00+00:00"}, {"2025-01-01T05:30:00 05:30", "2025-01-01T00:00:00+00:00"},
-		{"2025-01-01 05:30-01", "2025-01-01T06:30:00+00:00"},
-		{"2025-01-01T05:30:00+0100", "2025-01-01T04:30:00+00:00"},
-		{"2024-12-31T23:59:59.999999-00:00", "2024-12-31T23:59:59.999999+00:00"},
-		{"1677-01-01T00:00:00Z", "1677-01-01T00:00:00+00:00"},
-		{"1969-12-31T23:59:59.000001Z", "1969-12-31T23:59:59.000001+00:00"},
-		{"2262-12-31T23:59:59.999999Z", "2262-12-31T23:59:59.999999+00:00"},
-		{"1999-12-31T23:59:59.75Z", "1999-12-31T23:59:59.750000+00:00"}, {"2024-02-29T12:00Z", "2024-02-29T12:00:00+00:00"},
+	s, key := mustTenant(t)
+	for i, c := range []struct{ name, in, want string }{
+		{"a date", "2025-01-01", "2025-01-01T00:00:00+00:00"},
+		{"minutes", "2025-01-01T05:30", "2025-01-01T05:30:00+00:00"},
+		{"minutes and Z", "2024-02-29T12:00Z", "2024-02-29T12:00:00+00:00"},
+		{"seconds after a space", "2025-01-01 05:30:01", "2025-01-01T05:30:01+00:00"},
+		{"a tenth of a second", "2025-01-01T05:30:01.5", "2025-01-01T05:30:01.500000+00:00"},
+		{"nanoseconds", "2025-01-01T05:30:01.123456789Z", "2025-01-01T05:30:01.123456+00:00"},
+		{"an offset", "2025-01-01T05:30:00+05:30", "2025-01-01T00:00:00+00:00"},
+		{"an offset whose plus became a space", "2025-01-01T05:30:00 05:30", "2025-01-01T00:00:00+00:00"},
+		{"an offset of hours alone", "2025-01-01 05:30-01", "2025-01-01T06:30:00+00:00"},
+		{"an offset without a colon", "2025-01-01T05:30:00+0100", "2025-01-01T04:30:00+00:00"},
+		{"an offset of minus zero", "2024-12-31T23:59:59.999999-00:00", "2024-12-31T23:59:59.999999+00:00"},
+		{"the first year", "1677-01-01T00:00:00Z", "1677-01-01T00:00:00+00:00"},
+		{"the last year", "2262-12-31T23:59:59.999999Z", "2262-12-31T23:59:59.999999+00:00"},
+		{"a microsecond before 1970", "1969-12-31T23:59:59.000001Z", "1969-12-31T23:59:59.000001+00:00"},
+		{"a fraction before 2000", "1999-12-31T23:59:59.75Z", "1999-12-31T23:59:59.750000+00:00"},
 	} {
-		if c.out == "" {
-			continue // an hour alone is neither promised nor refused
-		}
-		name := fmt.Sprintf("s%d", i)
-		s.must(t, 200, "POST", "/upload", key, runWith("", strings.Replace(at(c.in, "1"), "load", name, 1)))
-		text := s.must(t, 200, "GET", "/values?series_key="+name+"&start_valid="+strings.NewReplacer(" ", "%20").Replace(c.in),
-			key, "") // its plus stays bare
-		if !strings.Contains(text, `"valid_time":"`+c.out+`"`) {
-			t.Errorf("%s comes back in %s, want %s", c.in, text, c.out)
-		}
+		t.Run(c.name, func(t *testing.T) {
+			series := fmt.Sprintf("s%d", i)
+			s.must(t, 200, "POST", "/upload", key, runWith("", seriesRow(series, c.in, "1")))
+			start := strings.ReplaceAll(c.in, " ", "%20") // a plus is left bare, as people write it
+			text := s.must(t, 200, "GET", "/values?series_key="+series+"&start_valid="+start, key, "")
+			if !strings.Contains(text, `"valid_time":"`+c.want+`"`) {
+				t.Errorf("%s comes back in %s, want %s", c.in, text, c.want)
+			}
+		})
 	}
 }
 
+// ---- Runs and series
+
 func TestRepeatedUploadAnswersTheSameAndStoresNothing(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	body := runWith(`"run_id":"`+strings.ToUpper(nobody)+`",`, at("2025-01-01", "1"), at("2025-01-02", "2"))
 	first := s.must(t, 200, "POST", "/upload", key, body)
 	if got := mustDecode[uploadAnswer](t, first); got.RunID != nobody || got.Rows != 2 {
@@ -72,51 +113,56 @@ func TestRepeatedUploadAnswersTheSameAndStoresNothing(t *testing.T) {
 			t.Errorf("the same upload again answers %s, first %s", again, first)
 		}
 	}
-	s.must(t, 409, "POST", "/upload", key, strings.Replace(body, `"value":2`, `"value":3`, 1))
-	s.must(t, 409, "POST", "/upload", key, strings.Replace(body, `"run_id"`, `"workflow_id":"x","run_id"`, 1))
-	s.must(t, 409, "POST", "/upload", key, strings.Replace(body, `"value_key":"load","value":2`, `"value_key":"new","value":2`, 1))
+	otherValue := strings.Replace(body, `"value":2`, `"value":3`, 1)
+	otherMember := strings.Replace(body, `"run_id"`, `"workflow_id":"x","run_id"`, 1)
+	otherSeries := strings.Replace(body, `"value_key":"load","value":2`, `"value_key":"new","value":2`, 1)
+	s.runRequests(t, key, []requestCase{
+		{"the same run with another value", "POST", "/upload", otherValue, 409, nil},
+		{"the same run with a workflow_id", "POST", "/upload", otherMember, 409, nil},
+		{"the same run with another series", "POST", "/upload", otherSeries, 409, nil},
+	})
 	if s.stored(t) != before {
 		t.Error("a repeated upload stored something")
 	}
-	csv := func(id, value string) (path, body string) {
-		return "/upload?run_start_time=2025-01-01&run_id=" + id, "valid_time,value_key,value\n2025-01-01,load," + value + "\n"
+
+	const path = "/upload?run_start_time=2025-01-01&run_id=" + tenantB
+	uploadCSV := func(want int, path, value string) string {
+		t.Helper()
+		return s.must(t, want, "POST", path, key, "valid_time,value_key,value\n2025-01-01,load,"+value+"\n",
+			"Content-Type: text/csv")
 	}
-	path, text := csv(tenantB, "5")
-	first = s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv")
-	if again := s.must(t, 200, "POST", path, key, text, "Content-Type: text/csv"); again != first {
+	first = uploadCSV(200, path, "5")
+	if again := uploadCSV(200, path, "5"); again != first {
 		t.Errorf("the same CSV again answers %s, first %s", again, first)
 	}
-	_, text = csv(tenantB, "6")
-	s.must(t, 409, "POST", path, key, text, "Content-Type: text/csv")
-	s.must(t, 409, "POST", path+"&workflow_id=x", key, text, "Content-Type: text/csv")
+	uploadCSV(409, path, "6")
+	uploadCSV(409, path+"&workflow_id=x", "6")
 }
 
 func TestConcurrentUploadsMakeOneRunAndOneSeries(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	row := func(name string) string { return strings.Replace(at("2025-01-01", "1"), "load", name, 1) }
+	s, key := mustTenant(t)
+	row := func(series string) string { return seriesRow(series, "2025-01-01", "1") }
+
+	// The same run: one request stores it, all get the same answer.
 	var answers [8]string
-	together(8, func(i int) { // the same run: one stores it, all answer the same
-		_, answers[i], _ = s.do("POST", "/upload", key, runWith(`"run_id":"`+nobody+`",`, row("x"), row("y")))
-	})
-	together(8, func(i int) { // other runs that create the same series, in another order
-		rows := []string{row("p"), row("q"), row("r")}
-		rows[0], rows[i%3] = rows[i%3], rows[0]
-		if resp, text, err := s.do("POST", "/upload", key, runWith("", rows...)); err != nil || resp.StatusCode != 200 {
-			t.Errorf("%v %v %s", resp, err, text)
-		}
-	})
-	together(8, func(int) {
-		if resp, text, err := s.do("POST", "/series", key, `{"name":"s","unit":"MW"}`); err != nil || resp.StatusCode != 200 {
-			t.Errorf("%v %v %s", resp, err, text)
-		}
+	together(8, func(i int) {
+		answers[i] = s.expectOK(t, "POST", "/upload", key, runWith(`"run_id":"`+nobody+`",`, row("x"), row("y")))
 	})
 	for _, answer := range answers {
 		if answer != answers[0] || mustDecode[uploadAnswer](t, answer).RunID != nobody {
 			t.Errorf("one of eight equal uploads answers %q, another %q", answer, answers[0])
 		}
 	}
+	// Different runs that create the same series, in different orders.
+	together(8, func(i int) {
+		rows := []string{row("p"), row("q"), row("r")}
+		rows[0], rows[i%3] = rows[i%3], rows[0]
+		s.expectOK(t, "POST", "/upload", key, runWith("", rows...))
+	})
+	together(8, func(int) {
+		s.expectOK(t, "POST", "/series", key, `{"name":"s","unit":"MW"}`)
+	})
 	if got := s.stored(t); got != "9 6 26 26" {
 		t.Errorf("stored %q runs, series, blocks, values, want 9 6 26 26", got)
 	}
@@ -124,32 +170,40 @@ func TestConcurrentUploadsMakeOneRunAndOneSeries(t *testing.T) {
 
 func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	type answer struct {
 		ID      string `json:"series_id"`
 		Message string `json:"message"`
 	}
-	first := mustDecode[answer](t, s.must(t, 200, "POST", "/series", key, `{"name":"load","unit":"MW","description":"Load <&> ü"}`))
-	again := mustDecode[answer](t, s.must(t, 200, "POST", "/series", key, `{"name":"load","unit":"MW"}`))
-	if first.Message != "Series created successfully" || again.Message != "Series already exists" || first.ID != again.ID {
+	create := func(body string) answer {
+		t.Helper()
+		return mustDecode[answer](t, s.must(t, 200, "POST", "/series", key, body))
+	}
+	first := create(`{"name":"load","unit":"MW","description":"Load <&> ü"}`)
+	again := create(`{"name":"load","unit":"MW"}`)
+	if first.Message != "Series created successfully" || again.Message != "Series already exists" ||
+		first.ID != again.ID {
 		t.Errorf("POST /series answers %+v, then %+v", first, again)
 	}
-	s.mustAll(t, key, []httpCase{
-		{"POST", "/series", `{"name":"load"}`, 409, []string{"unit"}},
-		{"POST", "/series", `{"name":"load","unit":"kW"}`, 409, []string{"unit"}},
-		{"POST", "/series", `{"name":" "}`, 422, []string{"name"}}, {"POST", "/series", `{}`, 422, []string{"name"}},
-		{"POST", "/series", `{"name":"x","unit":""}`, 422, []string{"unit"}},
-		{"POST", "/series", `{"name":5}`, 422, []string{"name"}}, {"POST", "/series", `{"name":"x","extra":1}`, 422, []string{"extra"}},
-		{"POST", "/series", `{"name":"x","name":"y"}`, 422, []string{"name"}},
-		{"POST", "/series", `{"name":"x\u0000"}`, 422, []string{"name"}},
-		{"POST", "/series?x=1", `{"name":"x"}`, 422, []string{"x"}}, {"POST", "/series", `name=x`, 422, []string{"body"}},
-		{"POST", "/series", `{"name":"empty"}`, 200, []string{"Series created successfully"}},
-		{"GET", "/list_timeseries", ``, 200, []string{`"series_key":"empty"`, `"unit":"dimensionless"`, `"series_key":"load"`}},
-		{"GET", "/list_timeseries?x=1", ``, 422, []string{"x"}},
-		{"GET", "/values?series_key=empty", ``, 200, []string{`"count":0`, `"data":[]`}},
+	listed := []string{`"series_key":"empty"`, `"unit":"dimensionless"`, `"series_key":"load"`}
+	s.runRequests(t, key, []requestCase{
+		{"an existing name without its unit", "POST", "/series", `{"name":"load"}`, 409, []string{"unit"}},
+		{"an existing name with another unit", "POST", "/series", `{"name":"load","unit":"kW"}`, 409, []string{"unit"}},
+		{"a blank name", "POST", "/series", `{"name":" "}`, 422, []string{"name"}},
+		{"no name", "POST", "/series", `{}`, 422, []string{"name"}},
+		{"an empty unit", "POST", "/series", `{"name":"x","unit":""}`, 422, []string{"unit"}},
+		{"a number as name", "POST", "/series", `{"name":5}`, 422, []string{"name"}},
+		{"an unknown member", "POST", "/series", `{"name":"x","extra":1}`, 422, []string{"extra"}},
+		{"a member twice", "POST", "/series", `{"name":"x","name":"y"}`, 422, []string{"name"}},
+		{"a NUL in the name", "POST", "/series", `{"name":"x\u0000"}`, 422, []string{"name"}},
+		{"an unknown parameter", "POST", "/series?x=1", `{"name":"x"}`, 422, []string{"x"}},
+		{"a form as body", "POST", "/series", `name=x`, 422, []string{"body"}},
+		{"a name alone", "POST", "/series", `{"name":"empty"}`, 200, []string{"Series created successfully"}},
+		{"the list of series", "GET", "/list_timeseries", "", 200, listed},
+		{"the list with an unknown parameter", "GET", "/list_timeseries?x=1", "", 422, []string{"x"}},
+		{"a series without values", "GET", "/values?series_key=empty", "", 200, []string{`"count":0`, `"data":[]`}},
 	})
-	// An upload finds a series by its key whatever its unit, or by its id.
+	// An upload finds a series by its key whatever its unit, or by its id, or by both.
 	got := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-01", "1"),
 		`{"valid_time":"2025-01-02","series_id":"`+strings.ToUpper(first.ID)+`","value":2}`,
 		`{"valid_time":"2025-01-03","series_id":"`+first.ID+`","value_key":"load","value":3}`)))
@@ -161,91 +215,101 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	}
 }
 
-func TestLongSeriesComeBackExactly(t *testing.T) {
-	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
-	special := []float64{0.1, 1e-7, 1e300, 5e-324, math.MaxFloat64, -math.MaxFloat64, 1 / 3.0, 0, 1e15, 1e16,
-		123456789.123456789, 1e21, 0.0001, 0.00001, 9007199254740993}
+// ---- Reads
+
+// longSeries has more values than a row of values_table holds (1000), more days than a row spans (32), gaps around 32
+// days, a thousand microseconds on end, and numbers that are hard to write.
+func longSeries() (times []time.Time, values []float64) {
 	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
-	var times []time.Time
-	for i := range 2500 { // over a thousand values, and over 32 days
+	for i := range 2500 {
 		times = append(times, begin.Add(time.Duration(i)*time.Hour))
 	}
-	for _, gap := range []time.Duration{0, 32*24*time.Hour - time.Microsecond, 32 * 24 * time.Hour, 32*24*time.Hour + time.Microsecond} {
+	const most = 32 * 24 * time.Hour
+	for _, gap := range []time.Duration{0, most - time.Microsecond, most, most + time.Microsecond} {
 		times = append(times, begin.AddDate(3, 0, 0).Add(gap))
 	}
 	for i := range 1001 {
 		times = append(times, begin.AddDate(10, 0, 0).Add(time.Duration(i)*time.Microsecond))
 	}
-	value := func(i int) float64 {
-		if i < len(special) {
-			return special[i]
-		}
-		return math.Ldexp(float64(i*i*7919%1_000_003), -i%40)
+	values = []float64{0.1, 1e-7, 1e300, 5e-324, math.MaxFloat64, -math.MaxFloat64, 1 / 3.0, 0, 1e15, 1e16,
+		123456789.123456789, 1e21, 0.0001, 0.00001, 9007199254740993}
+	for i := len(values); i < len(times); i++ {
+		values = append(values, math.Ldexp(float64(i*i*7919%1_000_003), -i%40))
 	}
-	rows := make([]string, len(times))
-	for i, at := range times {
-		rows[i] = fmt.Sprintf(`{"valid_time":%q,"value_key":"load","value":%s}`, at.Format(time.RFC3339Nano),
-			strconv.FormatFloat(value(i), 'g', -1, 64))
+	return times, values
+}
+
+func TestLongSeriesComeBackExactly(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	times, values := longSeries()
+	var rows []string
+	for i, validTime := range times {
+		value := strconv.FormatFloat(values[i], 'g', -1, 64)
+		rows = append(rows, at(validTime.Format(time.RFC3339Nano), value))
 	}
 	rand.Shuffle(len(rows), func(i, j int) { rows[i], rows[j] = rows[j], rows[i] })
 	s.must(t, 200, "POST", "/upload", key, runWith("", rows...))
-	type answer struct {
-		Count int
-		Data  []struct {
-			At    time.Time `json:"valid_time"`
-			Value float64
-		}
-	}
-	got := mustDecode[answer](t, s.must(t, 200, "GET", "/values", key, ""))
+
+	got := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values", key, ""))
 	if got.Count != len(times) || len(got.Data) != len(times) {
 		t.Fatalf("%d rows and a count of %d, want %d", len(got.Data), got.Count, len(times))
 	}
 	for i, row := range got.Data {
-		if !row.At.Equal(times[i]) || row.Value != value(i) {
-			t.Fatalf("row %d is %v, want %v %v", i, row, times[i], value(i))
+		if !row.Valid.Equal(times[i]) || row.Value == nil || *row.Value != values[i] {
+			t.Fatalf("row %d is %s, want %v %v", i, row.line(), times[i], values[i])
 		}
 	}
-	for range 200 { // any window shows just what lies in it
+
+	// Any window shows just what lies in it.
+	for range 200 {
 		i := rand.Intn(len(times))
 		j := i + rand.Intn(min(1500, len(times)-i))
-		query := fmt.Sprintf("/values?start_valid=%s&end_valid=%s", url.QueryEscape(times[i].Format(time.RFC3339Nano)),
-			url.QueryEscape(times[j].Add(time.Microsecond).Format(time.RFC3339Nano)))
-		part := mustDecode[answer](t, s.must(t, 200, "GET", query, key, ""))
-		if part.Count != j-i+1 || !part.Data[0].At.Equal(times[i]) || !part.Data[j-i].At.Equal(times[j]) {
-			t.Fatalf("%s: %d rows, want %d", query, part.Count, j-i+1)
+		start := url.QueryEscape(times[i].Format(time.RFC3339Nano))
+		end := url.QueryEscape(times[j].Add(time.Microsecond).Format(time.RFC3339Nano))
+		path := "/values?start_valid=" + start + "&end_valid=" + end
+		part := mustDecode[readAnswer](t, s.must(t, 200, "GET", path, key, ""))
+		if want := j - i + 1; part.Count != want || len(part.Data) != want {
+			t.Fatalf("%s: %d rows and a count of %d, want %d", path, len(part.Data), part.Count, want)
+		}
+		if first, last := part.Data[0], part.Data[j-i]; !first.Valid.Equal(times[i]) || !last.Valid.Equal(times[j]) {
+			t.Fatalf("%s: from %v to %v", path, first.Valid, last.Valid)
 		}
 	}
 }
 
-// mustPicture uploads what the tests of this part read: two runs of load known at different times, a third known when the
-// second was, an interval series, and a correction of one value.
+// mustPicture uploads what the tests below read, all on 2025-01-01: two runs of load known at different times, a third
+// known when the second was, an interval series, and a correction of one value.
 func mustPicture(t *testing.T, s *testServer) (key string, series map[string]string) {
 	t.Helper()
 	key = s.mustUser(t, tenantA, "a@example.com")
+	row := func(name, hh, value string, more ...string) string {
+		return seriesRow(name, "2025-01-01T"+hh+":00:00Z", value, more...)
+	}
+	until := func(hh string) string { return `,"valid_time_end":"2025-01-01T` + hh + `:00:00Z"` }
+	const midnight, noon = "2024-12-31T00:00:00Z", "2024-12-31T12:00:00Z"
 	series = map[string]string{}
-	row := func(name, hour, value string, more ...string) string {
-		return strings.Replace(at("2025-01-01T"+hour+":00:00Z", value, more...), "load", name, 1)
-	}
-	end := func(hour string) string { return `,"valid_time_end":"2025-01-01T` + hour + `:00:00Z"` }
-	for i, rows := range [][]string{
-		{row("load", "00", "1"), row("load", "01", "2"), row("load", "02", "null"), row("wind", "00", "0.5")},
-		{row("load", "03", "4.5"), row("load", "01", "2.5"), row("load", "02", "3.5"), row("price", "00", "20", end("02")),
-			row("price", "00", "10", end("01"))},
-		{row("load", "03", "9")},
+	for _, run := range []struct {
+		known string
+		rows  []string
+	}{
+		{midnight, []string{row("load", "00", "1"), row("load", "01", "2"), row("load", "02", "null"),
+			row("wind", "00", "0.5")}},
+		{noon, []string{row("load", "03", "4.5"), row("load", "01", "2.5"), row("load", "02", "3.5"),
+			row("price", "00", "20", until("02")), row("price", "00", "10", until("01"))}},
+		{noon, []string{row("load", "03", "9")}},
 	} {
-		known := []string{"2024-12-31T00:00:00Z", "2024-12-31T12:00:00Z", "2024-12-31T12:00:00Z"}[i]
-		got := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, runWith(`"known_time":"`+known+`",`, rows...)))
-		for name, id := range got.SeriesIDs {
-			series[name] = id
-		}
+		body := runWith(`"known_time":"`+run.known+`",`, run.rows...)
+		answer := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, body))
+		maps.Copy(series, answer.SeriesIDs)
 	}
-	s.must(t, 200, "PUT", "/values", key, `{"updates":[{"series_key":"load","valid_time":"2025-01-01T02:00:00Z","value":3.75,"annotation":"checked","tags":["a","b"]}]}`)
+	s.must(t, 200, "PUT", "/values", key, corrections(
+		correctionAt("02", `"series_key":"load","value":3.75,"annotation":"checked","tags":["a","b"]`)))
 	return key, series
 }
 
-// brief is a read in short: each row as "known/key hour[-end]=value", known and end as hours, too.
+// brief is a read in short: each row as "known/series valid-end=value version". Times are hours; known, end and version
+// are there if the answer has them.
 func brief(t *testing.T, text string) string {
 	t.Helper()
 	got := mustDecode[readAnswer](t, text)
@@ -261,8 +325,10 @@ func brief(t *testing.T, text string) string {
 		if r.End != nil {
 			row += "-" + r.End.Format("15")
 		}
-		if row += "=null"; r.Value != nil {
-			row = strings.TrimSuffix(row, "null") + strconv.FormatFloat(*r.Value, 'g', -1, 64)
+		if r.Value != nil {
+			row += "=" + strconv.FormatFloat(*r.Value, 'g', -1, 64)
+		} else {
+			row += "=null"
 		}
 		if r.Version > 0 {
 			row += fmt.Sprintf(" v%d", r.Version)
@@ -276,73 +342,130 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key, series := mustPicture(t, s)
-	const flat = "load 00=1, load 01=2.5, load 02=3.75, load 03=9, price 00-01=10, price 00-02=20, wind 00=0.5"
-	for query, want := range map[string]string{
-		"":                                 flat,
-		"mode=flat&all_versions=false":     flat,
-		"mode=overlapping&series_key=load": "00/load 00=1, 00/load 01=2, 00/load 02=null, 12/load 01=2.5, 12/load 02=3.75, 12/load 03=4.5, 12/load 03=9",
-		"mode=overlapping&series_key=wind&series_id=" + series["price"]:                   "12/price 00-01=10, 12/price 00-02=20, 00/wind 00=0.5",
-		"series_id=" + series["wind"] + "&series_id=" + strings.ToUpper(series["wind"]):   "wind 00=0.5",
-		"series_key=wind&series_id=" + series["wind"]:                                     "wind 00=0.5",
-		"series_key=load&start_valid=2025-01-01T01:00:00Z&end_valid=2025-01-01T03:00:00Z": "load 01=2.5, load 02=3.75",
-		"start_valid=2025-01-01T00:00:01Z&series_key=price":                               "",
-		"end_valid=2025-01-01T00:00:00Z":                                                  "",
-		"end_known=2024-12-31T12:00:00Z&series_key=load":                                  "load 00=1, load 01=2, load 02=null",
-		"start_known=2024-12-31T12:00:00Z&series_key=load":                                "load 01=2.5, load 02=3.75, load 03=9",
-		"start_known=2025-01-01":                                                          "",
-		"series_key=load&all_versions=true&start_valid=2025-01-01T02:00:00Z":              "00/load 02=null v1, 12/load 02=3.5 v1, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1",
-		"series_key=load&lead=PT24H":                                                      "load 00=1, load 01=2, load 02=null",
-		"series_key=load&lead=13h":                                                        "load 00=1, load 01=2.5, load 02=3.75, load 03=9",
-		"series_key=load&lead=PT13H0.000001S":                                             "load 00=1, load 01=2, load 02=3.75, load 03=9",
-		"lead=P1DT1H&series_key=load":                                                     "load 01=2, load 02=null",
-		"lead=P1W":                                                                        "",
-		"bucket=PT2H&agg=mean&series_key=load":                                            "load 00=1.75, load 02=6.375",
-		"bucket=2h&agg=min&series_key=load":                                               "load 00=1, load 02=3.75",
-		"bucket=P1D&agg=max":                                                              "load 00=9, price 00=20, wind 00=0.5",
-		"bucket=P1D&agg=sum":                                                              "load 00=16.25, price 00=30, wind 00=0.5",
-		"bucket=P1D&agg=count&end_known=2024-12-31T12:00:00Z":                             "load 00=2, wind 00=1",
-		"bucket=PT1H&agg=mean&series_key=load&end_known=2024-12-31T12:00:00Z":             "load 00=1, load 01=2",
-		"bucket=90m&agg=max&series_key=load&start_valid=2025-01-01T01:00:00Z":             "load 00=2.5, load 01=3.75, load 03=9",
-		"bucket=PT1H&agg=count&series_key=load&limit=2":                                   "load 00=1, load 01=1",
-		"limit=3":                    "load 00=1, load 01=2.5, load 02=3.75",
-		"limit=1000&series_key=wind": "wind 00=0.5",
-		"as_of=2020-01-01":           "",
+	const (
+		flat  = "load 00=1, load 01=2.5, load 02=3.75, load 03=9, price 00-01=10, price 00-02=20, wind 00=0.5"
+		first = "load 00=1, load 01=2, load 02=null" // of load, as the first run has it
+	)
+	for _, c := range []struct{ name, query, want string }{
+		{"all series", "", flat},
+		{"the defaults by name", "mode=flat&all_versions=false", flat},
+		{"overlapping runs of one series", "mode=overlapping&series_key=load",
+			"00/load 00=1, 00/load 01=2, 00/load 02=null, " +
+				"12/load 01=2.5, 12/load 02=3.75, 12/load 03=4.5, 12/load 03=9"},
+		{"overlapping runs of a key and an id", "mode=overlapping&series_key=wind&series_id=" + series["price"],
+			"12/price 00-01=10, 12/price 00-02=20, 00/wind 00=0.5"},
+		{"an id twice, once in upper case",
+			"series_id=" + series["wind"] + "&series_id=" + strings.ToUpper(series["wind"]), "wind 00=0.5"},
+		{"a series by key and by id", "series_key=wind&series_id=" + series["wind"], "wind 00=0.5"},
+		{"a window", "series_key=load&start_valid=2025-01-01T01:00:00Z&end_valid=2025-01-01T03:00:00Z",
+			"load 01=2.5, load 02=3.75"},
+		{"a window that begins within an interval", "start_valid=2025-01-01T00:00:01Z&series_key=price", ""},
+		{"a window that ends before the first value", "end_valid=2025-01-01T00:00:00Z", ""},
+		{"known before", "end_known=2024-12-31T12:00:00Z&series_key=load", first},
+		{"known from", "start_known=2024-12-31T12:00:00Z&series_key=load", "load 01=2.5, load 02=3.75, load 03=9"},
+		{"known from after the last run", "start_known=2025-01-01", ""},
+		{"all versions", "series_key=load&all_versions=true&start_valid=2025-01-01T02:00:00Z",
+			"00/load 02=null v1, 12/load 02=3.5 v1, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1"},
+		{"a lead of a day", "series_key=load&lead=PT24H", first},
+		{"a lead of just what the second run has", "series_key=load&lead=13h",
+			"load 00=1, load 01=2.5, load 02=3.75, load 03=9"},
+		{"a lead of a microsecond more", "series_key=load&lead=PT13H0.000001S",
+			"load 00=1, load 01=2, load 02=3.75, load 03=9"},
+		{"a lead of a day and an hour", "lead=P1DT1H&series_key=load", "load 01=2, load 02=null"},
+		{"a lead that nothing has", "lead=P1W", ""},
+		{"the mean", "bucket=PT2H&agg=mean&series_key=load", "load 00=1.75, load 02=6.375"},
+		{"the minimum", "bucket=2h&agg=min&series_key=load", "load 00=1, load 02=3.75"},
+		{"the maximum", "bucket=P1D&agg=max", "load 00=9, price 00=20, wind 00=0.5"},
+		{"the sum", "bucket=P1D&agg=sum", "load 00=16.25, price 00=30, wind 00=0.5"},
+		{"the count leaves out NULL", "bucket=P1D&agg=count&end_known=2024-12-31T12:00:00Z", "load 00=2, wind 00=1"},
+		{"a bucket of NULL alone", "bucket=PT1H&agg=mean&series_key=load&end_known=2024-12-31T12:00:00Z",
+			"load 00=1, load 01=2"},
+		{"buckets begin at multiples since 1970", "bucket=90m&agg=max&series_key=load&start_valid=2025-01-01T01:00:00Z",
+			"load 00=2.5, load 01=3.75, load 03=9"},
+		{"a limit counts buckets", "bucket=PT1H&agg=count&series_key=load&limit=2", "load 00=1, load 01=1"},
+		{"a limit counts rows", "limit=3", "load 00=1, load 01=2.5, load 02=3.75"},
+		{"a limit beyond the rows", "limit=1000&series_key=wind", "wind 00=0.5"},
+		{"as of a time before all series", "as_of=2020-01-01", ""},
 	} {
-		if got := brief(t, s.must(t, 200, "GET", "/values?"+query, key, "")); got != want {
-			t.Errorf("GET /values?%s\nshows %s\nwant  %s", query, got, want)
-		}
+		t.Run(c.name, func(t *testing.T) {
+			if got := brief(t, s.must(t, 200, "GET", "/values?"+c.query, key, "")); got != c.want {
+				t.Errorf("GET /values?%s\nshows %s\nwant  %s", c.query, got, c.want)
+			}
+		})
 	}
-	for _, query := range []string{"series_key=nope", "series_id=" + nobody, "series_key=load&series_key=nope",
-		"as_of=2020-01-01&series_key=load"} {
-		s.must(t, 404, "GET", "/values?"+query, key, "")
-	}
-	for query, field := range map[string]string{
-		"nope=1": "nope", "Mode=flat": "Mode", "mode=": "mode", "mode=both": "mode", "mode=flat&mode=flat": "mode",
-		"series_id=x": "series_id", "start_valid=x": "start_valid", "end_valid=": "end_valid",
-		"start_known=2025-13-01": "start_known", "end_known=x": "end_known", "as_of=x": "as_of",
-		"start_valid=2025-01-02&end_valid=2025-01-02": "valid",
-		"start_known=2025-01-02&end_known=2025-01-01": "known", "all_versions=perhaps": "all_versions", "detail=2": "detail",
-		"limit=0": "limit", "limit=-1": "limit", "limit=x": "limit", "limit=1e3": "limit",
-		"series_key=": "series_key", "series_id=": "series_id", "start_valid=%zz": "query",
-		"lead=x": "lead", "lead=P1M": "lead", "lead=": "lead", "lead=-1h": "lead", "lead=P": "lead", "lead=PT": "lead",
-		"bucket=PT1H": "agg", "agg=mean": "bucket", "bucket=PT1H&agg=median": "agg", "bucket=0s&agg=mean": "bucket",
-		"bucket=-1h&agg=mean": "bucket", "bucket=1ns&agg=mean": "bucket", "bucket=P300000D&agg=mean": "bucket",
-		"bucket=PT1H&agg=mean&mode=overlapping": "bucket", "bucket=PT1H&agg=mean&all_versions=true": "bucket",
-		"bucket=PT1H&agg=mean&detail=true": "bucket", "format=xml": "format",
+}
+
+func TestReadsRefuseUnknownSeriesAndBadParameters(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, _ := mustPicture(t, s)
+	for _, c := range []struct{ name, query string }{
+		{"an unknown key", "series_key=nope"},
+		{"an unknown id", "series_id=" + nobody},
+		{"an unknown key beside a known one", "series_key=load&series_key=nope"},
+		{"a series as of a time before it", "as_of=2020-01-01&series_key=load"},
 	} {
-		if text := s.must(t, 422, "GET", "/values?"+query, key, ""); !strings.Contains(text, field) {
-			t.Errorf("GET /values?%s: %s, want %s in it", query, text, field)
-		}
+		t.Run(c.name, func(t *testing.T) {
+			s.must(t, 404, "GET", "/values?"+c.query, key, "")
+		})
+	}
+	for _, c := range []struct{ name, query, want string }{
+		{"an unknown parameter", "nope=1", "nope"},
+		{"a parameter in upper case", "Mode=flat", "Mode"},
+		{"a bad escape", "start_valid=%zz", "query"},
+		{"an empty mode", "mode=", "mode"},
+		{"an unknown mode", "mode=both", "mode"},
+		{"the mode twice", "mode=flat&mode=flat", "mode"},
+		{"an id that is no UUID", "series_id=x", "series_id"},
+		{"an empty id", "series_id=", "series_id"},
+		{"an empty key", "series_key=", "series_key"},
+		{"a start_valid that is no time", "start_valid=x", "start_valid"},
+		{"an empty end_valid", "end_valid=", "end_valid"},
+		{"a start_known in month 13", "start_known=2025-13-01", "start_known"},
+		{"an end_known that is no time", "end_known=x", "end_known"},
+		{"an as_of that is no time", "as_of=x", "as_of"},
+		{"an empty window of valid_time", "start_valid=2025-01-02&end_valid=2025-01-02", "valid"},
+		{"a window of known_time that ends before it starts", "start_known=2025-01-02&end_known=2025-01-01", "known"},
+		{"all_versions that is not true or false", "all_versions=perhaps", "all_versions"},
+		{"detail that is not true or false", "detail=2", "detail"},
+		{"a limit of zero", "limit=0", "limit"},
+		{"a negative limit", "limit=-1", "limit"},
+		{"a limit that is no number", "limit=x", "limit"},
+		{"a limit with an exponent", "limit=1e3", "limit"},
+		{"a lead that is no duration", "lead=x", "lead"},
+		{"a lead of a month", "lead=P1M", "lead"},
+		{"an empty lead", "lead=", "lead"},
+		{"a negative lead", "lead=-1h", "lead"},
+		{"a lead of P alone", "lead=P", "lead"},
+		{"a lead of PT alone", "lead=PT", "lead"},
+		{"a bucket without agg", "bucket=PT1H", "agg"},
+		{"agg without a bucket", "agg=mean", "bucket"},
+		{"an unknown agg", "bucket=PT1H&agg=median", "agg"},
+		{"a bucket of no width", "bucket=0s&agg=mean", "bucket"},
+		{"a bucket of negative width", "bucket=-1h&agg=mean", "bucket"},
+		{"a bucket of less than a microsecond", "bucket=1ns&agg=mean", "bucket"},
+		{"a bucket that is too wide", "bucket=P300000D&agg=mean", "bucket"},
+		{"a bucket of overlapping runs", "bucket=PT1H&agg=mean&mode=overlapping", "bucket"},
+		{"a bucket of all versions", "bucket=PT1H&agg=mean&all_versions=true", "bucket"},
+		{"a bucket with detail", "bucket=PT1H&agg=mean&detail=true", "bucket"},
+		{"an unknown format", "format=xml", "format"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if text := s.must(t, 422, "GET", "/values?"+c.query, key, ""); !strings.Contains(text, c.want) {
+				t.Errorf("GET /values?%s: %s, want %s in it", c.query, text, c.want)
+			}
+		})
 	}
 }
 
 func TestOverlappingRunsOfOneKnownTimeAreOrderedByValidTime(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	const known = `"known_time":"2025-01-01T00:00:00Z",`
-	s.must(t, 200, "POST", "/upload", key, runWith(known, at("2025-01-01T00:00:00Z", "1"), at("2025-01-01T02:00:00Z", "2")))
-	s.must(t, 200, "POST", "/upload", key, runWith(known, at("2025-01-01T01:00:00Z", "3"), at("2025-01-01T03:00:00Z", "4")))
+	even := runWith(known, at("2025-01-01T00:00:00Z", "1"), at("2025-01-01T02:00:00Z", "2"))
+	odd := runWith(known, at("2025-01-01T01:00:00Z", "3"), at("2025-01-01T03:00:00Z", "4"))
+	s.must(t, 200, "POST", "/upload", key, even)
+	s.must(t, 200, "POST", "/upload", key, odd)
 	const want = "00/load 00=1, 00/load 01=3, 00/load 02=2, 00/load 03=4"
 	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping", key, "")); got != want {
 		t.Errorf("GET /values?mode=overlapping\nshows %s\nwant  %s (series_key, known_time, valid_time)", got, want)
@@ -351,31 +474,29 @@ func TestOverlappingRunsOfOneKnownTimeAreOrderedByValidTime(t *testing.T) {
 
 func TestFirstUploadIsThereAsOfItsOwnChangeTime(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	for i := range 20 {
-		name := fmt.Sprint("series", i)
-		s.must(t, 200, "POST", "/upload", key, `{"run_start_time":"2025-01-01","value_rows":[{"valid_time":"2025-01-01","value_key":"`+name+`","value":1}]}`)
-		detail := mustDecode[struct {
-			Data []struct {
-				Change string `json:"change_time"`
-			}
-		}](t, s.must(t, 200, "GET", "/values?detail=true&series_key="+name, key, ""))
-		asOf := url.QueryEscape(detail.Data[0].Change)
-		if got := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values?series_key="+name+"&as_of="+asOf, key, "")); got.Count != 1 {
-			t.Fatalf("as of its own change_time %s the upload has %d values", asOf, got.Count)
+		series := fmt.Sprint("series", i)
+		s.must(t, 200, "POST", "/upload", key, runWith("", seriesRow(series, "2025-01-01", "1")))
+		path := "/values?series_key=" + series
+		change := s.mustRead(t, path+"&detail=true", key)[0].Change
+		path += "&as_of=" + url.QueryEscape(change)
+		if got := mustDecode[readAnswer](t, s.must(t, 200, "GET", path, key, "")); got.Count != 1 {
+			t.Fatalf("as of its own change_time %s the upload has %d values", change, got.Count)
 		}
 	}
 }
 
-// A history is some uploads and corrections of one tenant, done over HTTP and mirrored in the plainest possible model:
-// a list of every version ever written. Times are microseconds since 1970; end 0 means that there is none.
+// ---- Reads against a naive model
+
+// A history is some uploads and corrections of one tenant, sent over HTTP and mirrored in the plainest possible model:
+// a list of every version ever written. Times are microseconds since 1970.
 type history struct {
 	s        *testServer
 	rng      *rand.Rand
 	tenant   string
-	keys     [2]string // of two users
-	runs     []modelRun
+	keys     [2]string  // of two users
+	runs     []modelRun // in the order of insertion
 	versions []modelVersion
 	series   map[string]modelSeries
 	moments  []modelMoment
@@ -391,18 +512,27 @@ type modelSeries struct {
 	born int // how many moments there were before it
 }
 
+// spot is where a value can be: a series, a valid_time, and the end of an interval or 0.
+type spot struct {
+	series     string
+	valid, end int64
+}
+
+// slot is a spot in one run, an index of history.runs. Its versions replace each other.
+type slot struct {
+	spot
+	run int
+}
+
 type modelVersion struct {
-	series   string
-	run      int // an index: the order of insertion
-	time     int64
-	end      int64
+	slot
+	number   int
 	value    *float64
 	note, by string
 	tags     []string
-	number   int
 }
 
-// modelMoment is a time by the database's clock, how much there was then, and what a read answered then.
+// modelMoment is a time by the database's clock, how many versions there were then, and what a read answered then.
 type modelMoment struct {
 	at       string
 	versions int
@@ -411,9 +541,16 @@ type modelMoment struct {
 }
 
 const (
-	hour     = int64(time.Hour / time.Microsecond)
+	minute   = int64(time.Minute / time.Microsecond)
+	hour     = 60 * minute
 	modelDay = int64(1_735_689_600_000_000) // 2025-01-01
 )
+
+// modelSpans are the durations that questions ask for, as lead or as bucket.
+var modelSpans = map[string]int64{
+	"0s": 0, "7m": 7 * minute, "1h": hour, "2h": 2 * hour, "PT3H": 3 * hour, "PT6H": 6 * hour,
+	"PT20H30M": 20*hour + 30*minute, "P1D": 24 * hour, "P1W": 7 * 24 * hour,
+}
 
 func iso(t int64) string { return time.UnixMicro(t).UTC().Format("2006-01-02T15:04:05.999999-07:00") }
 
@@ -423,10 +560,17 @@ func TestReadsAgreeWithNaiveModel(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	s.db.SetMaxIdleConns(16)
-	base := cmp.Or(*modelSeed, rand.Int63())
+	base := *modelSeed
+	if base == 0 {
+		base = rand.Int63()
+	}
 	var next, failed atomic.Int64
 	together(8, func(int) {
-		for i := next.Add(1) - 1; i < int64(*histories) && failed.Load() < 3; i = next.Add(1) - 1 {
+		for failed.Load() < 3 {
+			i := next.Add(1) - 1
+			if i >= int64(*histories) {
+				return
+			}
 			h := &history{s: s, rng: rand.New(rand.NewSource(base + i)), series: map[string]modelSeries{}}
 			if err := h.play(); err != nil {
 				failed.Add(1)
@@ -436,556 +580,758 @@ func TestReadsAgreeWithNaiveModel(t *testing.T) {
 	})
 }
 
+// play does some random uploads and corrections, reads after each, and in the end reads as of each moment.
 func (h *history) play() error {
-	h.tenant = fmt.Sprintf("%08x-%04x-4000-8000-%012x", h.rng.Uint32(), h.rng.Intn(1<<16), h.rng.Int63n(1<<48))
-	for i := range h.keys {
-		key, id, _ := newKey()
-		digest := sha256.Sum256([]byte(key))
-		h.keys[i] = key
-		if _, err := h.s.db.Exec(`INSERT INTO users_table (tenant_id, email, key_id, key_digest) VALUES ($1, $2, $3, $4)`,
-			h.tenant, h.email(i), id, digest[:]); err != nil {
-			return err
-		}
+	if err := h.createUsers(); err != nil {
+		return err
 	}
 	for step := range 2 + h.rng.Intn(5) {
 		act := h.correct
-		if step == 0 || h.rng.Intn(2) == 0 {
+		if step == 0 || h.chance(50) {
 			act = h.upload
 		}
 		if err := act(h.rng.Intn(2)); err != nil {
 			return err
 		}
-		m := modelMoment{versions: len(h.versions)}
-		if err := h.s.db.QueryRow(`SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`).Scan(&m.at); err != nil {
+		if err := h.remember(); err != nil {
 			return err
 		}
-		m.query = h.question()
-		var err error
-		if m.answer, err = h.compare(m.query, len(h.versions), len(h.moments)); err != nil {
-			return err
-		}
-		h.moments = append(h.moments, m)
 	}
-	for i, m := range h.moments { // every moment's answer can be had again
-		m.query.Set("as_of", m.at)
-		if _, again, err := h.s.do("GET", "/values?"+m.query.Encode(), h.keys[0], ""); err != nil || again != m.answer {
-			return fmt.Errorf("GET /values?%s\nanswers  %s\nanswered %s at that moment (%v)", m.query.Encode(), again, m.answer, err)
-		}
-		query := h.question()
-		query.Set("as_of", m.at)
-		if _, err := h.compare(query, m.versions, i); err != nil {
+	for i := range h.moments {
+		if err := h.lookBack(i); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// createUsers writes the users into the table: two thousand commands would take too long.
+func (h *history) createUsers() error {
+	h.tenant = fmt.Sprintf("%08x-%04x-4000-8000-%012x", h.rng.Uint32(), h.rng.Intn(1<<16), h.rng.Int63n(1<<48))
+	for i := range h.keys {
+		key, id, _ := newKey()
+		digest := sha256.Sum256([]byte(key))
+		h.keys[i] = key
+		_, err := h.s.db.Exec(`INSERT INTO users_table (tenant_id, email, key_id, key_digest) VALUES ($1, $2, $3, $4)`,
+			h.tenant, h.email(i), id, digest[:])
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// remember reads, and makes a moment of the answer.
+func (h *history) remember() error {
+	m := modelMoment{versions: len(h.versions)}
+	const now = `SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`
+	if err := h.s.db.QueryRow(now).Scan(&m.at); err != nil {
+		return err
+	}
+	m.query = h.question()
+	answer, err := h.compare(m.query, len(h.versions), len(h.moments))
+	if err != nil {
+		return err
+	}
+	m.answer = answer
+	h.moments = append(h.moments, m)
+	return nil
+}
+
+// lookBack has the answer of a moment repeated, and asks another question as of then.
+func (h *history) lookBack(moment int) error {
+	m := h.moments[moment]
+	m.query.Set("as_of", m.at)
+	_, again, err := h.s.do("GET", "/values?"+m.query.Encode(), h.keys[0], "")
+	if err != nil || again != m.answer {
+		return fmt.Errorf("GET /values?%s\nanswers  %s\nanswered %s at that moment (%v)",
+			m.query.Encode(), again, m.answer, err)
+	}
+	query := h.question()
+	query.Set("as_of", m.at)
+	_, err = h.compare(query, m.versions, moment)
+	return err
+}
+
 func (h *history) email(user int) string { return fmt.Sprintf("user%d@example.com", user) }
+
+// chance is true in so many of a hundred cases.
+func (h *history) chance(percent int) bool { return h.rng.Intn(100) < percent }
 
 // pick returns a random one.
 func pick[T any](rng *rand.Rand, from ...T) T { return from[rng.Intn(len(from))] }
 
-func (h *history) point() (t, end int64) {
-	t = modelDay + int64(h.rng.Intn(8))*hour
-	if h.rng.Intn(10) == 0 {
-		t += 40 * 24 * hour
+// point returns a random valid_time, and an end or 0. There are few, so that they often meet.
+func (h *history) point() (valid, end int64) {
+	valid = modelDay + int64(h.rng.Intn(8))*hour
+	if h.chance(10) {
+		valid += 40 * 24 * hour
 	}
-	return t, pick(h.rng, 0, 0, 0, t+hour, t+2*hour)
+	return valid, pick(h.rng, 0, 0, 0, valid+hour, valid+2*hour)
 }
 
 func (h *history) value() *float64 {
-	if h.rng.Intn(6) == 0 {
+	if h.chance(15) {
 		return nil
 	}
 	f := float64(h.rng.Intn(4)) * 0.5
 	return &f
 }
 
+// when writes a time in one of the ways that mean the same instant.
+func (h *history) when(t int64) string {
+	local := time.UnixMicro(t).In(time.FixedZone("", pick(h.rng, 2*3600, -(3*3600+1800))))
+	return pick(h.rng, iso(t), local.Format(time.RFC3339Nano), local.UTC().Format("2006-01-02 15:04:05.999999"))
+}
+
 // upload sends a random run.
 func (h *history) upload(user int) error {
-	body := map[string]any{"run_start_time": "2025-01-01"}
 	run := modelRun{known: modelDay - int64(h.rng.Intn(4))*6*hour}
-	nowKnown := h.rng.Intn(10) == 0
-	if !nowKnown {
-		body["known_time"] = iso(run.known)
+	members := map[string]any{"run_start_time": "2025-01-01"}
+	knownNow := h.chance(10) // the server says when
+	if !knownNow {
+		members["known_time"] = iso(run.known)
 	}
 	var rows []map[string]any
-	taken := map[string]bool{}
-	add := func(name string, t, end int64) {
-		v := modelVersion{series: name, run: len(h.runs), time: t, end: end, value: h.value(), by: h.email(user), number: 1}
-		if place := fmt.Sprint(name, t, end); taken[place] {
-			return
-		} else {
-			taken[place] = true
-		}
-		row := map[string]any{"valid_time": h.when(t), "value": v.value}
-		if end != 0 {
-			row["valid_time_end"] = h.when(end)
-		}
-		if x, known := h.series[name]; known && h.rng.Intn(2) == 0 {
-			row["series_id"] = x.id
-		} else {
-			row["value_key"] = name
-		}
-		rows, h.versions = append(rows, row), append(h.versions, v)
+	for _, p := range h.places() {
+		v := modelVersion{slot: slot{p, len(h.runs)}, number: 1, value: h.value(), by: h.email(user)}
+		h.versions = append(h.versions, v)
+		rows = append(rows, h.row(v))
 	}
-	for range 1 + h.rng.Intn(8) {
-		t, end := h.point()
-		add(pick(h.rng, "a", "b", "c"), t, end)
-	}
-	if h.rng.Intn(100) == 0 { // more than one block
-		for i := range int64(1100) {
-			add("a", modelDay+i*hour/60, 0)
-		}
-	}
-	path, text, header := h.written(body, rows)
+	path, text, header := h.uploadRequest(members, rows)
 	resp, answer, err := h.s.do("POST", path, h.keys[user], text, header...)
 	var got uploadAnswer
 	if err != nil || resp.StatusCode != 200 || json.Unmarshal([]byte(answer), &got) != nil {
 		return fmt.Errorf("POST /upload %s: %v %v %s", text, resp, err, answer)
 	}
 	for name, id := range got.SeriesIDs {
-		if x, known := h.series[name]; !known {
+		series, known := h.series[name]
+		if !known {
 			h.series[name] = modelSeries{id, len(h.moments)}
-		} else if x.id != id {
+		} else if series.id != id {
 			return fmt.Errorf("series %s became another", name)
 		}
 	}
-	if run.id = got.RunID; nowKnown {
-		err = h.s.db.QueryRow(`SELECT (extract(epoch FROM known_time) * 1000000)::bigint FROM runs_table WHERE tenant_id = $1 AND run_id = $2`, h.tenant, run.id).Scan(&run.known)
+	run.id = got.RunID
+	if knownNow {
+		err = h.s.db.QueryRow(`SELECT (extract(epoch FROM known_time) * 1000000)::bigint
+			FROM runs_table WHERE tenant_id = $1 AND run_id = $2`, h.tenant, run.id).Scan(&run.known)
 	}
 	h.runs = append(h.runs, run)
 	return err
 }
 
-// when writes a time in one of the ways that mean the same instant.
-func (h *history) when(t int64) string {
-	at := time.UnixMicro(t).In(time.FixedZone("", pick(h.rng, 2*3600, -(3*3600+1800))))
-	return pick(h.rng, iso(t), at.Format(time.RFC3339Nano), at.UTC().Format("2006-01-02 15:04:05.999999"))
+// places picks where an upload has values, each spot once.
+func (h *history) places() []spot {
+	var picked []spot
+	for range 1 + h.rng.Intn(8) {
+		valid, end := h.point()
+		picked = append(picked, spot{pick(h.rng, "a", "b", "c"), valid, end})
+	}
+	if h.chance(1) { // more than one block of values_table
+		for i := range int64(1100) {
+			picked = append(picked, spot{"a", modelDay + i*minute, 0})
+		}
+	}
+	var once []spot
+	taken := map[spot]bool{}
+	for _, p := range picked {
+		if !taken[p] {
+			once = append(once, p)
+		}
+		taken[p] = true
+	}
+	return once
 }
 
-// written makes a request of an upload: as JSON or as CSV, packed or not. All must store the same.
-func (h *history) written(run map[string]any, rows []map[string]any) (path, text string, header []string) {
-	path = "/upload"
-	if h.rng.Intn(2) == 0 {
-		run["value_rows"] = rows
-		body, _ := json.Marshal(run)
-		text = string(body)
+// row makes v a row of an upload.
+func (h *history) row(v modelVersion) map[string]any {
+	row := map[string]any{"valid_time": h.when(v.valid), "value": v.value}
+	if v.end != 0 {
+		row["valid_time_end"] = h.when(v.end)
+	}
+	if series, known := h.series[v.series]; known && h.chance(50) {
+		row["series_id"] = series.id
 	} else {
-		query, lines := url.Values{}, []string{"series_id,valid_time,value,value_key,valid_time_end"}
+		row["value_key"] = v.series
+	}
+	return row
+}
+
+// uploadRequest writes an upload as JSON or as CSV, packed or not. All must store the same.
+func (h *history) uploadRequest(run map[string]any, rows []map[string]any) (path, text string, header []string) {
+	if h.chance(50) {
+		run["value_rows"] = rows
+		path, text = "/upload", jsonText(run)
+	} else {
+		query := url.Values{}
 		for name, value := range run {
 			query.Set(name, value.(string))
 		}
-		for _, row := range rows {
-			cells := []string{}
-			for _, name := range strings.Split(lines[0], ",") {
-				cell := ""
-				if f, isNumber := row[name].(*float64); isNumber && f != nil {
-					cell = fmt.Sprint(*f)
-				} else if isNumber {
-					cell = pick(h.rng, "", "NaN")
-				} else if row[name] != nil {
-					cell = row[name].(string)
-				}
-				cells = append(cells, cell)
-			}
-			lines = append(lines, strings.Join(cells, ","))
-		}
-		path, text, header = path+"?"+query.Encode(), strings.Join(lines, "\n"), []string{"Content-Type: text/csv"}
+		path, text = "/upload?"+query.Encode(), h.linesOfCSV(rows)
+		header = append(header, "Content-Type: text/csv")
 	}
-	if h.rng.Intn(3) == 0 {
-		text, header = gzipped(text), append(header, "Content-Encoding: gzip")
+	if h.chance(33) {
+		text = gzipped(text)
+		header = append(header, "Content-Encoding: gzip")
 	}
 	return path, text, header
 }
 
-// later tells whether v counts rather than w, of versions of one series and time.
-func (h *history) later(v, w modelVersion) bool {
-	return cmp.Or(cmp.Compare(h.runs[v.run].known, h.runs[w.run].known), cmp.Compare(v.run, w.run), cmp.Compare(v.number, w.number)) > 0
+func (h *history) linesOfCSV(rows []map[string]any) string {
+	columns := []string{"series_id", "valid_time", "value", "value_key", "valid_time_end"}
+	lines := []string{strings.Join(columns, ",")}
+	for _, row := range rows {
+		var cells []string
+		for _, column := range columns {
+			cells = append(cells, h.cell(row[column]))
+		}
+		lines = append(lines, strings.Join(cells, ","))
+	}
+	return strings.Join(lines, "\n")
 }
 
+// cell writes a member of a row as a cell of CSV; nil is a member that the row does not have.
+func (h *history) cell(member any) string {
+	switch member := member.(type) {
+	case string:
+		return member
+	case *float64:
+		if member == nil {
+			return pick(h.rng, "", "NaN")
+		}
+		return fmt.Sprint(*member)
+	}
+	return ""
+}
+
+// modelUpdate is what an entry of PUT /values means.
 type modelUpdate struct {
-	SeriesID  string           `json:"series_id,omitempty"`
-	SeriesKey string           `json:"series_key,omitempty"`
-	Time      string           `json:"valid_time"`
-	End       *string          `json:"valid_time_end,omitempty"`
-	RunID     string           `json:"run_id,omitempty"`
-	Known     *string          `json:"known_time,omitempty"`
-	Value     *json.RawMessage `json:"value,omitempty"`
-	Note      *json.RawMessage `json:"annotation,omitempty"`
-	Tags      *json.RawMessage `json:"tags,omitempty"`
+	spot
+	runID                         string // or "", for any run
+	known                         *int64 // or nil, for any known_time
+	setsValue, setsNote, setsTags bool
+	value                         *float64
+	note                          string   // as it is stored: trimmed, "" for none
+	tags                          []string // as they are stored
 }
 
-// update makes a random update, and returns the version that it would write and its status: 200, 404 or 422. same tells
-// that it changes nothing.
-func (h *history) update(user int) (u modelUpdate, next modelVersion, same bool, status int) {
-	v := pick(h.rng, h.versions...)
-	name, t, end := v.series, v.time, v.end
-	if h.rng.Intn(4) == 0 {
-		t, end = h.point()
-	}
-	if h.rng.Intn(20) == 0 {
-		name = pick(h.rng, "a", "b", "c", "unknown")
-	}
-	u.Time = h.when(t)
-	if end != 0 {
-		text := h.when(end)
-		u.End = &text
-	}
-	x, seriesKnown := h.series[name]
-	if u.SeriesKey = name; seriesKnown && h.rng.Intn(2) == 0 {
-		u.SeriesKey, u.SeriesID = "", x.id
-	}
-	run := pick(h.rng, h.runs...)
-	known := run.known
-	if named := h.rng.Intn(5); named == 1 || named == 3 {
-		u.RunID = pick(h.rng, run.id, run.id, run.id, run.id, run.id, run.id, nobody)
-	}
-	if named := h.rng.Intn(5); named == 2 || named == 3 {
-		known = pick(h.rng, known, known, known, modelDay-6*hour, modelDay+1)
-		text := h.when(known)
-		u.Known = &text
-	}
-	raw := func(v any) *json.RawMessage {
-		text, _ := json.Marshal(v)
-		return (*json.RawMessage)(&text)
-	}
-	value, note := h.value(), pick(h.rng, any("x"), any(" y "), any("  "), nil)
-	tags := pick(h.rng, []string{}, nil, []string{" B", "a", "A "}, []string{"c"})
-	mask := 1 + h.rng.Intn(7)
-	if mask&1 != 0 {
-		u.Value = raw(value)
-	}
-	if mask&2 != 0 {
-		u.Note = raw(note)
-	}
-	if mask&4 != 0 {
-		u.Tags = raw(tags)
-	}
+// modelNotes and modelTags are what is sent and what is then stored.
+var (
+	modelNotes = []struct {
+		sent   any
+		stored string
+	}{{"x", "x"}, {" y ", "y"}, {"  ", ""}, {nil, ""}}
+	modelTags = []struct{ sent, stored []string }{
+		{[]string{}, nil}, {nil, nil}, {[]string{" B", "a", "A "}, []string{"a", "b"}}, {[]string{"c"}, []string{"c"}}}
+)
 
-	if !seriesKnown {
-		return u, next, false, 404
+// update makes a random entry of PUT /values: what is sent and what it means.
+func (h *history) update() (sent map[string]any, u modelUpdate) {
+	u.spot = pick(h.rng, h.versions...).spot
+	if h.chance(25) {
+		u.valid, u.end = h.point()
 	}
-	var found *modelVersion
-	for i := range h.versions {
-		w := &h.versions[i]
-		if w.series == name && w.time == t && w.end == end && (u.RunID == "" || h.runs[w.run].id == u.RunID) &&
-			(u.Known == nil || h.runs[w.run].known == known) && (found == nil || h.later(*w, *found)) {
-			found = w
-		}
+	if h.chance(5) {
+		u.series = pick(h.rng, "a", "b", "c", "unknown")
 	}
-	if found != nil {
-		next = *found
+	sent = map[string]any{"valid_time": h.when(u.valid)}
+	if u.end != 0 {
+		sent["valid_time_end"] = h.when(u.end)
+	}
+	if series, known := h.series[u.series]; known && h.chance(50) {
+		sent["series_id"] = series.id
 	} else {
-		next = modelVersion{series: name, run: -1, time: t, end: end}
-		for i, r := range h.runs {
-			if (u.RunID != "" || u.Known != nil) && (u.RunID == "" || r.id == u.RunID) && (u.Known == nil || r.known == known) {
-				next.run = i
-			}
+		sent["series_key"] = u.series
+	}
+	h.nameRun(sent, &u)
+	for !u.setsValue && !u.setsNote && !u.setsTags {
+		u.setsValue, u.setsNote, u.setsTags = h.chance(50), h.chance(50), h.chance(50)
+	}
+	if u.setsValue {
+		u.value = h.value()
+		sent["value"] = u.value
+	}
+	if u.setsNote {
+		note := pick(h.rng, modelNotes...)
+		sent["annotation"], u.note = note.sent, note.stored
+	}
+	if u.setsTags {
+		tags := pick(h.rng, modelTags...)
+		sent["tags"], u.tags = tags.sent, tags.stored
+	}
+	return sent, u
+}
+
+// nameRun has an update name a run, a known_time, both or neither; now and then one that does not exist.
+func (h *history) nameRun(sent map[string]any, u *modelUpdate) {
+	run := pick(h.rng, h.runs...)
+	if h.chance(40) {
+		u.runID = run.id
+		if h.chance(15) {
+			u.runID = nobody
 		}
-		switch {
-		case next.run < 0:
-			return u, next, false, 404
-		case u.Value == nil:
-			return u, next, false, 422
+		sent["run_id"] = u.runID
+	}
+	if h.chance(40) {
+		known := pick(h.rng, run.known, run.known, run.known, modelDay-6*hour, modelDay+1)
+		u.known = &known
+		sent["known_time"] = h.when(known)
+	}
+}
+
+// outcome is what an update must lead to: a status of 200, 404 or 422 and, with 200, the version that holds then.
+type outcome struct {
+	status  int
+	version modelVersion
+	changed bool // the version is a new one
+}
+
+// outcomeOf is what user must be answered to u.
+func (h *history) outcomeOf(u modelUpdate, user int) outcome {
+	if _, known := h.series[u.series]; !known {
+		return outcome{status: 404}
+	}
+	before, found := h.current(u)
+	if !found {
+		run := h.lastRun(u)
+		if run < 0 {
+			return outcome{status: 404}
+		}
+		if !u.setsValue {
+			return outcome{status: 422}
+		}
+		before = modelVersion{slot: slot{u.spot, run}} // the run gains a value
+	}
+	v := before
+	if u.setsValue {
+		v.value = u.value
+	}
+	if u.setsNote {
+		v.note = u.note
+	}
+	if u.setsTags {
+		v.tags = u.tags
+	}
+	if found && sameValue(v.value, before.value) && v.note == before.note && slices.Equal(v.tags, before.tags) {
+		return outcome{200, v, false}
+	}
+	v.number++
+	v.by = h.email(user)
+	return outcome{200, v, true}
+}
+
+func sameValue(a, b *float64) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return *a == *b
+}
+
+// matches tells whether u may be about a run.
+func (u modelUpdate) matches(run modelRun) bool {
+	return (u.runID == "" || run.id == u.runID) && (u.known == nil || run.known == *u.known)
+}
+
+// current finds the version that u is about.
+func (h *history) current(u modelUpdate) (found modelVersion, ok bool) {
+	for _, v := range h.versions {
+		if v.spot == u.spot && u.matches(h.runs[v.run]) && (!ok || h.later(v, found)) {
+			found, ok = v, true
 		}
 	}
-	if u.Value != nil {
-		next.value = value
+	return found, ok
+}
+
+// lastRun is the run that u names, the last one if a known_time names several; -1 if it names none.
+func (h *history) lastRun(u modelUpdate) int {
+	if u.runID == "" && u.known == nil {
+		return -1
 	}
-	if u.Note != nil {
-		text, _ := note.(string)
-		next.note = strings.TrimSpace(text)
+	last := -1
+	for i, run := range h.runs {
+		if u.matches(run) {
+			last = i
+		}
 	}
-	if u.Tags != nil {
-		next.tags = map[int][]string{3: {"a", "b"}, 1: {"c"}, 0: nil}[len(tags)]
-	}
-	if found != nil && (next.value == nil) == (found.value == nil) && (next.value == nil || *next.value == *found.value) &&
-		next.note == found.note && slices.Equal(next.tags, found.tags) {
-		return u, next, true, 200
-	}
-	next.by = h.email(user)
-	next.number++
-	return u, next, false, 200
+	return last
+}
+
+// later tells whether v counts rather than w, of versions of one spot.
+func (h *history) later(v, w modelVersion) bool {
+	known := cmp.Compare(h.runs[v.run].known, h.runs[w.run].known)
+	return cmp.Or(known, cmp.Compare(v.run, w.run), cmp.Compare(v.number, w.number)) > 0
 }
 
 // correct sends a random batch of updates.
 func (h *history) correct(user int) error {
-	var sent []modelUpdate
-	var refused []int
-	type change struct {
-		modelVersion
-		same bool
-	}
-	var changes []change
-	last := map[string]int{}
-	place := func(v modelVersion) string { return fmt.Sprint(v.series, v.run, v.time, v.end) }
+	var sent []map[string]any
+	var outcomes []outcome
+	var refusals []int
 	for range 1 + h.rng.Intn(4) {
-		u, next, same, status := h.update(user)
-		sent = append(sent, u)
-		if status != 200 {
-			refused = append(refused, status)
+		entry, u := h.update()
+		o := h.outcomeOf(u, user)
+		sent = append(sent, entry)
+		outcomes = append(outcomes, o)
+		if o.status != 200 {
+			refusals = append(refusals, o.status)
 		}
-		last[place(next)] = len(changes)
-		changes = append(changes, change{next, same})
 	}
-	text, _ := json.Marshal(map[string]any{"updates": sent})
-	resp, answer, err := h.s.do("PUT", "/values", h.keys[user], string(text))
+	text := jsonText(map[string]any{"updates": sent})
+	resp, answer, err := h.s.do("PUT", "/values", h.keys[user], text)
 	if err != nil {
 		return err
 	}
-	if len(refused) > 0 {
-		if !slices.Contains(refused, resp.StatusCode) {
-			return fmt.Errorf("PUT /values %s: status %d, want one of %v: %s", text, resp.StatusCode, refused, answer)
-		}
+	allowed := refusals
+	if len(refusals) == 0 {
+		allowed = []int{200}
+	}
+	if !slices.Contains(allowed, resp.StatusCode) {
+		return fmt.Errorf("PUT /values %s: status %d, want one of %v: %s", text, resp.StatusCode, allowed, answer)
+	}
+	if len(refusals) > 0 {
 		return nil
 	}
-	var want, got [2][]string // updated, skipped
-	for i, c := range changes {
-		if last[place(c.modelVersion)] != i {
-			continue // the last of two equal keys wins
-		}
-		line := fmt.Sprint(h.runs[c.run].id, h.tenant, iso(c.time), h.series[c.series].id, c.number, !c.same)
-		if c.same {
-			want[1] = append(want[1], line)
-		} else {
-			want[0] = append(want[0], line)
-			h.versions = append(h.versions, c.modelVersion)
-		}
-	}
-	type result struct {
-		Run     string    `json:"run_id"`
-		Tenant  string    `json:"tenant_id"`
-		Time    time.Time `json:"valid_time"`
-		Series  string    `json:"series_id"`
-		ID      *int64    `json:"value_id"`
-		Version int       `json:"version"`
-	}
-	var body struct {
-		Updated []result `json:"updated"`
-		Skipped []result `json:"skipped_no_ops"`
-	}
-	if err := json.Unmarshal([]byte(answer), &body); err != nil || resp.StatusCode != 200 || body.Updated == nil || body.Skipped == nil {
-		return fmt.Errorf("PUT /values %s: status %d: %s", text, resp.StatusCode, answer)
-	}
-	for i, list := range [][]result{body.Updated, body.Skipped} {
-		for _, r := range list {
-			got[i] = append(got[i], fmt.Sprint(r.Run, r.Tenant, iso(r.Time.UnixMicro()), r.Series, r.Version, r.ID != nil))
-		}
-		slices.Sort(got[i])
-		slices.Sort(want[i])
-		if !slices.Equal(got[i], want[i]) {
-			return fmt.Errorf("PUT /values %s\nanswers %s\nwant updated %q, skipped %q", text, answer, want[0], want[1])
-		}
+	if err := h.written(outcomes, answer); err != nil {
+		return fmt.Errorf("PUT /values %s\nanswers %s\n%w", text, answer, err)
 	}
 	return nil
+}
+
+// updateResult is what PUT /values answers for one update.
+type updateResult struct {
+	Run     string    `json:"run_id"`
+	Tenant  string    `json:"tenant_id"`
+	Valid   time.Time `json:"valid_time"`
+	Series  string    `json:"series_id"`
+	ID      *int64    `json:"value_id"`
+	Version int       `json:"version"`
+}
+
+func (r updateResult) line() string {
+	return fmt.Sprintf("%s %s %s %s v%d", r.Run, r.Tenant, iso(r.Valid.UnixMicro()), r.Series, r.Version)
+}
+
+// written adds what a batch has written to the model, and compares the answer with it. Of updates of one slot the last
+// counts.
+func (h *history) written(outcomes []outcome, answer string) error {
+	var got struct {
+		Updated []updateResult `json:"updated"`
+		Skipped []updateResult `json:"skipped_no_ops"`
+	}
+	if err := json.Unmarshal([]byte(answer), &got); err != nil {
+		return err
+	}
+	if got.Updated == nil || got.Skipped == nil {
+		return errors.New("a list is missing")
+	}
+	last := map[slot]int{}
+	for i, o := range outcomes {
+		last[o.version.slot] = i
+	}
+	var updated, skipped []string
+	for i, o := range outcomes {
+		v := o.version
+		if last[v.slot] != i {
+			continue
+		}
+		result := updateResult{Run: h.runs[v.run].id, Tenant: h.tenant, Valid: time.UnixMicro(v.valid),
+			Series: h.series[v.series].id, Version: v.number}
+		if o.changed {
+			h.versions = append(h.versions, v)
+			updated = append(updated, result.line())
+		} else {
+			skipped = append(skipped, result.line())
+		}
+	}
+	var gotUpdated, gotSkipped []string
+	for _, r := range got.Updated {
+		if r.ID == nil {
+			return errors.New("what was updated has no value_id")
+		}
+		gotUpdated = append(gotUpdated, r.line())
+	}
+	for _, r := range got.Skipped {
+		if r.ID != nil {
+			return errors.New("what was skipped has a value_id")
+		}
+		gotSkipped = append(gotSkipped, r.line())
+	}
+	if !sameLines(gotUpdated, updated) || !sameLines(gotSkipped, skipped) {
+		return fmt.Errorf("want updated %q, skipped %q", updated, skipped)
+	}
+	return nil
+}
+
+// sameLines tells whether a and b, which it sorts, have the same lines in any order.
+func sameLines(a, b []string) bool {
+	slices.Sort(a)
+	slices.Sort(b)
+	return slices.Equal(a, b)
 }
 
 // question makes a random query.
 func (h *history) question() url.Values {
 	q := url.Values{}
-	chance := func(percent int) bool { return h.rng.Intn(100) < percent }
-	if chance(40) {
+	if h.chance(40) {
 		start := modelDay + int64(h.rng.Intn(6))*hour
 		q.Set("start_valid", iso(start))
-		if chance(60) {
+		if h.chance(60) {
 			q.Set("end_valid", iso(start+int64(1+h.rng.Intn(5))*hour))
 		}
 	}
-	if chance(20) {
+	if h.chance(20) {
 		q.Set("start_known", iso(modelDay-int64(h.rng.Intn(4))*6*hour))
 	}
-	if chance(20) {
+	if h.chance(20) {
 		q.Set("end_known", iso(modelDay+1-int64(h.rng.Intn(3))*6*hour))
 		if q.Get("end_known") <= q.Get("start_known") {
 			q.Del("start_known")
 		}
 	}
-	if chance(20) {
+	if h.chance(20) {
 		q.Set("lead", pick(h.rng, "1h", "PT6H", "P1D", "PT20H30M", "0s"))
 	}
 	for range h.rng.Intn(3) {
 		name := pick(h.rng, "a", "b", "c")
-		if x, known := h.series[name]; known && chance(50) {
-			q.Add("series_id", x.id)
+		if series, known := h.series[name]; known && h.chance(50) {
+			q.Add("series_id", series.id)
 		} else {
 			q.Add("series_key", name)
 		}
 	}
-	if chance(20) {
+	if h.chance(20) {
 		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m", "P1W"))
 		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count"))
 		return q
 	}
-	for name, value := range map[string]string{"mode": pick(h.rng, "flat", "overlapping"),
-		"detail": pick(h.rng, "true", "false"), "all_versions": pick(h.rng, "true", "false", "false")} {
-		if value != "false" {
-			q.Set(name, value)
-		}
+	q.Set("mode", pick(h.rng, "flat", "overlapping"))
+	if h.chance(50) {
+		q.Set("detail", "true")
+	}
+	if h.chance(33) {
+		q.Set("all_versions", "true")
 	}
 	return q
 }
 
-// expect is what the model answers to q when it knew so many versions and moments; false means 404.
-func (h *history) expect(q url.Values, versions, moments int) ([]string, bool) {
-	wanted := map[string]bool{}
-	for name, x := range h.series {
-		if len(q["series_id"])+len(q["series_key"]) == 0 || slices.Contains(q["series_id"], x.id) ||
-			slices.Contains(q["series_key"], name) {
-			wanted[name] = true
-		}
-		if slices.Contains(q["series_id"], x.id) && x.born > moments {
-			return nil, false
+// expect is what the model answers to q as of a moment when it had so many versions. found is false if that is a 404.
+func (h *history) expect(q url.Values, versions, moment int) (lines []string, found bool) {
+	wanted, found := h.wanted(q, moment)
+	if !found {
+		return nil, false
+	}
+	within := h.within(q)
+	var shown []modelVersion
+	for _, v := range h.versions[:versions] {
+		if wanted[v.series] && within(v) {
+			shown = append(shown, v)
 		}
 	}
-	for _, name := range q["series_key"] {
-		if x, known := h.series[name]; !known || x.born > moments {
-			return nil, false
-		}
-	}
-	bound := func(name string, otherwise int64) int64 {
-		if t, err := time.Parse(time.RFC3339Nano, q.Get(name)); err == nil {
-			return t.UnixMicro()
-		}
-		return otherwise
-	}
-	lead, asked := map[string]int64{"1h": hour, "PT6H": 6 * hour, "P1D": 24 * hour, "PT20H30M": 41 * hour / 2, "0s": 0}[q.Get("lead")]
-	if !asked {
-		lead = math.MinInt64
-	}
-	overlapping, all := q.Get("mode") == "overlapping", q.Get("all_versions") == "true"
-	best := map[string]modelVersion{}
-	for i, v := range h.versions[:versions] {
-		known := h.runs[v.run].known
-		if !wanted[v.series] || v.time < bound("start_valid", math.MinInt64) || v.time >= bound("end_valid", math.MaxInt64) ||
-			known < bound("start_known", math.MinInt64) || known >= bound("end_known", math.MaxInt64) || v.time-known < lead {
-			continue
-		}
-		rival := fmt.Sprint(v.series, v.time, v.end)
-		if all {
-			rival = strconv.Itoa(i)
-		} else if overlapping {
-			rival += fmt.Sprint(" of run ", v.run)
-		}
-		if w, is := best[rival]; !is || h.later(v, w) {
-			best[rival] = v
-		}
+	if q.Get("all_versions") != "true" {
+		shown = h.latest(shown, q.Get("mode") == "overlapping")
 	}
 	if q.Has("bucket") {
-		return h.buckets(q, best), true
+		return h.buckets(q, shown), true
 	}
-	var lines []string
-	for _, v := range best {
-		row := answerRow{Key: v.series, Series: h.series[v.series].id, Valid: time.UnixMicro(v.time), Value: v.value}
-		if end := time.UnixMicro(v.end); v.end != 0 {
-			row.End = &end
-		}
-		known := time.UnixMicro(h.runs[v.run].known)
-		if overlapping || all || q.Get("detail") == "true" {
-			row.Known = &known
-		}
-		if all || q.Get("detail") == "true" {
-			row.Run, row.Version, row.ChangedBy, row.Tags = h.runs[v.run].id, v.number, &v.by, v.tags
-			if v.note != "" {
-				row.Annotation = &v.note
-			}
-		}
-		lines = append(lines, row.line())
+	for _, v := range shown {
+		lines = append(lines, h.rowShown(q, v).line())
 	}
 	return lines, true
 }
 
-// buckets aggregates what a flat read shows. The values are multiples of a half, so sums do not depend on their order.
-func (h *history) buckets(q url.Values, shown map[string]modelVersion) []string {
-	width := map[string]int64{"2h": 2 * hour, "PT3H": 3 * hour, "P1D": 24 * hour, "7m": 7 * hour / 60, "P1W": 168 * hour}[q.Get("bucket")]
-	type place struct {
-		series string
-		start  int64
+// wanted is which series q asks for. found is false if it names one that there was not at that moment.
+func (h *history) wanted(q url.Values, moment int) (wanted map[string]bool, found bool) {
+	for _, name := range q["series_key"] {
+		if _, known := h.series[name]; !known {
+			return nil, false
+		}
 	}
-	values := map[place][]float64{}
+	all := !q.Has("series_key") && !q.Has("series_id")
+	wanted = map[string]bool{}
+	for name, series := range h.series {
+		named := slices.Contains(q["series_key"], name) || slices.Contains(q["series_id"], series.id)
+		if named && series.born > moment {
+			return nil, false
+		}
+		wanted[name] = all || named
+	}
+	return wanted, true
+}
+
+// within returns a function that tells whether a version is within the bounds that q sets.
+func (h *history) within(q url.Values) func(modelVersion) bool {
+	bound := func(name string, otherwise int64) int64 {
+		t, err := time.Parse(time.RFC3339Nano, q.Get(name))
+		if err != nil {
+			return otherwise
+		}
+		return t.UnixMicro()
+	}
+	startValid, endValid := bound("start_valid", math.MinInt64), bound("end_valid", math.MaxInt64)
+	startKnown, endKnown := bound("start_known", math.MinInt64), bound("end_known", math.MaxInt64)
+	lead := int64(math.MinInt64)
+	if q.Has("lead") {
+		lead = modelSpans[q.Get("lead")]
+	}
+	return func(v modelVersion) bool {
+		known := h.runs[v.run].known
+		return startValid <= v.valid && v.valid < endValid &&
+			startKnown <= known && known < endKnown && v.valid-known >= lead
+	}
+}
+
+// latest keeps the latest version of each spot or, of overlapping runs, of each slot.
+func (h *history) latest(versions []modelVersion, overlapping bool) []modelVersion {
+	best := map[slot]modelVersion{}
+	for _, v := range versions {
+		rivals := v.slot
+		if !overlapping {
+			rivals.run = 0
+		}
+		if w, found := best[rivals]; !found || h.later(v, w) {
+			best[rivals] = v
+		}
+	}
+	return slices.Collect(maps.Values(best))
+}
+
+// rowShown is v as the answer to q has it.
+func (h *history) rowShown(q url.Values, v modelVersion) answerRow {
+	row := answerRow{Key: v.series, Series: h.series[v.series].id, Valid: time.UnixMicro(v.valid), Value: v.value}
+	if v.end != 0 {
+		end := time.UnixMicro(v.end)
+		row.End = &end
+	}
+	run := h.runs[v.run]
+	detail := q.Get("all_versions") == "true" || q.Get("detail") == "true"
+	if detail || q.Get("mode") == "overlapping" {
+		known := time.UnixMicro(run.known)
+		row.Known = &known
+	}
+	if detail {
+		row.Run, row.Version, row.ChangedBy, row.Tags = run.id, v.number, &v.by, v.tags
+		if v.note != "" {
+			row.Annotation = &v.note
+		}
+	}
+	return row
+}
+
+// buckets aggregates what a flat read shows.
+func (h *history) buckets(q url.Values, shown []modelVersion) []string {
+	width := modelSpans[q.Get("bucket")]
+	values := map[spot][]float64{}
 	for _, v := range shown {
 		if v.value != nil {
-			p := place{v.series, v.time - v.time%width}
-			values[p] = append(values[p], *v.value)
+			bucket := spot{series: v.series, valid: v.valid - v.valid%width}
+			values[bucket] = append(values[bucket], *v.value)
 		}
 	}
 	var lines []string
-	for p, list := range values {
-		sum := 0.0
-		for _, f := range list {
-			sum += f
-		}
-		value := map[string]float64{"mean": sum / float64(len(list)), "min": slices.Min(list), "max": slices.Max(list), "sum": sum,
-			"count": float64(len(list))}[q.Get("agg")]
-		row := answerRow{Key: p.series, Series: h.series[p.series].id, Valid: time.UnixMicro(p.start), Value: &value}
+	for bucket, inside := range values {
+		value := modelAggregate(q.Get("agg"), inside)
+		start := time.UnixMicro(bucket.valid)
+		row := answerRow{Key: bucket.series, Series: h.series[bucket.series].id, Valid: start, Value: &value}
 		lines = append(lines, row.line())
 	}
 	return lines
 }
 
+// modelAggregate adds up in any order: the model's values are multiples of a half, of which sums are exact.
+func modelAggregate(agg string, values []float64) float64 {
+	sum := 0.0
+	for _, f := range values {
+		sum += f
+	}
+	switch agg {
+	case "mean":
+		return sum / float64(len(values))
+	case "min":
+		return slices.Min(values)
+	case "max":
+		return slices.Max(values)
+	case "sum":
+		return sum
+	}
+	return float64(len(values)) // count
+}
+
 // line is all of a row but when it was changed, so that equal rows have equal lines.
 func (r answerRow) line() string {
-	text := func(v any) string {
-		b, _ := json.Marshal(v)
-		return string(b)
-	}
 	when := func(t *time.Time) string {
 		if t == nil {
 			return "-"
 		}
 		return iso(t.UnixMicro())
 	}
-	return strings.Join([]string{r.Key, when(&r.Valid), when(r.End), text(r.Value), r.Series, when(r.Known), r.Run,
-		strconv.Itoa(r.Version), text(r.ChangedBy), text(r.Annotation), strings.Join(r.Tags, ",")}, " ")
+	return strings.Join([]string{r.Key, when(&r.Valid), when(r.End), jsonText(r.Value), r.Series, when(r.Known), r.Run,
+		strconv.Itoa(r.Version), jsonText(r.ChangedBy), jsonText(r.Annotation), strings.Join(r.Tags, ",")}, " ")
 }
 
 // compare asks the server and the model the same, and returns the server's answer.
-func (h *history) compare(q url.Values, versions, moments int) (string, error) {
-	wanted, found := h.expect(q, versions, moments)
+func (h *history) compare(q url.Values, versions, moment int) (string, error) {
+	wanted, found := h.expect(q, versions, moment)
+	status := 200
+	if !found {
+		status = 404
+	}
 	resp, text, err := h.s.do("GET", "/values?"+q.Encode(), h.keys[0], "")
-	if err != nil || found != (resp.StatusCode == 200) || !found && resp.StatusCode != 404 {
-		return "", fmt.Errorf("GET /values?%s: %v %v %s, want found %v", q.Encode(), resp, err, text, found)
+	if err != nil || resp.StatusCode != status {
+		return "", fmt.Errorf("GET /values?%s: %v %v %s, want status %d", q.Encode(), resp, err, text, status)
 	}
 	if !found {
 		return text, nil
 	}
 	var got readAnswer
-	var raw struct{ Data []json.RawMessage }
-	if err := cmp.Or(json.Unmarshal([]byte(text), &got), json.Unmarshal([]byte(text), &raw)); err != nil {
+	if err := json.Unmarshal([]byte(text), &got); err != nil {
 		return "", err
 	}
-	lines := make([]string, len(got.Data))
-	for i, r := range got.Data {
-		lines[i] = r.line()
-		if i > 0 && !inOrder(q, got.Data[i-1], r) {
+	var lines []string
+	for i, row := range got.Data {
+		lines = append(lines, row.line())
+		if i > 0 && !inOrder(q, got.Data[i-1], row) {
 			return "", fmt.Errorf("GET /values?%s: out of order: %s, then %s", q.Encode(), lines[i-1], lines[i])
 		}
 	}
-	slices.Sort(lines)
-	slices.Sort(wanted)
-	if !slices.Equal(lines, wanted) || got.Count != len(lines) {
-		return "", fmt.Errorf("GET /values?%s\nshows %d rows %q\nwant  %d rows %q", q.Encode(), got.Count, lines, len(wanted), wanted)
+	if !sameLines(lines, wanted) || got.Count != len(lines) {
+		return "", fmt.Errorf("GET /values?%s\nshows %d rows %q\nwant  %d rows %q",
+			q.Encode(), got.Count, lines, len(wanted), wanted)
 	}
-	if len(lines) > 1 && h.rng.Intn(4) == 0 { // a limit shows the first rows of the same
-		limit := 1 + h.rng.Intn(len(lines))
-		var part struct{ Data []json.RawMessage }
-		_, limited, err := h.s.do("GET", fmt.Sprintf("/values?%s&limit=%d", q.Encode(), limit), h.keys[0], "")
-		if err != nil || json.Unmarshal([]byte(limited), &part) != nil || len(part.Data) != limit ||
-			!slices.EqualFunc(part.Data, raw.Data[:limit], func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }) {
-			return "", fmt.Errorf("GET /values?%s with limit=%d: %v %s\nwithout %s", q.Encode(), limit, err, limited, text)
-		}
+	if len(lines) > 1 && h.chance(25) {
+		return text, h.compareLimit(q, text)
 	}
 	return text, nil
 }
 
-// inOrder tells whether b may follow a. Of overlapping runs known at one time each is in order by itself;
-// TestOverlappingRunsOfOneKnownTimeAreOrderedByValidTime says more.
+// compareLimit reads again with a limit, which must show the first rows of the same.
+func (h *history) compareLimit(q url.Values, text string) error {
+	var all, part struct{ Data []json.RawMessage }
+	if err := json.Unmarshal([]byte(text), &all); err != nil {
+		return err
+	}
+	limit := 1 + h.rng.Intn(len(all.Data))
+	path := fmt.Sprintf("/values?%s&limit=%d", q.Encode(), limit)
+	_, limited, err := h.s.do("GET", path, h.keys[0], "")
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal([]byte(limited), &part); err != nil {
+		return fmt.Errorf("GET %s: %v: %s", path, err, limited)
+	}
+	same := func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }
+	if !slices.EqualFunc(part.Data, all.Data[:limit], same) {
+		return fmt.Errorf("GET %s: %s\nwithout limit %s", path, limited, text)
+	}
+	return nil
+}
+
+// inOrder tells whether b may follow a: rows are ordered by series_key, then valid_time (overlapping: known_time, then
+// valid_time), then version.
 func inOrder(q url.Values, a, b answerRow) bool {
 	order := strings.Compare(a.Key, b.Key)
 	if q.Get("mode") == "overlapping" {
-		if order = cmp.Or(order, a.Known.Compare(*b.Known)); order == 0 && a.Run != b.Run || a.Run == "" {
-			return order <= 0
-		}
+		order = cmp.Or(order, a.Known.Compare(*b.Known))
 	}
 	order = cmp.Or(order, a.Valid.Compare(b.Valid))
 	if q.Get("all_versions") == "true" {
@@ -994,141 +1340,247 @@ func inOrder(q url.Values, a, b answerRow) bool {
 	return order <= 0
 }
 
-// update is an entry of PUT /values on load at midnight, with these members.
+// ---- Corrections
+
+// correctionAt is an entry of PUT /values on an hour of 2025-01-01, with these members.
+func correctionAt(hh, members string) string {
+	return `{"valid_time":"2025-01-01T` + hh + `:00:00Z",` + members + `}`
+}
+
+// corrections is a body of PUT /values with these entries.
+func corrections(entries ...string) string { return `{"updates":[` + strings.Join(entries, ",") + `]}` }
+
+// update is a body of PUT /values with one entry on load at midnight, with these members.
 func update(members string) string {
-	return `{"updates":[{"series_key":"load","valid_time":"2025-01-01T00:00:00Z",` + members + `}]}`
+	return corrections(correctionAt("00", `"series_key":"load",`+members))
 }
 
 func TestCorrectionKeepsWhatIsAbsentAndClearsWhatIsNull(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key, second := s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantA, "b@example.com")
+	s, key := mustTenant(t)
+	second := s.mustUser(t, tenantA, "b@example.com")
 	s.must(t, 200, "POST", "/upload", key, oneValue)
 	version := 1
-	for _, c := range []struct{ members, want string }{ // value, annotation, tags after it; "" if it changes nothing
-		{`"annotation":"  checked by hand  "`, `1 "checked by hand" null`}, {`"value":1`, ``},
-		{`"annotation":"checked by hand","value":1.0`, ``},
-		{`"tags":["b"," A ","a","B"]`, `1 "checked by hand" ["a","b"]`}, {`"tags":["A","b"]`, ``},
-		{`"value":2.5`, `2.5 "checked by hand" ["a","b"]`},
-		{`"value":null`, `null "checked by hand" ["a","b"]`}, {`"value":null,"tags":["b","a"]`, ``},
-		{`"annotation":null`, `null null ["a","b"]`}, {`"annotation":" \n"`, ``},
-		{`"tags":null`, `null null null`}, {`"tags":[]`, ``}, {`"value":-3,"annotation":"x","tags":["ü"]`, `-3 "x" ["ü"]`},
-		{`"annotation":"","value":0,"tags":[]`, `0 null null`},
-	} {
-		answer := s.must(t, 200, "PUT", "/values", second, update(c.members))
-		var n int
-		if n = strings.Count(answer, `"value_id"`); c.want != "" {
-			version++
-		}
-		if (n == 1) != (c.want != "") || !strings.Contains(answer, fmt.Sprintf(`"version":%d`, version)) ||
-			!strings.Contains(answer, tenantA) ||
-			(c.want == "") == strings.Contains(answer, `"skipped_no_ops":[]`) {
-			t.Errorf("%s: answer %s, want version %d", c.members, answer, version)
-		}
-		got := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values?detail=true", key, "")).Data[0]
-		text, _ := json.Marshal([]any{got.Value, got.Annotation, got.Tags})
-		if want := "[" + strings.ReplaceAll(c.want, " ", ",") + "]"; c.want != "" &&
-			strings.ReplaceAll(string(text), " ", ",") != want || *got.ChangedBy != "b@example.com" || got.Version != version {
-			t.Errorf("%s leads to %s version %d by %s, want %s version %d", c.members, text, got.Version, *got.ChangedBy, c.want, version)
-		}
+	holds := `[1,null,null]` // value, annotation, tags
+	cases := []struct{ name, members, want string }{
+		// An empty want means that the correction changes nothing.
+		{"an annotation is trimmed", `"annotation":"  checked by hand  "`, `[1,"checked by hand",null]`},
+		{"the same value", `"value":1`, ""},
+		{"the same annotation and value", `"annotation":"checked by hand","value":1.0`, ""},
+		{"tags are sorted, in lower case, each once", `"tags":["b"," A ","a","B"]`, `[1,"checked by hand",["a","b"]]`},
+		{"the same tags written otherwise", `"tags":["A","b"]`, ""},
+		{"a value alone", `"value":2.5`, `[2.5,"checked by hand",["a","b"]]`},
+		{"a value of null", `"value":null`, `[null,"checked by hand",["a","b"]]`},
+		{"the same null and tags", `"value":null,"tags":["b","a"]`, ""},
+		{"an annotation of null", `"annotation":null`, `[null,null,["a","b"]]`},
+		{"a blank annotation where there is none", `"annotation":" \n"`, ""},
+		{"tags of null", `"tags":null`, `[null,null,null]`},
+		{"an empty list of tags where there are none", `"tags":[]`, ""},
+		{"all three", `"value":-3,"annotation":"x","tags":["ü"]`, `[-3,"x",["ü"]]`},
+		{"an empty annotation and list of tags", `"annotation":"","value":0,"tags":[]`, `[0,null,null]`},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			changes := c.want != ""
+			if changes {
+				version++
+				holds = c.want
+			}
+			answer := s.must(t, 200, "PUT", "/values", second, update(c.members))
+			if updated := strings.Count(answer, `"value_id"`) == 1; updated != changes {
+				t.Errorf("%s is answered %s; updated: %v, want %v", c.members, answer, updated, changes)
+			}
+			if skipped := !strings.Contains(answer, `"skipped_no_ops":[]`); skipped == changes {
+				t.Errorf("%s is answered %s; skipped: %v, want %v", c.members, answer, skipped, !changes)
+			}
+			if !strings.Contains(answer, fmt.Sprintf(`"version":%d`, version)) || !strings.Contains(answer, tenantA) {
+				t.Errorf("%s is answered %s, want version %d of %s", c.members, answer, version, tenantA)
+			}
+			got := s.mustRead(t, "/values?detail=true", key)[0]
+			text := jsonText([]any{got.Value, got.Annotation, got.Tags})
+			if text != holds || *got.ChangedBy != "b@example.com" || got.Version != version {
+				t.Errorf("%s leads to %s version %d by %s, want %s version %d",
+					c.members, text, got.Version, *got.ChangedBy, holds, version)
+			}
+		})
 	}
 	all := mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values?all_versions=true", key, ""))
 	if all.Count != version || *all.Data[0].ChangedBy != "a@example.com" || *all.Data[0].Value != 1 {
-		t.Errorf("the history has %d versions, want %d, and begins with %+v", all.Count, version, all.Data[0])
+		t.Errorf("the history has %d versions, want %d, and begins with %s", all.Count, version, all.Data[0].line())
 	}
-	if got := mustQuery(t, s.db, `SELECT concat_ws(' ', count(*), min(value), min(version)) FROM current_values`); got != fmt.Sprint("1 0 ", version) {
-		t.Errorf("the view current_values shows %q", got)
+	current := mustQuery(t, s.db, `SELECT concat_ws(' ', count(*), min(value), min(version)) FROM current_values`)
+	if want := fmt.Sprint("1 0 ", version); current != want {
+		t.Errorf("the view current_values shows %q, want %q", current, want)
 	}
+}
+
+// mustRuns is the ids of all runs, in the order of insertion.
+func mustRuns(t *testing.T, s *testServer) []string {
+	t.Helper()
+	const query = `SELECT string_agg(run_id::text, ' ' ORDER BY inserted_at) FROM runs_table`
+	return strings.Fields(mustQuery(t, s.db, query))
 }
 
 func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key, series := mustPicture(t, s)
-	runs := strings.Fields(mustQuery(t, s.db, `SELECT string_agg(run_id::text, ' ' ORDER BY inserted_at) FROM runs_table`))
-	const one, end = `{"valid_time":"2025-01-01T01:00:00Z",`, `"valid_time":"2025-01-01T00:00:00Z","valid_time_end":"2025-01-01T02:00:00Z",`
-	s.mustAll(t, key, []httpCase{
-		{"PUT", "/values", `{"updates":[` + one + `"series_key":"load","value":7}]}`, 200, []string{runs[1], `"version":2`}},
-		{"PUT", "/values", `{"updates":[` + one + `"series_key":"load","value":8,"run_id":"` + strings.ToUpper(runs[0]) + `"}]}`, 200, []string{runs[0], `"version":2`}},
-		{"PUT", "/values", `{"updates":[` + one + `"series_id":"` + series["load"] + `","value":9,"known_time":"2024-12-31 01:00+01:00"}]}`, 200, []string{runs[0], `"version":3`}},
-		{"PUT", "/values", `{"updates":[{` + end + `"series_key":"price","value":21}]}`, 200, []string{`"version":2`}},
-		{"PUT", "/values", `{"updates":[` + one + `"series_key":"wind","run_id":"` + runs[0] + `","value":6,"annotation":"late"}]}`, 200, []string{`"version":1`}}, // the run gains it
-		{"PUT", "/values", `{"updates":[` + one + `"series_key":"wind","run_id":"` + runs[1] + `","value":null}]}`, 200, []string{`"version":1`}},
-		{"PUT", "/values", `{"updates":[` + one + `"series_key":"load","value":1},` + one + `"series_key":"load","value":2}]}`, 200, []string{`"version":3`}}, // the last counts
-		{"PUT", "/values", `{"updates":[]}`, 200, []string{`"updated":[]`, `"skipped_no_ops":[]`}},
-	})
-	const want = "00/load 00=1 v1, 00/load 01=9 v3, 00/load 02=null v1, 12/load 01=2 v3, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1, " +
-		"12/price 00-01=10 v1, 12/price 00-02=21 v2, 00/wind 00=0.5 v1, 00/wind 01=6 v1, 12/wind 01=null v1"
+	runs := mustRuns(t, s)
+	for _, c := range []struct {
+		name, body string
+		want       []string
+	}{
+		{"of the latest run that has it", corrections(correctionAt("01", `"series_key":"load","value":7`)),
+			[]string{runs[1], `"version":2`}},
+		{"of a run that is named", corrections(
+			correctionAt("01", `"series_key":"load","value":8,"run_id":"`+strings.ToUpper(runs[0])+`"`)),
+			[]string{runs[0], `"version":2`}},
+		{"of a known_time, by the series' id", corrections(
+			correctionAt("01", `"series_id":"`+series["load"]+`","value":9,"known_time":"2024-12-31 01:00+01:00"`)),
+			[]string{runs[0], `"version":3`}},
+		{"of an interval", corrections(
+			correctionAt("00", `"valid_time_end":"2025-01-01T02:00:00Z","series_key":"price","value":21`)),
+			[]string{`"version":2`}},
+		{"a run gains a value", corrections(
+			correctionAt("01", `"series_key":"wind","run_id":"`+runs[0]+`","value":6,"annotation":"late"`)),
+			[]string{`"version":1`}},
+		{"a run gains a null", corrections(correctionAt("01", `"series_key":"wind","run_id":"`+runs[1]+`","value":null`)),
+			[]string{`"version":1`}},
+		{"the last of two of one value counts", corrections(correctionAt("01", `"series_key":"load","value":1`),
+			correctionAt("01", `"series_key":"load","value":2`)), []string{`"version":3`}},
+		{"no updates", corrections(), []string{`"updated":[]`, `"skipped_no_ops":[]`}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			text := s.must(t, 200, "PUT", "/values", key, c.body)
+			for _, want := range c.want {
+				if !strings.Contains(text, want) {
+					t.Errorf("PUT /values %s: %s, want %s in it", c.body, text, want)
+				}
+			}
+		})
+	}
+	const want = "00/load 00=1 v1, 00/load 01=9 v3, 00/load 02=null v1, " +
+		"12/load 01=2 v3, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1, " +
+		"12/price 00-01=10 v1, 12/price 00-02=21 v2, " +
+		"00/wind 00=0.5 v1, 00/wind 01=6 v1, 12/wind 01=null v1"
 	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping&detail=true", key, "")); got != want {
 		t.Errorf("after the corrections\nit is %s\nwant  %s", got, want)
 	}
-	before := s.stored(t)
-	good := one + `"series_key":"load","value":55},`
-	for _, c := range []struct {
-		bad    string
-		status int
-		want   string
-	}{
-		{`{"valid_time":"2025-01-05","series_key":"load","value":1}`, 404, "updates[1]"}, {one + `"series_key":"nope","value":1}`, 404, "series_key"}, {one + `"series_id":"` + nobody + `","value":1}`, 404, "series_id"},
-		{one + `"series_key":"load","valid_time_end":"2025-01-01T02:00:00Z","value":1}`, 404, "updates[1]"}, {`{"valid_time":"2025-01-01T00:00:00Z","series_key":"price","value":1}`, 404, "updates[1]"},
-		{one + `"series_key":"load","run_id":"` + nobody + `","value":1}`, 404, "updates[1]"}, {one + `"series_key":"load","known_time":"2024-01-01","value":1}`, 404, "updates[1]"},
-		{one + `"series_key":"load","run_id":"` + runs[0] + `","known_time":"2024-12-31T12:00:00Z","value":1}`, 404, "updates[1]"},
-		{one + `"series_key":"price","run_id":"` + runs[0] + `","annotation":"x"}`, 422, "value"}, {one + `"series_key":"load"}`, 422, "updates[1]"}, {one + `"value":1}`, 422, "series"},
-		{`{"series_key":"load","value":1}`, 422, "valid_time"}, {`{"valid_time":"soon","series_key":"load","value":1}`, 422, "valid_time"}, {one + `"series_key":"load","value":"1"}`, 422, "value"},
-		{one + `"series_key":"load","value":1e999}`, 422, "value"}, {one + `"series_key":"load","value":NaN}`, 422, "updates[1]"}, {one + `"series_key":"load","value":1,"extra":1}`, 422, "extra"},
-		{one + `"series_key":"load","tags":"x"}`, 422, "tags"}, {one + `"series_key":"load","tags":[5]}`, 422, "tags"}, {one + `"series_key":"load","tags":[null,"x"]}`, 422, "tags"},
-		{one + `"series_key":"load","tags":["x"` + strings.Repeat(`,"x"`, maxTags) + `]}`, 422, "tags"}, {one + `"series_key":"load","tags":"x"}`, 422, "list of texts"}, {one + `"series_key":"load","tags":["a\u0000"]}`, 422, "tags"},
-		{one + `"series_key":"load","annotation":5}`, 422, "annotation"}, {one + `"series_key":"load","annotation":"\u0000"}`, 422, "annotation"}, {one + `"series_key":"load","run_id":"x","value":1}`, 422, "run_id"},
-		{one + `"series_key":"wind","series_id":"` + series["load"] + `","value":1}`, 422, "wind"}, {one + `"series_key":"load","valid_time_end":"2025-01-01","value":1}`, 422, "valid_time_end"},
-		{one + `"series_key":"load","known_time":"x","value":1}`, 422, "known_time"}, {one + `"series_key":"load","tenant_id":"` + tenantB + `","value":1}`, 403, "tenant_id"}, {`5`, 422, "updates[1]"}, {`null`, 422, "updates[1]"},
-	} {
-		if text := s.must(t, c.status, "PUT", "/values", key, `{"updates":[`+good+c.bad+`]}`); !strings.Contains(text, c.want) {
-			t.Errorf("%s: %s, want %s in it", c.bad, text, c.want)
-		}
-		if s.stored(t) != before {
-			t.Fatalf("%s: refused, and yet something was stored", c.bad)
-		}
-	}
-	s.mustAll(t, key, []httpCase{
-		{"PUT", "/values", `{`, 422, []string{"body"}}, {"PUT", "/values", `[]`, 422, []string{"body"}}, {"PUT", "/values", `{"updates":{}}`, 422, []string{"updates"}}, {"PUT", "/values", `{"updates":[],"x":1}`, 422, []string{"x"}},
-		{"PUT", "/values", `{"updates":[],"updates":[]}`, 422, []string{"updates"}}, {"PUT", "/values", `{"Updates":[]}`, 422, []string{"Updates"}}, {"PUT", "/values?x=1", `{"updates":[]}`, 422, []string{"x"}},
-	})
-	s.must(t, 415, "PUT", "/values", key, "a,b", "Content-Type: text/csv")
 }
 
-func TestManyCorrectionsAreOneRequest(t *testing.T) {
+// An entry that is refused takes the good entry before it along.
+func TestRefusedCorrectionStoresNothing(t *testing.T) { // S22
 	t.Parallel()
 	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	key, series := mustPicture(t, s)
+	runs := mustRuns(t, s)
+	load := func(members string) string { return correctionAt("01", `"series_key":"load",`+members) }
+	good := load(`"value":55`)
+	manyTags := `["x"` + strings.Repeat(`,"x"`, maxTags) + `]`
+	const isNone = "updates[1]" // the entry is named
+	before := s.stored(t)
+	for _, c := range []struct {
+		name, entry string
+		status      int
+		want        string
+	}{
+		{"a time without a value", `{"valid_time":"2025-01-05","series_key":"load","value":1}`, 404, isNone},
+		{"an unknown series_key", correctionAt("01", `"series_key":"nope","value":1`), 404, "series_key"},
+		{"an unknown series_id", correctionAt("01", `"series_id":"`+nobody+`","value":1`), 404, "series_id"},
+		{"an end that the value has not", load(`"valid_time_end":"2025-01-01T02:00:00Z","value":1`), 404, isNone},
+		{"an interval without its end", correctionAt("00", `"series_key":"price","value":1`), 404, isNone},
+		{"an unknown run", load(`"run_id":"` + nobody + `","value":1`), 404, isNone},
+		{"a known_time of no run", load(`"known_time":"2024-01-01","value":1`), 404, isNone},
+		{"a run with the known_time of another",
+			load(`"run_id":"` + runs[0] + `","known_time":"2024-12-31T12:00:00Z","value":1`), 404, isNone},
+		{"a new value of a run without a value",
+			correctionAt("01", `"series_key":"price","run_id":"`+runs[0]+`","annotation":"x"`), 422, "value"},
+		{"nothing to change", correctionAt("01", `"series_key":"load"`), 422, isNone},
+		{"no series", correctionAt("01", `"value":1`), 422, "series"},
+		{"no valid_time", `{"series_key":"load","value":1}`, 422, "valid_time"},
+		{"a valid_time that is no time", `{"valid_time":"soon","series_key":"load","value":1}`, 422, "valid_time"},
+		{"a text as value", load(`"value":"1"`), 422, "value"},
+		{"a value beyond float64", load(`"value":1e999`), 422, "value"},
+		{"a bare NaN", load(`"value":NaN`), 422, isNone},
+		{"an unknown member", load(`"value":1,"extra":1`), 422, "extra"},
+		{"a member twice", load(`"value":1,"value":2`), 422, "value: given twice"},
+		{"a member in upper case", load(`"Value":1`), 422, "Value"},
+		{"a text as tags", load(`"tags":"x"`), 422, "tags: expected list of texts"},
+		{"a number as tag", load(`"tags":[5]`), 422, "tags"},
+		{"null as tag", load(`"tags":[null,"x"]`), 422, "tags"},
+		{"too many tags", load(`"tags":` + manyTags), 422, "tags"},
+		{"a NUL in a tag", load(`"tags":["a\u0000"]`), 422, "tags"},
+		{"a number as annotation", load(`"annotation":5`), 422, "annotation"},
+		{"a NUL in the annotation", load(`"annotation":"\u0000"`), 422, "annotation"},
+		{"a run_id that is no UUID", load(`"run_id":"x","value":1`), 422, "run_id"},
+		{"a key and the id of another series",
+			correctionAt("01", `"series_key":"wind","series_id":"`+series["load"]+`","value":1`), 422, "wind"},
+		{"an end before the beginning", load(`"valid_time_end":"2025-01-01","value":1`), 422, "valid_time_end"},
+		{"a known_time that is no time", load(`"known_time":"x","value":1`), 422, "known_time"},
+		{"another tenant's id", load(`"tenant_id":"` + tenantB + `","value":1`), 403, "tenant_id"},
+		{"a number as entry", `5`, 422, isNone},
+		{"null as entry", `null`, 422, isNone},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			text := s.must(t, c.status, "PUT", "/values", key, corrections(good, c.entry))
+			if !strings.Contains(text, c.want) {
+				t.Errorf("%s: %s, want %s in it", c.entry, text, c.want)
+			}
+			if s.stored(t) != before {
+				t.Fatalf("%s: refused, and yet something was stored", c.entry)
+			}
+		})
+	}
+	s.runRequests(t, key, []requestCase{
+		{"half an object", "PUT", "/values", `{`, 422, []string{"body"}},
+		{"a list as body", "PUT", "/values", `[]`, 422, []string{"body"}},
+		{"an object as updates", "PUT", "/values", `{"updates":{}}`, 422, []string{"updates"}},
+		{"an unknown member of the body", "PUT", "/values", `{"updates":[],"x":1}`, 422, []string{"x"}},
+		{"updates twice", "PUT", "/values", `{"updates":[],"updates":[]}`, 422, []string{"updates"}},
+		{"updates in upper case", "PUT", "/values", `{"Updates":[]}`, 422, []string{"Updates"}},
+		{"an unknown parameter", "PUT", "/values?x=1", `{"updates":[]}`, 422, []string{"x"}},
+	})
+	t.Run("CSV", func(t *testing.T) {
+		s.must(t, 415, "PUT", "/values", key, "a,b", "Content-Type: text/csv")
+	})
+}
+
+func TestManyCorrectionsAreOneRequest(t *testing.T) { // S23
+	t.Parallel()
+	s, key := mustTenant(t)
 	const n = 3000
 	mustManyValues(t, s, key, n)
-	var updates []string
+	validTime := func(i int) time.Time { return time.Date(2020, 1, 1, 0, i, 0, 0, time.UTC) }
+	var entries []string
 	for i := range n {
-		at := time.Date(2020, 1, 1, 0, i, 0, 0, time.UTC).Format(time.RFC3339)
-		updates = append(updates, fmt.Sprintf(`{"series_key":"load","valid_time":%q,"value":%d.5}`, at, i))
+		entries = append(entries, fmt.Sprintf(`{"series_key":"load","valid_time":%q,"value":%d.5}`,
+			validTime(i).Format(time.RFC3339), i))
 	}
-	text := s.must(t, 200, "PUT", "/values", key, `{"updates":[`+strings.Join(updates, ",")+`]}`)
 	got := mustDecode[struct {
 		Updated []struct {
 			ID      int64     `json:"value_id"`
-			Time    time.Time `json:"valid_time"`
+			Valid   time.Time `json:"valid_time"`
 			Version int
 		}
-	}](t, text)
+	}](t, s.must(t, 200, "PUT", "/values", key, corrections(entries...)))
 	ids := map[int64]bool{}
 	for i, u := range got.Updated {
-		if ids[u.ID] = true; u.Version != 2 || !u.Time.Equal(time.Date(2020, 1, 1, 0, i, 0, 0, time.UTC)) {
+		ids[u.ID] = true
+		if u.Version != 2 || !u.Valid.Equal(validTime(i)) {
 			t.Fatalf("updated[%d] is %+v", i, u)
 		}
-		if stored := i % 500; stored == 0 && mustQuery(t, s.db, `SELECT valid_from = $2 FROM values_table WHERE value_id = $1`,
-			u.ID, u.Time) != "true" {
+		if i%500 != 0 {
+			continue // a look at some is enough
+		}
+		isItsRow := mustQuery(t, s.db, `SELECT valid_from = $2 FROM values_table WHERE value_id = $1`, u.ID, u.Valid)
+		if isItsRow != "true" {
 			t.Errorf("value_id of updated[%d] is another row's", i)
 		}
 	}
 	if len(ids) != n {
 		t.Errorf("%d value_ids, want %d", len(ids), n)
 	}
-	for i, row := range mustDecode[readAnswer](t, s.must(t, 200, "GET", "/values", key, "")).Data {
+	for i, row := range s.mustRead(t, "/values", key) {
 		if *row.Value != float64(i)+0.5 {
 			t.Fatalf("after the corrections row %d is %v", i, *row.Value)
 		}
@@ -1137,54 +1589,46 @@ func TestManyCorrectionsAreOneRequest(t *testing.T) {
 
 func TestConcurrentCorrectionsOfOneValueAreAllKept(t *testing.T) {
 	t.Parallel()
-	s := mustServer(t)
-	key := s.mustUser(t, tenantA, "a@example.com")
+	s, key := mustTenant(t)
 	s.must(t, 200, "POST", "/upload", key, oneValue)
 	together(8, func(i int) {
-		resp, text, err := s.do("PUT", "/values", key, update(fmt.Sprintf(`"value":%d`, 100+i)))
-		if err != nil || resp.StatusCode != 200 || !strings.Contains(text, "value_id") {
-			t.Errorf("%v %v %s", resp, err, text)
+		text := s.expectOK(t, "PUT", "/values", key, update(fmt.Sprintf(`"value":%d`, 100+i)))
+		if !strings.Contains(text, "value_id") {
+			t.Errorf("the correction to %d is answered %s", 100+i, text)
 		}
 	})
-	if got := mustQuery(t, s.db, `SELECT string_agg(version::text, ' ' ORDER BY version) FROM values_table`); got != "1 2 3 4 5 6 7 8 9" {
+	const versions = `SELECT string_agg(version::text, ' ' ORDER BY version) FROM values_table`
+	if got := mustQuery(t, s.db, versions); got != "1 2 3 4 5 6 7 8 9" {
 		t.Errorf("the versions are %s", got)
 	}
-	together(2, func(i int) { s.do("PUT", "/values", key, update(`"tags":["t`+strconv.Itoa(i)+`"]`)) })
-	if got := mustQuery(t, s.db, `SELECT string_agg(version::text, ' ' ORDER BY version) FROM values_table WHERE tags IS NOT NULL`); got != "10 11" {
+	together(2, func(i int) {
+		s.expectOK(t, "PUT", "/values", key, update(fmt.Sprintf(`"tags":["t%d"]`, i)))
+	})
+	if got := mustQuery(t, s.db, versions+` WHERE tags IS NOT NULL`); got != "10 11" {
 		t.Errorf("two at once made the versions %s", got)
 	}
 }
 
-// mustNorth uploads what the queries of docs/SQL.md ask for, as the page's tenant and with other values as tenant B, and runs the
-// page's SQL for that tenant's role. It returns the page's queries as they then run, with Grafana's macros written out as the page
-// says; and the database as that role.
-func mustNorth(t *testing.T) (s *testServer, key string, queries []string, reader *sql.DB) {
+// ---- SQL
+
+const northTenant = "7d1f0c52-3b8e-4f5a-9c46-2a6be01d9f37" // of docs/SQL.md
+
+// north is a server with the data that the queries of docs/SQL.md ask for, its tenant's key, the SQL of the page as it
+// runs there, and the database as the tenant's role that the page creates.
+type north struct {
+	*testServer
+	key                              string
+	means, newest, forecast, grafana string
+	reader                           *sql.DB
+}
+
+// mustNorth uploads the data and runs the page's SQL for the tenant's role.
+func mustNorth(t *testing.T) north {
 	t.Helper()
-	s = mustServer(t)
-	key = s.mustUser(t, "7d1f0c52-3b8e-4f5a-9c46-2a6be01d9f37", "north@example.com")
-	other := s.mustUser(t, tenantB, "b@example.com")
-	day := func(value int, name string, step time.Duration) (csv string) { // from an hour before the day to an hour after it
-		for at := -time.Hour; at <= 24*time.Hour; at += step {
-			csv += fmt.Sprintf("%s,%s,%d\n", time.Date(2025, 1, 2, 0, 0, 0, 0, time.UTC).Add(at).Format(time.RFC3339), name, value+int(at/step))
-		}
-		return csv
-	}
-	now := time.Now().UTC().Truncate(time.Hour) // in the middle of a row of values_table
-	later := fmt.Sprintf("%s,wind_measured,-7\n%s,wind_measured,-8\n", now.Format(time.RFC3339), now.Add(5*time.Hour).Format(time.RFC3339))
-	for _, run := range []struct{ key, known, csv string }{
-		{key, "2025-01-01T12:00Z", day(100, "wind_forecast", time.Hour)}, {key, "2025-01-02T06:00Z", day(200, "wind_forecast", time.Hour)},
-		{key, "2025-01-03", day(90, "wind_measured", 20*time.Minute) + later},
-		{other, "2025-01-01T13:00Z", day(700, "wind_forecast", time.Hour)}, {other, "2025-01-03", day(700, "wind_measured", time.Minute)},
-	} {
-		s.must(t, 200, "POST", "/upload?run_start_time=2025-01-01&known_time="+run.known, run.key,
-			"valid_time,value_key,value\n"+run.csv, "Content-Type: text/csv")
-	}
-	correct := func(series, hour, value string) string {
-		return `{"series_key":"` + series + `","valid_time":"2025-01-02T` + hour + `Z","value":` + value + `}`
-	}
-	s.must(t, 200, "PUT", "/values", key, `{"updates":[`+strings.Join([]string{correct("wind_measured", "05:20", "null"),
-		correct("wind_measured", "07:00", "null"), correct("wind_measured", "07:20", "null"), correct("wind_measured", "07:40", "null"),
-		strings.Replace(correct("wind_forecast", "03:00", "50"), "{", `{"known_time":"2025-01-01T12:00Z",`, 1)}, ",")+`]}`)
+	n := north{testServer: mustServer(t)}
+	n.key = n.mustUser(t, northTenant, "north@example.com")
+	mustUploadNorth(t, n)
+
 	page, err := os.ReadFile("docs/SQL.md")
 	if err != nil {
 		t.Fatal(err)
@@ -1194,166 +1638,255 @@ func mustNorth(t *testing.T) (s *testServer, key string, queries []string, reade
 	if len(blocks) != 5 || expanded == nil {
 		t.Fatalf("docs/SQL.md has %d blocks of SQL and macros %q", len(blocks), expanded)
 	}
-	// A role belongs to the cluster, and this test's database has another name.
-	role, password := fmt.Sprintf("timedb_test_north_%016x", rand.Uint64()), fmt.Sprintf("north-password-%x", rand.Uint64())
-	database := strings.TrimPrefix(mustParse(t, s.dsn).Path, "/")
-	names := strings.NewReplacer("north_reader", role, "DATABASE timedb", "DATABASE "+database)
-	t.Cleanup(func() { mustExec(t, s.db, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
-	mustExec(t, s.db, "GRANT CREATE ON SCHEMA public TO PUBLIC") // as PostgreSQL 14 has it
-	mustExec(t, s.db, names.Replace(blocks[3][1]))
-	mustExec(t, s.db, "ALTER ROLE "+role+" PASSWORD '"+password+"'")
+	n.means, n.newest, n.forecast = blocks[0][1], blocks[1][1], blocks[2][1]
+	createRole := blocks[3][1]
 	macros := strings.NewReplacer("$__time(valid_time)", expanded[1], "$__timeFilter(valid_time)", expanded[2])
-	for _, i := range []int{0, 1, 2, 4} {
-		queries = append(queries, macros.Replace(blocks[i][1]))
+	n.grafana = macros.Replace(blocks[4][1])
+
+	// A role belongs to the cluster, and this test's database has another name.
+	role := fmt.Sprintf("timedb_test_north_%016x", rand.Uint64())
+	password := fmt.Sprintf("north-password-%x", rand.Uint64())
+	database := strings.TrimPrefix(mustParse(t, n.dsn).Path, "/")
+	names := strings.NewReplacer("north_reader", role, "DATABASE timedb", "DATABASE "+database)
+	t.Cleanup(func() { mustExec(t, n.db, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
+	mustExec(t, n.db, "GRANT CREATE ON SCHEMA public TO PUBLIC") // as PostgreSQL 14 has it
+	mustExec(t, n.db, names.Replace(createRole))
+	mustExec(t, n.db, "ALTER ROLE "+role+" PASSWORD '"+password+"'")
+	n.reader = mustOpen(t, databaseURL(database, url.UserPassword(role, password))+"&timezone=UTC")
+	return n
+}
+
+// mustUploadNorth uploads the data of the page's tenant, and the same series with other values as tenant B.
+func mustUploadNorth(t *testing.T, n north) {
+	t.Helper()
+	other := n.mustUser(t, tenantB, "b@example.com")
+	// day is rows from an hour before 2025-01-02 to an hour after it; the value grows by one with each step.
+	day := func(value int, series string, step time.Duration) string {
+		begin := time.Date(2025, 1, 2, 0, 0, 0, 0, time.UTC)
+		var rows strings.Builder
+		for since := -time.Hour; since <= 24*time.Hour; since += step {
+			fmt.Fprintf(&rows, "%s,%s,%d\n", begin.Add(since).Format(time.RFC3339), series, value+int(since/step))
+		}
+		return rows.String()
 	}
-	return s, key, queries, mustOpen(t, databaseURL(database, url.UserPassword(role, password))+"&timezone=UTC")
+	now := time.Now().UTC().Truncate(time.Hour) // with the value after it, in the middle of a row of values_table
+	later := fmt.Sprintf("%s,wind_measured,-7\n%s,wind_measured,-8\n",
+		now.Format(time.RFC3339), now.Add(5*time.Hour).Format(time.RFC3339))
+	for _, run := range []struct{ key, known, rows string }{
+		{n.key, "2025-01-01T12:00Z", day(100, "wind_forecast", time.Hour)},
+		{n.key, "2025-01-02T06:00Z", day(200, "wind_forecast", time.Hour)},
+		{n.key, "2025-01-03", day(90, "wind_measured", 20*time.Minute) + later},
+		{other, "2025-01-01T13:00Z", day(700, "wind_forecast", time.Hour)},
+		{other, "2025-01-03", day(700, "wind_measured", time.Minute)},
+	} {
+		n.must(t, 200, "POST", "/upload?run_start_time=2025-01-01&known_time="+run.known, run.key,
+			"valid_time,value_key,value\n"+run.rows, "Content-Type: text/csv")
+	}
+	null := func(at string) string {
+		return `{"series_key":"wind_measured","valid_time":"2025-01-02T` + at + `Z","value":null}`
+	}
+	n.must(t, 200, "PUT", "/values", n.key, corrections(null("05:20"), null("07:00"), null("07:20"), null("07:40"),
+		`{"series_key":"wind_forecast","valid_time":"2025-01-02T03:00Z","known_time":"2025-01-01T12:00Z","value":50}`))
 }
 
 func TestQueriesOfTheSQLDocumentAnswerAsTheAPIDoes(t *testing.T) {
 	t.Parallel()
-	s, key, queries, reader := mustNorth(t)
+	n := mustNorth(t)
 	const day = "/values?start_valid=2025-01-02&end_valid=2025-01-03&series_key="
-	read := func(path string) []answerRow {
-		return mustDecode[readAnswer](t, s.must(t, 200, "GET", path, key, "")).Data
-	}
 	type row = map[string]any
-	want := make([][]row, len(queries))
-	for _, r := range read(day + "wind_measured&bucket=PT1H&agg=mean") {
-		want[0] = append(want[0], row{"hour": r.Valid, "mean": r.Value})
+	var means, newest, forecast, grafana []row
+
+	for _, r := range n.mustRead(t, day+"wind_measured&bucket=PT1H&agg=mean", n.key) {
+		means = append(means, row{"hour": r.Valid, "mean": r.Value})
 	}
-	newest, measured := map[string]answerRow{}, map[time.Time]float64{}
-	for _, r := range read("/values?end_valid=" + time.Now().UTC().Format(time.RFC3339)) {
-		newest[r.Series] = r
+	newestOf := map[string]answerRow{}
+	end := time.Now().UTC().Add(time.Second) // end_valid itself is not shown, and a value may be of this very second
+	for _, r := range n.mustRead(t, "/values?end_valid="+end.Format(time.RFC3339), n.key) {
+		newestOf[r.Series] = r
 	}
-	for _, id := range slices.Sorted(maps.Keys(newest)) {
-		r := newest[id]
-		want[1] = append(want[1], row{"series_key": r.Key, "valid_time": r.Valid, "value": r.Value, "unit": r.Unit})
+	for _, id := range slices.Sorted(maps.Keys(newestOf)) {
+		r := newestOf[id]
+		newest = append(newest, row{"series_key": r.Key, "valid_time": r.Valid, "value": r.Value, "unit": r.Unit})
 	}
-	for _, r := range read(day + "wind_measured") {
-		if want[3] = append(want[3], row{"time": r.Valid, "wind_measured": r.Value}); r.Value != nil {
+	measured := map[time.Time]float64{}
+	for _, r := range n.mustRead(t, day+"wind_measured", n.key) {
+		grafana = append(grafana, row{"time": r.Valid, "wind_measured": r.Value})
+		if r.Value != nil {
 			measured[r.Valid] = *r.Value
 		}
 	}
-	for _, r := range read(day + "wind_forecast&end_known=2025-01-02") {
-		if m, ok := measured[r.Valid]; ok {
-			want[2] = append(want[2], row{"valid_time": r.Valid, "forecast": r.Value, "measured": m, "error": *r.Value - m})
+	for _, r := range n.mustRead(t, day+"wind_forecast&end_known=2025-01-02", n.key) {
+		if m, found := measured[r.Valid]; found {
+			forecast = append(forecast, row{
+				"valid_time": r.Valid, "forecast": r.Value, "measured": m, "error": *r.Value - m})
 		}
 	}
-	// What is known beforehand, so that the two are not wrong together.
-	for i, known := range []string{`05:00:00Z","mean":106}`, `"value":-7}`, `{"error":-49,"forecast":50,"measured":99,`,
-		`05:20:00Z","wind_measured":null}`} {
-		wanted, _ := json.Marshal(want[i])
-		if len(want[i]) != []int{23, 2, 23, 72}[i] || !strings.Contains(string(wanted), known) {
-			t.Errorf("the API answers %d rows %s, want %s in it", len(want[i]), wanted, known)
-		}
-		query := "SELECT replace(json_agg(q)::text, '+00:00', 'Z') FROM (" + strings.TrimSuffix(queries[i], ";\n") + ") AS q"
-		for name, db := range map[string]*sql.DB{"owner": mustOpen(t, s.dsn+"&timezone=UTC"), "role": reader} {
-			if got, _ := json.Marshal(mustDecode[[]row](t, mustQuery(t, db, query))); string(got) != string(wanted) {
-				t.Errorf("%s\nanswers the %s\n%s\nwant\n%s", queries[i], name, got, wanted)
+
+	owner := mustOpen(t, n.dsn+"&timezone=UTC")
+	for _, c := range []struct {
+		name, query string
+		want        []row
+		rows        int
+		known       string // is in the answer, so that the API and the SQL are not wrong together
+	}{
+		{"hourly means", n.means, means, 23, `05:00:00Z","mean":106}`},
+		{"the newest value of each series", n.newest, newest, 2, `"value":-7}`},
+		{"a forecast against what was measured", n.forecast, forecast, 23,
+			`{"error":-49,"forecast":50,"measured":99,`},
+		{"a panel of Grafana", n.grafana, grafana, 72, `05:20:00Z","wind_measured":null}`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			want := jsonText(c.want)
+			if len(c.want) != c.rows || !strings.Contains(want, c.known) {
+				t.Errorf("the API answers %d rows %s, want %d and %s in them", len(c.want), want, c.rows, c.known)
 			}
-		}
+			rows := strings.TrimSuffix(c.query, ";\n")
+			query := "SELECT replace(json_agg(q)::text, '+00:00', 'Z') FROM (" + rows + ") AS q"
+			for _, as := range []struct {
+				name string
+				db   *sql.DB
+			}{{"owner", owner}, {"role", n.reader}} {
+				if got := jsonText(mustDecode[[]row](t, mustQuery(t, as.db, query))); got != want {
+					t.Errorf("%s\nanswers the %s\n%s\nwant\n%s", c.query, as.name, got, want)
+				}
+			}
+		})
 	}
 }
 
 func TestSQLRoleOfATenantSeesItsTenantAndNothingElse(t *testing.T) {
 	t.Parallel()
-	s, _, _, reader := mustNorth(t)
-	const north = "7d1f0c52-3b8e-4f5a-9c46-2a6be01d9f37"
+	n := mustNorth(t)
+	// tell fails when it is given another tenant. It is so cheap that the planner would like to call it before the
+	// view's own condition.
+	mustExec(t, n.db, `CREATE FUNCTION tell(tenant uuid) RETURNS boolean
+		IMMUTABLE COST 0.0001 LANGUAGE plpgsql AS $$ BEGIN
+		IF tenant <> '`+northTenant+`' THEN RAISE EXCEPTION 'told of %', tenant; END IF; RETURN true; END $$`)
 	for _, view := range []string{"current_values", "values_table", "series_table"} {
-		const digest = `SELECT concat(count(*), ' ', md5(string_agg(v::text, ',' ORDER BY v::text))) FROM `
-		want := mustQuery(t, s.db, digest+"public."+view+" v WHERE tenant_id = $1", north)
-		if got := mustQuery(t, reader, digest+view+" v"); got != want || strings.HasPrefix(got, "0") {
-			t.Errorf("%s shows the role %s, want %s", view, got, want)
-		}
+		t.Run("rows of "+view, func(t *testing.T) {
+			const digest = `SELECT concat(count(*), ' ', md5(string_agg(v::text, ',' ORDER BY v::text))) FROM `
+			want := mustQuery(t, n.db, digest+"public."+view+" v WHERE tenant_id = $1", northTenant)
+			if got := mustQuery(t, n.reader, digest+view+" v"); got != want || strings.HasPrefix(got, "0") {
+				t.Errorf("%s shows the role %s, want %s", view, got, want)
+			}
+			mustExec(t, n.reader, `SET enable_indexscan = off; SET enable_bitmapscan = off;
+				SELECT FROM `+view+` WHERE public.tell(tenant_id)`)
+		})
 	}
-	// A function that tells what it is given, and that the planner would like to call first, is given no other tenant's rows.
-	mustExec(t, s.db, `CREATE FUNCTION tell(tenant uuid) RETURNS boolean IMMUTABLE COST 0.0001 LANGUAGE plpgsql AS $$ BEGIN
-		IF tenant <> '`+north+`' THEN RAISE EXCEPTION 'told of %', tenant; END IF; RETURN true; END $$`)
-	for _, view := range []string{"current_values", "values_table", "series_table"} {
-		mustExec(t, reader, `SET enable_indexscan = off; SET enable_bitmapscan = off; SELECT FROM `+view+` WHERE public.tell(tenant_id)`)
-	}
-	for _, refused := range []string{
-		`SELECT FROM public.current_values`, `SELECT FROM public.values_table`, `SELECT FROM public.series_table`, `SELECT FROM public.runs_table`,
-		`SELECT FROM public.users_table`, `INSERT INTO public.runs_table (tenant_id) VALUES (NULL)`,
-		`UPDATE public.users_table SET is_active = true`,
-		`INSERT INTO series_table (series_key) VALUES ('x')`, `UPDATE values_table SET annotation = 'x'`, `DELETE FROM series_table`,
-		`SET search_path = public; SELECT correct_values('` + north + `', 'x', '[]')`, `TRUNCATE public.values_table`,
-		`DROP VIEW north.current_values`,
-		`CREATE TABLE public.x ()`, `CREATE TABLE north.x ()`, `CREATE TEMPORARY TABLE x ()`, `CREATE SCHEMA x`, `CREATE VIEW north.x AS SELECT`,
-		`CREATE FUNCTION pg_temp.x() RETURNS int RETURN 1`, `CREATE FUNCTION public.x() RETURNS int RETURN 1`, `CREATE ROLE x`,
-		`COPY (SELECT) TO PROGRAM 'true'`, `SELECT pg_read_file('PG_VERSION')`,
-		`SET ROLE ` + pq.QuoteIdentifier(mustQuery(t, s.db, `SELECT current_user`)),
+	owner := pq.QuoteIdentifier(mustQuery(t, n.db, `SELECT current_user`))
+	for _, c := range []struct{ name, statement string }{
+		{"read current_values of all", `SELECT FROM public.current_values`},
+		{"read values_table of all", `SELECT FROM public.values_table`},
+		{"read series_table of all", `SELECT FROM public.series_table`},
+		{"read runs_table", `SELECT FROM public.runs_table`},
+		{"read users_table", `SELECT FROM public.users_table`},
+		{"insert a run", `INSERT INTO public.runs_table (tenant_id) VALUES (NULL)`},
+		{"activate a user", `UPDATE public.users_table SET is_active = true`},
+		{"insert a series through the view", `INSERT INTO series_table (series_key) VALUES ('x')`},
+		{"change values through the view", `UPDATE values_table SET annotation = 'x'`},
+		{"delete series through the view", `DELETE FROM series_table`},
+		{"call correct_values", `SET search_path = public; SELECT correct_values('` + northTenant + `', 'x', '[]')`},
+		{"truncate values_table", `TRUNCATE public.values_table`},
+		{"drop its view", `DROP VIEW north.current_values`},
+		{"create a table in public", `CREATE TABLE public.x ()`},
+		{"create a table in its schema", `CREATE TABLE north.x ()`},
+		{"create a temporary table", `CREATE TEMPORARY TABLE x ()`},
+		{"create a schema", `CREATE SCHEMA x`},
+		{"create a view", `CREATE VIEW north.x AS SELECT`},
+		{"create a temporary function", `CREATE FUNCTION pg_temp.x() RETURNS int RETURN 1`},
+		{"create a function in public", `CREATE FUNCTION public.x() RETURNS int RETURN 1`},
+		{"create a role", `CREATE ROLE x`},
+		{"run a program", `COPY (SELECT) TO PROGRAM 'true'`},
+		{"read a file of the server", `SELECT pg_read_file('PG_VERSION')`},
+		{"become the owner", `SET ROLE ` + owner},
 	} {
-		_, err := reader.Exec(refused)
-		if failed, ok := errors.AsType[*pq.Error](err); !ok || failed.Code != "42501" {
-			t.Errorf("%s: %v, want it to be denied", refused, err)
-		}
+		t.Run("may not "+c.name, func(t *testing.T) {
+			_, err := n.reader.Exec(c.statement)
+			if failed, ok := errors.AsType[*pq.Error](err); !ok || failed.Code != "42501" {
+				t.Errorf("%s: %v, want it to be denied", c.statement, err)
+			}
+		})
 	}
-	if got := mustQuery(t, reader, `SELECT concat_ws(' ', current_setting('statement_timeout'), current_setting('search_path'), rolconnlimit)
-		FROM pg_roles WHERE rolname = user`); got != "30s north 5" {
-		t.Errorf("the role's limits are %q", got)
+	limits := mustQuery(t, n.reader, `SELECT concat_ws(' ', current_setting('statement_timeout'),
+		current_setting('search_path'), rolconnlimit) FROM pg_roles WHERE rolname = user`)
+	if limits != "30s north 5" {
+		t.Errorf("the role's limits are %q", limits)
 	}
-	mustCreateTables(t, s.dsn) // as an upgrade does; and what depends on the tables keeps them
-	if _, stderr := mustRun(t, 1, s.dsn, "", "delete", "tables", "-y"); !strings.Contains(stderr, "depend") {
+}
+
+func TestTablesUnderATenantsViewsAreUpgradedAndNotDeleted(t *testing.T) {
+	t.Parallel()
+	n := mustNorth(t)
+	mustCreateTables(t, n.dsn) // as an upgrade does
+	if _, stderr := mustRun(t, 1, n.dsn, "", "delete", "tables", "-y"); !strings.Contains(stderr, "depend") {
 		t.Errorf("delete tables beside the tenant's schema says %q", stderr)
 	}
-	mustExec(t, s.db, "DROP SCHEMA north CASCADE")
-	mustRun(t, 0, s.dsn, "", "delete", "tables", "-y")
+	mustExec(t, n.db, "DROP SCHEMA north CASCADE")
+	mustRun(t, 0, n.dsn, "", "delete", "tables", "-y")
 }
+
+// ---- Parsers
 
 func FuzzParseTime(f *testing.F) {
 	for _, seed := range []string{"2025-01-01T00:00:00Z", "2025-01-01", "2025-01-01 05:30 05:30",
-		"1677-01-01T00:00:00.000001-23:59", "2262-12-31T23:59:59.999999999Z", "2025-02-29T00:00:00Z", "2025-01-01T24:00:00Z"} {
+		"1677-01-01T00:00:00.000001-23:59", "2262-12-31T23:59:59.999999999Z", "2025-02-29T00:00:00Z",
+		"2025-01-01T24:00:00Z"} {
 		f.Add(seed)
 	}
-	strict := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$`) // time.Parse takes more than RFC 3339
+	// time.Parse takes more than RFC 3339.
+	strict := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$`)
 	f.Fuzz(func(t *testing.T, s string) {
-		var got, again micros
+		var got, again timestamp
 		err := got.UnmarshalText([]byte(s))
 		want, wantErr := time.Parse(time.RFC3339Nano, s)
-		if year := want.UTC().Year(); strict.MatchString(s) && (err == nil) != (wantErr == nil && year >= 1677 && year <= 2262) {
-			t.Fatalf("parseTime(%q): %v, time.Parse: %v", s, err, wantErr)
+		year := want.UTC().Year()
+		valid := wantErr == nil && year >= 1677 && year <= 2262
+		if strict.MatchString(s) && (err == nil) != valid {
+			t.Fatalf("%q: %v, time.Parse: %v", s, err, wantErr)
 		}
 		if err != nil {
 			return
 		}
 		text := got.String()
 		if strict.MatchString(s) && text != iso6(want) {
-			t.Errorf("parseTime(%q) is %s, want %s", s, text, iso6(want))
+			t.Errorf("%q is read as %s, want %s", s, text, iso6(want))
 		}
 		if err := again.UnmarshalText([]byte(text)); err != nil || again != got {
-			t.Errorf("parseTime(%q) is written as %s, which reads as %v, %v", s, text, again, err)
+			t.Errorf("%q is written as %s, which is read as %v, %v", s, text, again, err)
 		}
 	})
 }
 
 // iso6 is t as the API writes it.
 func iso6(t time.Time) string {
-	if t = t.UTC().Truncate(time.Microsecond); t.Nanosecond() == 0 {
+	t = t.UTC().Truncate(time.Microsecond)
+	if t.Nanosecond() == 0 {
 		return t.Format("2006-01-02T15:04:05-07:00")
 	}
 	return t.Format("2006-01-02T15:04:05.000000-07:00")
 }
 
 func FuzzSpan(f *testing.F) {
-	for _, seed := range []string{"PT36H", "P1D", "P1W2DT3H4M5.5S", "90m", "1h30m", "P", "PT", "P1M", "-1h", "0s", "P99999W",
-		"PT9999999999999999H", "1ns", "PT2562047H47M16.854775807SP100000D"} {
+	for _, seed := range []string{"PT36H", "P1D", "P1W2DT3H4M5.5S", "90m", "1h30m", "P", "PT", "P1M", "-1h", "0s",
+		"P99999W", "PT9999999999999999H", "1ns", "PT2562047H47M16.854775807SP100000D"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		var got span
 		err := got.UnmarshalText([]byte(s))
-		if err == nil && (got < 0 || micros(got) < 0) {
+		if err == nil && (got < 0 || timestamp(got) < 0) {
 			t.Errorf("%q is read as %d", s, got)
 		}
-		if d, goErr := time.ParseDuration(s); goErr == nil && err == nil && int64(micros(got)) != d.Microseconds() {
-			t.Errorf("%q is read as %d µs, want %v", s, micros(got), d)
+		d, goErr := time.ParseDuration(s)
+		if goErr == nil && err == nil && int64(timestamp(got)) != d.Microseconds() {
+			t.Errorf("%q is read as %d µs, want %v", s, timestamp(got), d)
 		}
 	})
 }
 
 func FuzzNumber(f *testing.F) {
-	for _, seed := range []string{"1", "-0", "1e308", "1e309", "NaN", "", "Infinity", "0x1p-2", "1_0", "5e-324", "+1", "nan", "null"} {
+	for _, seed := range []string{"1", "-0", "1e308", "1e309", "NaN", "", "Infinity", "0x1p-2", "1_0", "5e-324", "+1",
+		"nan", "null"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -1369,22 +1902,27 @@ func FuzzNumber(f *testing.F) {
 }
 
 func FuzzDecodeArray(f *testing.F) {
-	const oid, null = 701, uint64(0x7ff8000000000001)
-	f.Add(encodeArray(oid, []uint64{1, null, math.MaxUint64}, null))
-	f.Add(encodeArray(oid, nil, null))
+	f.Add(encodeValues([]point{{value: 1}, {value: math.NaN()}, {value: math.Inf(1)}}))
+	f.Add(encodeValues(nil))
 	f.Add([]byte{0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 189, 255, 255, 255, 255, 0, 0, 0, 1})
 	f.Fuzz(func(t *testing.T, wire []byte) {
-		_, _ = decodeArray(nil, wire, null) // it must not panic, whatever the database sends
-		bits := make([]uint64, len(wire)/8)
-		for i := range bits {
-			bits[i] = binary.BigEndian.Uint64(wire[8*i:])
+		_, _ = decodeArray(nil, wire, nullFloat) // must not panic, whatever the database sends
+		want := []uint64{42}
+		var points []point
+		for i := range len(wire) / 8 {
+			value := math.Float64frombits(binary.BigEndian.Uint64(wire[8*i:]))
+			if math.IsNaN(value) {
+				value = math.NaN() // the one that stands for NULL
+			}
+			points = append(points, point{value: value})
+			want = append(want, math.Float64bits(value))
 		}
-		if len(bits) == 0 {
+		if len(points) == 0 {
 			return // no row holds an empty array
 		}
-		got, err := decodeArray([]uint64{42}, encodeArray(oid, bits, null), null)
-		if err != nil || !slices.Equal(got, append([]uint64{42}, bits...)) {
-			t.Errorf("%x comes back as %x, %v", bits, got, err)
+		got, err := decodeArray([]uint64{42}, encodeValues(points), nullFloat)
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%x comes back as %x, %v", want, got, err)
 		}
 	})
 }
