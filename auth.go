@@ -162,7 +162,7 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 	if err != nil {
 		return Caller{}, &denial{kind: usersUnknown, reason: "key lookup: " + err.Error()}
 	}
-	// The database has compared already, but not in constant time and not in code that is read here.
+	// The database has compared already, but not in constant time; nor is that code read here.
 	isCurrent := sameDigest(digest[:], k.digest)
 	isPrevious := sameDigest(digest[:], k.previousDigest)
 	switch {

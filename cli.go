@@ -27,12 +27,16 @@ const release = "0.9.0" // what `timedb version` and GET / tell
 //go:embed docs/usage.txt
 var usage string // the manual: an overview, and for each command a section
 
-// cli is one invocation.
+// cli is one invocation, with the flags that many commands have.
 type cli struct {
 	env            func(string) string
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	flags          *flag.FlagSet // of the command, once it is known
+	dsn, schema    string
+	tenant         uuid // together with email whom the command is about
+	email          string
+	yes            bool // nothing is to be asked
 }
 
 // command is one line of the command table.
@@ -117,10 +121,26 @@ func (c *cli) dispatch(ctx context.Context, args []string) (name string, err err
 	return "", mistyped(fmt.Errorf("unknown command %q", line))
 }
 
-// newFlags begins the flags of a command.
+// ---- Flags
+
+// newFlags begins the flags of a command. Nothing is printed by the package flag itself.
 func (c *cli) newFlags() {
 	c.flags = flag.NewFlagSet("", flag.ContinueOnError)
 	c.flags.SetOutput(io.Discard)
+}
+
+// databaseFlags begins the flags of a command that uses the database.
+func (c *cli) databaseFlags() {
+	c.newFlags()
+	c.text(&c.dsn, "", "d", "dsn")
+	c.text(&c.schema, "public", "s", "schema")
+}
+
+// userFlags begins the flags of a command about one user.
+func (c *cli) userFlags() {
+	c.databaseFlags()
+	c.word(&c.tenant, "t", "tenant-id")
+	c.text(&c.email, "", "e", "email")
 }
 
 // word declares a flag, by one or two names, that reads itself.
@@ -132,51 +152,45 @@ func (c *cli) word(into encoding.TextUnmarshaler, names ...string) {
 	}
 }
 
-// text declares a flag, by one or two names, whose value is any text.
-func (c *cli) text(byDefault string, names ...string) *string {
-	value := new(string)
+// text declares a flag, by one or two names, that takes any text.
+func (c *cli) text(into *string, byDefault string, names ...string) {
 	for _, name := range names {
-		c.flags.StringVar(value, name, byDefault, "")
+		c.flags.StringVar(into, name, byDefault, "")
 	}
-	return value
 }
 
-// yes declares a flag, by one or two names, that is given or not.
-func (c *cli) yes(names ...string) *bool {
-	value := new(bool)
+// toggle declares a flag, by one or two names, that is given or not.
+func (c *cli) toggle(into *bool, names ...string) {
 	for _, name := range names {
-		c.flags.BoolVar(value, name, false, "")
+		c.flags.BoolVar(into, name, false, "")
 	}
-	return value
 }
 
 // parse reads the flags. Nothing may follow them.
 func (c *cli) parse(args []string) error {
 	err := c.flags.Parse(args)
-	if errors.Is(err, flag.ErrHelp) {
+	c.email = strings.TrimSpace(c.email)
+	if err == nil && c.flags.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q", c.flags.Arg(0))
+	}
+	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
-	if err != nil {
-		return mistyped(err)
-	}
-	if c.flags.NArg() > 0 {
-		return mistyped(fmt.Errorf("unexpected argument %q", c.flags.Arg(0)))
-	}
-	return nil
+	return mistyped(err)
 }
 
-// database is where a command finds the tables.
-type database struct{ dsn, schema *string }
-
-// database declares its flags.
-func (c *cli) database() database {
-	return database{dsn: c.text("", "d", "dsn"), schema: c.text("public", "s", "schema")}
+// open reads the flags and opens the store that they name, for the command alone.
+func (c *cli) open(args []string) (*store, error) {
+	if err := c.parse(args); err != nil {
+		return nil, err
+	}
+	return c.openPool(0, 1)
 }
 
-// open opens a store with so many connections, on which a statement ends after timeout; 0 means
+// openPool opens a store with so many connections, on which a statement ends after timeout; 0 means
 // never. The DSN is that of the flag or of the environment.
-func (c *cli) open(db database, timeout time.Duration, connections int) (*store, error) {
-	dsn := *db.dsn
+func (c *cli) openPool(timeout time.Duration, connections int) (*store, error) {
+	dsn := c.dsn
 	for _, name := range []string{"TIMEDB_DSN", "DATABASE_URL"} {
 		if dsn == "" {
 			dsn = c.env(name)
@@ -185,12 +199,12 @@ func (c *cli) open(db database, timeout time.Duration, connections int) (*store,
 	if dsn == "" {
 		return nil, wrongUsage("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
 	}
-	return openStore(dsn, *db.schema, timeout, connections)
+	return openStore(dsn, c.schema, timeout, connections)
 }
 
 // confirm asks unless it was told yes. Anything but yes, and nobody to ask, is an error.
-func (c *cli) confirm(yes *bool, question string, args ...any) error {
-	if *yes {
+func (c *cli) confirm(question string, args ...any) error {
+	if c.yes {
 		return nil
 	}
 	fmt.Fprintf(c.stderr, question+" [y/N] ", args...)
@@ -203,34 +217,39 @@ func (c *cli) confirm(yes *bool, question string, args ...any) error {
 	return errors.New("not confirmed; nothing was changed. Pass -y to do it without asking")
 }
 
+// say prints what was done.
+func (c *cli) say(format string, args ...any) error {
+	_, err := fmt.Fprintf(c.stdout, format+"\n", args...)
+	return err
+}
+
+// ---- Commands
+
 func (c *cli) version(_ context.Context, args []string) error {
 	c.newFlags()
 	if err := c.parse(args); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(c.stdout, "timedb %s\n", release)
-	return err
+	return c.say("timedb %s", release)
 }
 
-// ---- Tables
-
 func (c *cli) createTables(ctx context.Context, args []string) error {
-	c.newFlags()
-	db := c.database()
-	withUsers := c.yes("with-users")
-	appRole := c.text("", "app-role")
-	citus := c.yes("citus")
-	dryRun := c.yes("dry-run")
-	yes := c.yes("y", "yes")
+	var withUsers, citus, dryRun bool
+	var role string
+	c.databaseFlags()
+	c.toggle(&withUsers, "with-users")
+	c.text(&role, "", "app-role")
+	c.toggle(&citus, "citus")
+	c.toggle(&dryRun, "dry-run")
+	c.toggle(&c.yes, "y", "yes")
 	if err := c.parse(args); err != nil {
 		return err
 	}
-	if *dryRun {
-		text := tableSections(*db.schema, catalog{}, *withUsers, *citus, *appRole)
-		_, err := fmt.Fprintf(c.stdout, "BEGIN;\n%sCOMMIT;\n", text)
-		return err
+	if dryRun {
+		text := tableSections(c.schema, catalog{}, withUsers, citus, role)
+		return c.say("BEGIN;\n%sCOMMIT;", text)
 	}
-	st, err := c.open(db, 0, 1)
+	st, err := c.openPool(0, 1)
 	if err != nil {
 		return err
 	}
@@ -242,10 +261,10 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 	if before.version > schemaVersion {
 		return before.check()
 	}
-	if err := c.confirm(yes, "Create timedb's tables in schema %q?", *db.schema); err != nil {
+	if err := c.confirm("Create timedb's tables in schema %q?", c.schema); err != nil {
 		return err
 	}
-	err = st.exec(ctx, tableSections(*db.schema, before, *withUsers, *citus, *appRole))
+	err = st.exec(ctx, tableSections(c.schema, before, withUsers, citus, role))
 	if err != nil {
 		return err
 	}
@@ -255,7 +274,7 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 		if slices.Contains(before.names, name) {
 			state = "exists"
 		}
-		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, *db.schema, name)
+		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
 	}
 	return err
 }
@@ -263,33 +282,22 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 // tableSections is the SQL that makes of what there is what there should be.
 func tableSections(schema string, before catalog, withUsers, citus bool, role string) string {
 	hasUsers := withUsers || slices.Contains(before.names, "users_table")
-	names := []string{"begin", "tables"}
-	if withUsers || hasUsers && before.version == 1 { // which lacks columns of users_table
-		names = append(names, "users")
-	}
-	if citus {
-		names = append(names, "citus")
-	}
-	if before.version < schemaVersion {
-		names = append(names, "upgrade")
-	}
-	if role != "" {
-		names = append(names, "app role")
-	}
-	if role != "" && hasUsers {
-		names = append(names, "app role with users")
-	}
-	return schemaSections(schema, role, names...)
+	return schemaSections(schema, role, map[string]bool{
+		"begin":  true,
+		"tables": true,
+		// Those of version 1 lack columns of users_table.
+		"users":               withUsers || hasUsers && before.version == 1,
+		"citus":               citus,
+		"upgrade":             before.version < schemaVersion,
+		"app role":            role != "",
+		"app role with users": role != "" && hasUsers,
+	})
 }
 
 func (c *cli) deleteTables(ctx context.Context, args []string) error {
-	c.newFlags()
-	db := c.database()
-	yes := c.yes("y", "yes")
-	if err := c.parse(args); err != nil {
-		return err
-	}
-	st, err := c.open(db, 0, 1)
+	c.databaseFlags()
+	c.toggle(&c.yes, "y", "yes")
+	st, err := c.open(args)
 	if err != nil {
 		return err
 	}
@@ -299,73 +307,63 @@ func (c *cli) deleteTables(ctx context.Context, args []string) error {
 		return err
 	}
 	if len(before.names) == 0 {
-		_, err := fmt.Fprintf(c.stdout, "There is nothing of timedb in schema %q.\n", *db.schema)
-		return err
+		return c.say("There is nothing of timedb in schema %q.", c.schema)
 	}
 	names := strings.Join(before.names, ", ")
-	err = c.confirm(yes, "Delete %s in schema %q, with ALL data?", names, *db.schema)
+	err = c.confirm("Delete %s in schema %q, with ALL data?", names, c.schema)
 	if err != nil {
 		return err
 	}
-	if err := st.exec(ctx, schemaSections(*db.schema, "", "delete")); err != nil {
+	err = st.exec(ctx, schemaSections(c.schema, "", map[string]bool{"delete": true}))
+	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.stdout, "deleted  %s\n", names)
-	return err
+	return c.say("deleted  %s", names)
 }
 
-// ---- Users
-
 func (c *cli) usersCreate(ctx context.Context, args []string) error {
-	var tenant uuid
+	var readOnly, quiet bool
 	var expires expiry
-	c.newFlags()
-	db := c.database()
-	c.word(&tenant, "t", "tenant-id")
-	email := c.text("", "e", "email")
-	readOnly := c.yes("read-only")
+	c.userFlags()
+	c.toggle(&readOnly, "read-only")
 	c.word(&expires, "expires")
-	quiet := c.yes("q", "quiet")
+	c.toggle(&quiet, "q", "quiet")
 	if err := c.parse(args); err != nil {
 		return err
 	}
-	if tenant == "" {
+	name, domain, _ := strings.Cut(c.email, "@")
+	switch {
+	case c.tenant == "":
 		return wrongUsage("--tenant-id is required")
-	}
-	address := strings.TrimSpace(*email)
-	if address == "" {
+	case c.email == "":
 		return wrongUsage("--email is required")
-	}
-	name, domain, _ := strings.Cut(address, "@")
-	if name == "" || domain == "" || new(label).UnmarshalText([]byte(address)) != nil {
+	case name == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil:
 		return wrongUsage("--email: expected an address such as alice@example.com")
 	}
-	st, err := c.open(db, 0, 1)
+	st, err := c.openPool(0, 1)
 	if err != nil {
 		return err
 	}
 	defer st.db.Close()
 	key, id, digest := newKey()
-	u := user{Tenant: string(tenant), Email: address, KeyID: id, Access: "rw"}
-	if *readOnly {
+	u := user{Tenant: string(c.tenant), Email: c.email, KeyID: id, Access: "rw"}
+	if readOnly {
 		u.Access = "ro"
 	}
 	if err := st.CreateUser(ctx, &u, digest, expires); err != nil {
 		return err
 	}
-	return c.showKey(&u, key, *quiet)
+	return c.showKey(&u, key, quiet)
 }
 
 // showKey prints a new key, once: it is stored nowhere.
 func (c *cli) showKey(u *user, key string, quiet bool) error {
 	if quiet {
-		_, err := fmt.Fprintln(c.stdout, key)
-		return err
+		return c.say("%s", key)
 	}
-	_, err := fmt.Fprintf(c.stdout, "User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nExpires: %s\n"+
-		"API Key: %s\nThe key will not be shown again: keep it now.\n",
+	return c.say("User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nExpires: %s\n"+
+		"API Key: %s\nThe key will not be shown again: keep it now.",
 		u.ID, u.Tenant, u.Email, u.Access, showTime(u.ExpiresAt), key)
-	return err
 }
 
 func showTime(t *time.Time) string {
@@ -376,111 +374,85 @@ func showTime(t *time.Time) string {
 }
 
 func (c *cli) usersList(ctx context.Context, args []string) error {
-	var tenant uuid
-	c.newFlags()
-	db := c.database()
-	c.word(&tenant, "t", "tenant-id")
-	c.yes("include-inactive") // accepted for scripts; they are listed anyway
-	printJSON := c.yes("json")
-	if err := c.parse(args); err != nil {
-		return err
-	}
-	st, err := c.open(db, 0, 1)
+	var withInactive, printJSON bool
+	c.databaseFlags()
+	c.word(&c.tenant, "t", "tenant-id")
+	c.toggle(&withInactive, "include-inactive") // accepted for scripts; they are listed anyway
+	c.toggle(&printJSON, "json")
+	st, err := c.open(args)
 	if err != nil {
 		return err
 	}
 	defer st.db.Close()
-	users, err := st.Users(ctx, tenant, "")
+	users, err := st.Users(ctx, c.tenant, "")
 	if err != nil {
 		return err
 	}
-	if *printJSON {
+	if printJSON {
 		out := json.NewEncoder(c.stdout)
 		out.SetIndent("", "  ")
 		return out.Encode(users)
 	}
 	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
+	fmt.Fprintln(w,
+		"EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
 	for _, u := range users {
-		fmt.Fprintln(w, strings.Join([]string{
-			u.Email, u.Tenant, u.ID, u.KeyID, u.Access, string(u.Status),
-			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt)}, "\t"))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
+			u.Email, u.Tenant, u.ID, u.KeyID, u.Access, u.Status,
+			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt))
 	}
 	return w.Flush()
 }
 
-// namedUser declares the flags that name one user.
-type namedUser struct {
-	email  *string
-	tenant uuid
-}
-
-func (c *cli) namedUser() *namedUser {
-	n := &namedUser{email: c.text("", "e", "email")}
-	c.word(&n.tenant, "t", "tenant-id")
-	return n
-}
-
-// find opens the database and finds the one user of that name. The caller closes the store.
-func (c *cli) find(ctx context.Context, db database, n *namedUser) (*store, *user, error) {
-	email := strings.TrimSpace(*n.email)
-	if email == "" {
-		return nil, nil, wrongUsage("--email is required")
-	}
-	st, err := c.open(db, 0, 1)
+// findUser reads the flags, opens the store and finds the one user that they name. The caller
+// closes the store, unless there is an error.
+func (c *cli) findUser(ctx context.Context, args []string) (*store, *user, error) {
+	st, err := c.open(args)
 	if err != nil {
 		return nil, nil, err
 	}
-	users, err := st.Users(ctx, n.tenant, email)
-	switch {
-	case err != nil:
-	case len(users) == 0:
-		err = fmt.Errorf("no user has the email '%s'; see: timedb users list", email)
-	case len(users) > 1:
-		tenants := ""
-		for _, u := range users {
-			tenants += "\n  " + u.Tenant
-		}
-		err = fmt.Errorf("the email '%s' exists in several tenants; nothing was changed. "+
-			"Pass --tenant-id, one of:%s", email, tenants)
-	default:
+	if c.email == "" {
+		return nil, nil, wrongUsage("--email is required")
+	}
+	users, err := st.Users(ctx, c.tenant, c.email)
+	if err == nil && len(users) == 1 {
 		return st, &users[0], nil
 	}
 	st.db.Close()
-	return nil, nil, err
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(users) == 0 {
+		return nil, nil, fmt.Errorf("no user has the email '%s'; see: timedb users list", c.email)
+	}
+	tenants := ""
+	for _, u := range users {
+		tenants += "\n  " + u.Tenant
+	}
+	return nil, nil, fmt.Errorf("the email '%s' exists in several tenants; nothing was changed. "+
+		"Pass --tenant-id, one of:%s", c.email, tenants)
 }
 
 func (c *cli) usersDeactivate(ctx context.Context, args []string) error {
-	c.newFlags()
-	db := c.database()
-	name := c.namedUser()
-	yes := c.yes("y", "yes")
-	if err := c.parse(args); err != nil {
-		return err
-	}
-	st, u, err := c.find(ctx, db, name)
+	c.userFlags()
+	c.toggle(&c.yes, "y", "yes")
+	st, u, err := c.findUser(ctx, args)
 	if err != nil {
 		return err
 	}
 	defer st.db.Close()
-	if err := c.confirm(yes, "Deactivate %s of tenant %s?", u.Email, u.Tenant); err != nil {
+	if err := c.confirm("Deactivate %s of tenant %s?", u.Email, u.Tenant); err != nil {
 		return err
 	}
 	if err := st.DeactivateUser(ctx, u.ID); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.stdout, "Deactivated %s. The key is refused from now on.\n", u.Email)
-	return err
+	return c.say("Deactivated %s. The key is refused from now on.", u.Email)
 }
 
 func (c *cli) usersActivate(ctx context.Context, args []string) error {
-	c.newFlags()
-	db := c.database()
-	name := c.namedUser()
-	if err := c.parse(args); err != nil {
-		return err
-	}
-	st, u, err := c.find(ctx, db, name)
+	c.userFlags()
+	st, u, err := c.findUser(ctx, args)
 	if err != nil {
 		return err
 	}
@@ -488,86 +460,79 @@ func (c *cli) usersActivate(ctx context.Context, args []string) error {
 	if err := st.ActivateUser(ctx, u.ID); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.stdout, "Activated %s.\n", u.Email)
-	return err
+	return c.say("Activated %s.", u.Email)
 }
 
 func (c *cli) usersRegenerateKey(ctx context.Context, args []string) error {
 	var grace span
 	var expires expiry
-	c.newFlags()
-	db := c.database()
-	name := c.namedUser()
+	var quiet bool
+	c.userFlags()
 	c.word(&grace, "grace")
 	c.word(&expires, "expires")
-	quiet := c.yes("q", "quiet")
-	yes := c.yes("y", "yes")
-	if err := c.parse(args); err != nil {
-		return err
-	}
-	st, u, err := c.find(ctx, db, name)
+	c.toggle(&quiet, "q", "quiet")
+	c.toggle(&c.yes, "y", "yes")
+	st, u, err := c.findUser(ctx, args)
 	if err != nil {
 		return err
 	}
 	defer st.db.Close()
-	if u.Status == statusExpired && expires == 0 {
+	if u.Status == "expired" && expires == 0 {
 		return errors.New("the user has expired, and with it any key: pass --expires")
 	}
-	if err := c.confirm(yes, "Replace the key of %s of tenant %s?", u.Email, u.Tenant); err != nil {
+	if err := c.confirm("Replace the key of %s of tenant %s?", u.Email, u.Tenant); err != nil {
 		return err
 	}
 	key, id, digest := newKey()
 	if err := st.ReplaceKey(ctx, u, id, digest, grace, expires); err != nil {
 		return err
 	}
-	return c.showKey(u, key, *quiet)
+	return c.showKey(u, key, quiet)
 }
 
 // ---- The server
 
 // apiOptions are the flags of timedb api.
 type apiOptions struct {
-	host, tlsCert, tlsKey       *string
-	port                        *int
-	requireAuth, allowAnonymous *bool
+	host, tlsCert, tlsKey       string
+	port                        int
+	requireAuth, allowAnonymous bool
 }
 
 func (c *cli) api(ctx context.Context, args []string) error {
-	c.newFlags()
-	db := c.database()
-	o := apiOptions{
-		host:           c.text("127.0.0.1", "host"),
-		port:           c.flags.Int("port", 8000, ""),
-		tlsCert:        c.text("", "tls-cert"),
-		tlsKey:         c.text("", "tls-key"),
-		requireAuth:    c.yes("require-auth"),
-		allowAnonymous: c.yes("allow-anonymous"),
-	}
+	var o apiOptions
+	c.databaseFlags()
+	c.text(&o.host, "127.0.0.1", "host")
+	c.flags.IntVar(&o.port, "port", 8000, "")
+	c.text(&o.tlsCert, "", "tls-cert")
+	c.text(&o.tlsKey, "", "tls-key")
+	c.toggle(&o.requireAuth, "require-auth")
+	c.toggle(&o.allowAnonymous, "allow-anonymous")
 	if err := c.parse(args); err != nil {
 		return err
 	}
-	if (*o.tlsCert == "") != (*o.tlsKey == "") {
+	if (o.tlsCert == "") != (o.tlsKey == "") {
 		return wrongUsage("--tls-cert and --tls-key: expected both or none")
 	}
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
-	st, err := c.open(db, statementTimeout, poolSize)
+	st, err := c.openPool(statementTimeout, poolSize)
 	if err != nil {
 		return err
 	}
 	defer st.db.Close()
 	// A busy or frozen work pool must not block authentication, so keys are looked up in a pool of
 	// their own; queued authentications must not block /healthz, which has a connection of its own.
-	lookups, err := c.open(db, authTimeout, lookupPool)
+	lookups, err := c.openPool(authTimeout, lookupPool)
 	if err != nil {
 		return err
 	}
 	defer lookups.db.Close()
-	health, err := c.open(db, healthTimeout, 1)
+	health, err := c.openPool(healthTimeout, 1)
 	if err != nil {
 		return err
 	}
 	defer health.db.Close()
-	auth := &authenticator{keys: lookups, requireAuth: *o.requireAuth, host: *o.host}
+	auth := &authenticator{keys: lookups, requireAuth: o.requireAuth, host: o.host}
 	if err := checkStart(ctx, st, auth, o, log); err != nil {
 		return err
 	}
@@ -575,7 +540,8 @@ func (c *cli) api(ctx context.Context, args []string) error {
 }
 
 // serve serves until ctx ends, and then lets running requests finish.
-func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions, log *slog.Logger) error {
+func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions,
+	log *slog.Logger) error {
 	srv := &http.Server{
 		Handler:                      handler,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
@@ -586,17 +552,17 @@ func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions, log
 		IdleTimeout:                  idleTimeout,
 		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort(*o.host, strconv.Itoa(*o.port)))
+	listener, err := net.Listen("tcp", net.JoinHostPort(o.host, strconv.Itoa(o.port)))
 	if err != nil {
 		return err
 	}
 	failed := make(chan error, 1)
 	scheme := "http"
-	if *o.tlsCert == "" {
+	if o.tlsCert == "" {
 		go func() { failed <- srv.Serve(listener) }()
 	} else {
 		scheme = "https" // crypto/tls takes no less than TLS 1.2
-		go func() { failed <- srv.ServeTLS(listener, *o.tlsCert, *o.tlsKey) }()
+		go func() { failed <- srv.ServeTLS(listener, o.tlsCert, o.tlsKey) }()
 	}
 	fmt.Fprintf(c.stdout, "timedb serves %s://%s\n", scheme, listener.Addr())
 	select {
@@ -623,10 +589,10 @@ func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOption
 	}
 	hasUsers := slices.Contains(found.names, "users_table")
 	auth.latched.Store(hasUsers)
-	isLocal := isLoopback(*o.host)
-	if !hasUsers && !isLocal && !*o.allowAnonymous && !*o.requireAuth {
-		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and write: "+
-			"run timedb create tables --with-users, or pass --allow-anonymous", *o.host)
+	isLocal := isLoopback(o.host)
+	if !hasUsers && !isLocal && !o.allowAnonymous && !o.requireAuth {
+		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and "+
+			"write: run timedb create tables --with-users, or pass --allow-anonymous", o.host)
 	}
 	if found.version == 0 {
 		log.Warn("there are no tables, so requests get 503: run timedb create tables")
@@ -634,7 +600,7 @@ func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOption
 	if !hasUsers {
 		log.Warn("there is no users_table: everyone is served, or with --require-auth refused")
 	}
-	if !isLocal && *o.tlsCert == "" {
+	if !isLocal && o.tlsCert == "" {
 		log.Warn("keys and data cross the network in plain text: use --tls-cert, or put a TLS " +
 			"proxy in front")
 	}

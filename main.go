@@ -1,20 +1,29 @@
-// Timedb serves versioned time series from PostgreSQL over HTTP. A value has three times: valid_time, the moment that it
-// describes; known_time, when its run knew it; change_time, when this version of it was written. Nothing is overwritten.
+// Timedb serves versioned time series from PostgreSQL over HTTP. A value has three times:
+// valid_time, the moment that it describes; known_time, when its run knew it; change_time, when
+// this version of it was written. Nothing is overwritten.
 //
-// cli.go makes tables and users and starts the server. A request comes in through server.go, which has auth.go decide
-// whom it acts for and store.go speak SQL. schema.sql is the database's side.
+// cli.go makes tables and users and starts the server. A request comes in through server.go, which
+// has auth.go decide whom it acts for and store.go speak SQL. schema.sql is the database's side.
 package main
 
 import (
 	"context"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 	"time"
 )
 
+// memoryLimit is when Go collects garbage whatever it costs, in bytes: what requests may hold
+// (memoryTotal in server.go), connections, and some room. GOMEMLIMIT in the environment wins.
+const memoryLimit = 480 << 20
+
 func main() {
 	time.Local = time.UTC // also of the log
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr))

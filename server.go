@@ -70,8 +70,6 @@ const (
 	rowBytes       = 32
 	newSeriesBytes = 400
 	updateBytes    = 1000
-
-	defaultUnit = "dimensionless"
 )
 
 // ---- Errors
@@ -229,54 +227,48 @@ func (s *server) routes() []route {
 	}
 }
 
-// server serves HTTP. It keeps no state that another server of the same database would have to know.
+// server serves HTTP. It keeps no state that another server of the same database would have to
+// know.
 type server struct {
 	store  *store
 	health keyStore // asked whether the database answers; it has a connection of its own
 	auth   *authenticator
 	log    *slog.Logger
-	mux    *http.ServeMux // which only finds patterns
-	byPath map[string]route
 	memory *shares
+
+	mux       *http.ServeMux // which only finds patterns
+	byPattern map[string]route
+	methods   map[string]string // that a path takes
 }
 
 func newServer(st *store, health keyStore, auth *authenticator,
 	log *slog.Logger) *server {
-	s := &server{store: st, health: health, auth: auth, log: log, mux: http.NewServeMux(),
-		byPath: map[string]route{}, memory: newShares(memoryTotal, tenantMemory)}
+	s := &server{store: st, health: health, auth: auth, log: log,
+		memory: newShares(memoryTotal, tenantMemory), mux: http.NewServeMux(),
+		byPattern: map[string]route{}, methods: map[string]string{}}
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, http.NotFoundHandler())
-		s.byPath[rt.pattern] = rt
+		s.byPattern[rt.pattern] = rt
+		method, path, _ := strings.Cut(rt.pattern, " ")
+		if s.methods[path] == "" {
+			s.mux.Handle(path, http.NotFoundHandler()) // by any other method
+			s.methods[path] = method
+		} else {
+			s.methods[path] += ", " + method
+		}
 	}
 	return s
 }
 
-// find returns the route of a request. A path that ServeMux would clean, such as //values, has none.
-func (s *server) find(r *http.Request) (rt route, known bool) {
+// find returns the route of a request, and the methods that its path takes: none if the path is
+// unknown, as one is that ServeMux would clean, such as //values.
+func (s *server) find(r *http.Request) (rt route, known bool, methods string) {
 	_, pattern := s.mux.Handler(r)
-	rt, known = s.byPath[pattern]
-	return rt, known && path.Clean(r.URL.Path) == r.URL.Path
-}
-
-// refuseUnknown says that there is nothing at a path, or by which methods there is.
-func (s *server) refuseUnknown(w *response, r *http.Request) error {
-	var methods []string
-	for _, method := range []string{"GET", "POST", "PUT"} {
-		other := *r
-		other.Method = method
-		if _, known := s.find(&other); known {
-			methods = append(methods, method)
-		}
+	if path.Clean(r.URL.Path) != r.URL.Path {
+		return route{}, false, ""
 	}
-	if methods == nil {
-		return refuse(notFound, "There is nothing at this path.")
-	}
-	if methods[0] == "GET" {
-		methods = slices.Insert(methods, 1, "HEAD")
-	}
-	allowed := strings.Join(methods, ", ")
-	w.header().Set("Allow", allowed)
-	return refuse(wrongMethod, "This path takes %s.", allowed)
+	rt, known = s.byPattern[pattern]
+	return rt, known, s.methods[pattern]
 }
 
 // ---- The way to a handler
@@ -324,7 +316,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	}()
 	w.header().Set("Cache-Control", "no-store")
 	w.header().Set("X-Content-Type-Options", "nosniff")
-	rt, known := s.find(r)
+	rt, known, methods := s.find(r)
 	if known && rt.access == open {
 		return c, rt.handle(w, r, c)
 	}
@@ -332,8 +324,12 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	if err != nil {
 		return c, err
 	}
+	if !known && methods == "" {
+		return c, refuse(notFound, "There is nothing at this path.")
+	}
 	if !known {
-		return c, s.refuseUnknown(w, r)
+		w.header().Set("Allow", methods)
+		return c, refuse(wrongMethod, "This path takes %s.", methods)
 	}
 	if rt.access == writes && c.readOnly {
 		return c, refuse(forbidden, "This API key is read-only.")
@@ -499,13 +495,26 @@ func (b *body) decodeJSON(members map[string]any) error {
 	return nil
 }
 
-// decodeObject reads one JSON object. members says where its members go: pointers to decode into, or
-// functions that read the member themselves. Unlike encoding/json alone it refuses a member that is
+// decodeRequest decodes the body of a request that has no parameters in its query.
+func (b *body) decodeRequest(r *http.Request, c Caller, members map[string]any) error {
+	if err := b.decodeJSON(members); err != nil {
+		return err
+	}
+	return readParameters(r).finish(c)
+}
+
+// decodeObject reads one JSON object. members says where its members go: pointers to decode into,
+// or functions that read the member themselves. Unlike encoding/json alone it refuses a member that is
 // given twice or in another case.
 func decodeObject(dec *json.Decoder, members map[string]any) error {
 	dec.DisallowUnknownFields()
 	seen := map[string]bool{}
-	return eachMember(dec, func(name string) error {
+	return eachItem(dec, '{', func(int) error {
+		token, err := dec.Token()
+		if err != nil {
+			return err
+		}
+		name := token.(string) // inside an object Token returns names here
 		into, known := members[name]
 		if !known {
 			return unknownName("field", name, slices.Sorted(maps.Keys(members)))
@@ -521,28 +530,12 @@ func decodeObject(dec *json.Decoder, members map[string]any) error {
 	})
 }
 
-// eachMember reads an object; member has to read the value of the member of that name.
-func eachMember(dec *json.Decoder, member func(name string) error) error {
-	return eachItem(dec, '{', func(int) error {
-		token, err := dec.Token()
-		if err != nil {
-			return err
-		}
-		return member(token.(string)) // inside an object Token returns names here
-	})
-}
-
-var errNull = errors.New("expected an object or a list, not null")
-
 // eachItem reads an object or a list from its opening bracket to the closing one; item has to read
 // each item.
 func eachItem(dec *json.Decoder, opening json.Delim, item func(i int) error) error {
 	token, err := dec.Token()
 	if err != nil {
 		return err
-	}
-	if token == nil {
-		return errNull
 	}
 	if token != opening {
 		return fmt.Errorf("expected %s", opening)
@@ -567,39 +560,30 @@ func unknownName(what, name string, known []string) error {
 // nearestName returns the one of known that name was probably meant to be, or "".
 func nearestName(name string, known []string) string {
 	nearest := ""
-	least := (len(name)+1)/3 + 1 // as many typos are too many
+	most := 0
 	for _, candidate := range known {
-		if d := editDistance(strings.ToLower(name), candidate, least); d < least {
+		alike := lettersAlike(name, candidate)
+		longer := max(len(name), len(candidate))
+		if alike > most && 3*alike >= 2*longer {
 			nearest = candidate
-			least = d
+			most = alike
 		}
 	}
 	return nearest
 }
 
-// editDistance is how many letters must be inserted, deleted or replaced to turn a into b, or some
-// number of at least limit if that many must.
-func editDistance(a, b string, limit int) int {
-	if len(a)-len(b) >= limit || len(b)-len(a) >= limit {
-		return limit
+// lettersAlike counts the letters before and after a typo: those with which both begin, and end.
+func lettersAlike(a, b string) int {
+	shorter := min(len(a), len(b))
+	begin := 0
+	for begin < shorter && a[begin] == b[begin] {
+		begin++
 	}
-	row := make([]int, len(b)+1) // of the table of distances between prefixes
-	for j := range row {
-		row[j] = j
+	end := 0
+	for end < shorter-begin && a[len(a)-1-end] == b[len(b)-1-end] {
+		end++
 	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			replaced := diagonal
-			if a[i] != b[j] {
-				replaced++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
+	return begin + end
 }
 
 // ---- Parameters
@@ -656,40 +640,13 @@ func (p *parameters) finish(c Caller) error {
 	return p.err
 }
 
-// checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts for.
+// checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts
+// for.
 func checkTenant(c Caller, id uuid) error {
 	if id == "" || string(id) == c.tenant {
 		return nil
 	}
 	return refuse(forbidden, "tenant_id is not the tenant of this API key.")
-}
-
-// boolean is true or false in a query.
-type boolean bool
-
-func (boolean) expected() string { return "true or false" }
-
-func (f *boolean) UnmarshalText(text []byte) error {
-	value, err := strconv.ParseBool(string(text))
-	if err != nil {
-		return unfit[boolean](text)
-	}
-	*f = boolean(value)
-	return nil
-}
-
-// count is a number of rows.
-type count int64
-
-func (count) expected() string { return "whole number of at least 1" }
-
-func (n *count) UnmarshalText(text []byte) error {
-	value, err := strconv.ParseInt(string(text), 10, 64)
-	if err != nil || value < 1 {
-		return unfit[count](text)
-	}
-	*n = count(value)
-	return nil
 }
 
 // ---- Handlers
@@ -732,12 +689,8 @@ func (s *server) postSeries(w *response, r *http.Request, c Caller) error {
 	if err != nil {
 		return err
 	}
-	err = b.decodeJSON(map[string]any{
-		"name": &name, "description": &description, "unit": &unit})
-	if err != nil {
-		return err
-	}
-	if err := readParameters(r).finish(c); err != nil {
+	members := map[string]any{"name": &name, "description": &description, "unit": &unit}
+	if err := b.decodeRequest(r, c, members); err != nil {
 		return err
 	}
 	if name == "" {
@@ -759,10 +712,8 @@ func (s *server) getSeries(w *response, r *http.Request, c Caller) error {
 		return err
 	}
 	out := stream{w: w, contentType: "application/json", buf: []byte("{")}
-	err := s.store.ListSeries(r.Context(), c, func(x *listedSeries) error {
-		shown := map[string]any{
-			"series_key": x.Key, "description": x.Description, "unit": x.Unit}
-		out.buf = fmt.Appendf(out.buf, `%q:%s,`, x.ID, asJSON(shown))
+	err := s.store.ListSeries(r.Context(), c, func(id string, shown []byte) error {
+		out.buf = fmt.Appendf(out.buf, `%q:%s,`, id, shown)
 		return out.flushIfFull()
 	})
 	if err != nil {
@@ -772,45 +723,33 @@ func (s *server) getSeries(w *response, r *http.Request, c Caller) error {
 }
 
 func (s *server) getRuns(w *response, r *http.Request, c Caller) error {
-	limit := count(1000)
-	q := runsQuery{startKnown: firstTime, endKnown: lastTime}
+	q := runsQuery{startKnown: firstTime, endKnown: lastTime, limit: 1000}
 	p := readParameters(r)
 	p.read("workflow_id", &q.workflow)
 	p.read("start_known", &q.startKnown)
 	p.read("end_known", &q.endKnown)
-	p.read("limit", &limit)
+	p.read("limit", &q.limit)
+	if q.endKnown <= q.startKnown {
+		p.fail(invalid("end_known: expected a time after start_known"))
+	}
+	if q.limit > maxRuns {
+		p.fail(invalid("limit: expected at most %d", maxRuns))
+	}
 	if err := p.finish(c); err != nil {
 		return err
 	}
-	if q.endKnown <= q.startKnown {
-		return invalid("end_known: expected a time after start_known")
-	}
-	if limit > maxRuns {
-		return invalid("limit: expected at most %d", maxRuns)
-	}
-	q.limit = int64(limit)
-	out := newRowWriter(w, false, "run_id", "workflow_id", "run_start_time", "run_finish_time",
-		"known_time", "run_params", "changed_by", "inserted_at", "rows")
-	err := s.store.ListRuns(r.Context(), c, q, func(x *listedRun) error {
-		out.text(&x.ID)
-		out.text(&x.Workflow)
-		out.time(x.Start)
-		out.time(x.Finish)
-		out.time(x.Known)
-		if x.Params == nil {
-			out.text(nil)
-		} else {
-			out.cell(x.Params)
-		}
-		out.text(x.ChangedBy)
-		out.time(x.Inserted)
-		out.integer(x.Rows)
-		return out.endRow()
+	out := stream{w: w, contentType: "application/json", buf: []byte(`{"data":[`)}
+	n := 0
+	err := s.store.ListRuns(r.Context(), c, q, func(shown []byte) error {
+		n++
+		out.buf = append(out.buf, shown...)
+		out.buf = append(out.buf, ',')
+		return out.flushIfFull()
 	})
 	if err != nil {
 		return err
 	}
-	return out.finish()
+	return out.finish(fmt.Sprintf("],\"count\":%d}\n", n))
 }
 
 // uploadRow is one of value_rows. encoding/json reads it as it is: it folds the case of names, and
@@ -911,6 +850,7 @@ func (u *uploadReader) fields() []field {
 		{"run_finish_time", &u.finish},
 		{"known_time", &u.known},
 		{"run_params", &u.params},
+		{"series_descriptions", &u.descriptions},
 	}
 }
 
@@ -918,7 +858,6 @@ func (u *uploadReader) readJSON(b *body, p *parameters, c Caller) error {
 	var tenant uuid
 	members := map[string]any{
 		"tenant_id":  &tenant,
-		descriptions: func() error { return u.readDescriptions(b.json) },
 		"value_rows": func() error { return u.readRows(b.json) },
 	}
 	for _, f := range u.fields() {
@@ -948,30 +887,6 @@ func (u *uploadReader) readRows(dec *json.Decoder) error {
 	})
 }
 
-// descriptions is the name of a field that both forms of an upload have, each in its own way.
-const descriptions = "series_descriptions"
-
-// readDescriptions reads an object of texts by value_key.
-func (u *uploadReader) readDescriptions(dec *json.Decoder) error {
-	u.descriptions = map[label]prose{}
-	err := eachMember(dec, func(name string) error {
-		var text prose
-		if err := dec.Decode(&text); err != nil {
-			return inputError(descriptions, err)
-		}
-		u.descriptions[label(name)] = text
-		if len(u.descriptions) > maxSeries {
-			return fmt.Errorf("expected at most %d descriptions", maxSeries)
-		}
-		held := bodyBytes + dec.InputOffset() + int64(len(u.descriptions)*newSeriesBytes)
-		return u.memory.reach(u.ctx, held)
-	})
-	if err == errNull {
-		return nil
-	}
-	return err
-}
-
 // check checks what is not a row.
 func (u *uploadReader) check() error {
 	if u.start == 0 {
@@ -994,16 +909,8 @@ func (u *uploadReader) readCSV(in io.Reader, p *parameters, c Caller) error {
 	for _, f := range u.fields() {
 		p.read(f.name, f.into)
 	}
-	var about object
-	p.read(descriptions, &about)
 	if err := p.finish(c); err != nil {
 		return err
-	}
-	if about != nil {
-		err := u.readDescriptions(json.NewDecoder(bytes.NewReader(about)))
-		if err != nil {
-			return inputError(descriptions, err)
-		}
 	}
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxLine+1)
@@ -1091,7 +998,7 @@ func (u *uploadReader) addCells(columns []field, cells [][]byte) error {
 	return u.addRow()
 }
 
-// appendCells appends the cells of a line of CSV. Quotes, which are rare, it leaves to encoding/csv.
+// appendCells appends the cells of a line of CSV. It leaves quotes, which are rare, to encoding/csv.
 func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
 	if !bytes.ContainsRune(line, '"') {
 		return slices.AppendSeq(cells, bytes.SplitSeq(line, []byte{','})), nil
@@ -1162,10 +1069,8 @@ func (s *server) putValues(w *response, r *http.Request, c Caller) error {
 			return w.memory.reach(r.Context(), bodyBytes+b.size+int64(i*updateBytes))
 		})
 	}
-	if err := b.decodeJSON(map[string]any{"updates": readUpdates}); err != nil {
-		return err
-	}
-	if err := readParameters(r).finish(c); err != nil {
+	members := map[string]any{"updates": readUpdates}
+	if err := b.decodeRequest(r, c, members); err != nil {
 		return err
 	}
 	updated, unchanged, err := s.store.Correct(r.Context(), c, corrections, w.memory)
@@ -1233,7 +1138,8 @@ func (q *readRequest) check() error {
 		return invalid("bucket and agg: expected both or none, and a bucket longer than nothing")
 	}
 	if q.bucket != 0 && (q.overlapping || q.detail) {
-		return invalid("bucket: aggregates only what mode=flat shows, without detail or all_versions")
+		return invalid("bucket: aggregates only what mode=flat shows, without detail or " +
+			"all_versions")
 	}
 	if q.end <= q.start {
 		return invalid("end_valid: expected a time after start_valid")
@@ -1299,8 +1205,8 @@ func (s *stream) finish(ending string) error {
 	return s.w.send(http.StatusOK, s.contentType, s.buf, true)
 }
 
-// rowWriter streams rows as {"data":[…],"count":n} or as CSV. Each row is made of one cell for each
-// column, in their order.
+// rowWriter streams rows as {"data":[…],"count":n} or as CSV. Each row is made of one cell for
+// each column, in their order.
 type rowWriter struct {
 	stream
 	columns     []string
@@ -1358,11 +1264,6 @@ func (o *rowWriter) cell(written []byte) {
 func (o *rowWriter) number(f float64) {
 	o.next()
 	o.buf = appendNumber(o.buf, f, o.null)
-}
-
-func (o *rowWriter) integer(n int64) {
-	o.next()
-	o.buf = strconv.AppendInt(o.buf, n, 10)
 }
 
 func (o *rowWriter) time(t timestamp) {
@@ -1484,6 +1385,6 @@ func (o *valueWriter) row(e *element) error {
 	o.text(e.from.ChangedBy)
 	o.text(e.from.Annotation)
 	o.texts(e.from.Tags)
-	o.integer(int64(e.from.Number))
+	o.cell([]byte(strconv.Itoa(e.from.Number)))
 	return o.endRow()
 }

@@ -787,21 +787,22 @@ func TestRefusalReachesAClientThatIsStillSending(t *testing.T) {
 	}
 }
 
-// An answer that nobody reads must hold neither a connection to the database nor the place of a request that needs
-// one.
-func TestClientsThatDoNotReadKeepNobodyWaiting(t *testing.T) { // S20, S23
+// An answer that nobody reads holds a place of its own tenant, and of no other.
+func TestClientsThatDoNotReadKeepNobodyWaiting(t *testing.T) { // S20, S33
 	t.Parallel()
 	s, key := mustTenant(t)
+	neighbour := s.mustUser(t, tenantB, "b@example.com")
 	mustExec(t, s.db, `INSERT INTO series_table (tenant_id, series_key, unit)
 		SELECT $1, repeat('long ', 80) || i, 'MW' FROM generate_series(1, 40000) AS i`, tenantA)
-	for range poolSize + 5 {
+	for range tenantPlaces {
 		conn := s.mustDial(t)
 		io.WriteString(conn, rawGet("/list_timeseries", key))
 		if _, err := io.ReadFull(conn, make([]byte, 16)); err != nil { // the answer has begun
 			t.Fatal(err)
 		}
 	}
-	s.must(t, 200, "GET", "/values?limit=1", key, "")
+	s.must(t, 503, "GET", "/values?limit=1", key, "")
+	s.must(t, 200, "GET", "/values?limit=1", neighbour, "")
 }
 
 func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20

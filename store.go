@@ -84,19 +84,6 @@ func (t timestamp) Value() (driver.Value, error) {
 	return t.utc(), nil
 }
 
-// Scan reads a timestamptz, or NULL.
-func (t *timestamp) Scan(stored any) error {
-	switch stored := stored.(type) {
-	case nil:
-		*t = 0
-	case time.Time:
-		*t = timestampOf(stored)
-	default:
-		return fmt.Errorf("expected a timestamptz, not a %T", stored)
-	}
-	return nil
-}
-
 func (timestamp) expected() string {
 	return "ISO 8601 timestamp such as 2025-01-31T12:00Z, of the years 1677 to 2262"
 }
@@ -262,6 +249,17 @@ func (o *object) UnmarshalJSON(text []byte) error {
 	return o.UnmarshalText(text)
 }
 
+// descriptions are texts by value_key.
+type descriptions map[label]prose
+
+func (descriptions) expected() string { return "JSON object of texts" }
+
+func (d *descriptions) UnmarshalText(text []byte) error { return d.UnmarshalJSON(text) }
+
+func (d *descriptions) UnmarshalJSON(text []byte) error {
+	return json.Unmarshal(text, (*map[label]prose)(d))
+}
+
 // number is a value: any float64 but infinity, or NULL, which is NaN.
 type number float64
 
@@ -306,6 +304,34 @@ func appendNumber(b []byte, f float64, null string) []byte {
 		return append(b, ".0"...)
 	}
 	return strconv.AppendFloat(b, f, 'f', -1, 64)
+}
+
+// boolean is true or false in a query.
+type boolean bool
+
+func (boolean) expected() string { return "true or false" }
+
+func (f *boolean) UnmarshalText(text []byte) error {
+	value, err := strconv.ParseBool(string(text))
+	if err != nil {
+		return unfit[boolean](text)
+	}
+	*f = boolean(value)
+	return nil
+}
+
+// count is a number of rows.
+type count int64
+
+func (count) expected() string { return "whole number of at least 1" }
+
+func (n *count) UnmarshalText(text []byte) error {
+	value, err := strconv.ParseInt(string(text), 10, 64)
+	if err != nil || value < 1 {
+		return unfit[count](text)
+	}
+	*n = count(value)
+	return nil
 }
 
 // optional is a member of which it matters whether it is absent, or null, or has a value.
@@ -445,26 +471,26 @@ func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}
 	return true, nil
 }
 
-// take takes a part for the caller's tenant, for which it waits until shareWait is over or ctx ends.
-// Whoever takes gives back.
+// take takes a part for the caller's tenant, for which it waits until shareWait is over or ctx
+// ends. Whoever takes gives back.
 func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
 	if amount > s.total || !c.open && amount > s.share {
-		return refuse(tooLarge, "The request takes more memory than one tenant may have.")
+		return refuse(tooLarge, "The request takes more memory than one tenant may have: ask for "+
+			"less at once, such as fewer runs.")
 	}
+	ok, retry := s.tryTake(c, amount)
 	timeout := time.After(shareWait)
-	for {
-		ok, retry := s.tryTake(c, amount)
-		if ok {
-			return nil
-		}
+	for !ok {
 		select {
 		case <-retry:
+			ok, retry = s.tryTake(c, amount)
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-timeout:
 			return refuse(busy, "The server is busy with other requests of this tenant, or of all.")
 		}
 	}
+	return nil
 }
 
 // give returns a part.
@@ -496,11 +522,11 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 	if bytes <= c.held {
 		return nil
 	}
-	steps := (bytes - c.held + claimStep - 1) / claimStep
-	if err := c.of.take(ctx, c.caller, steps*claimStep); err != nil {
+	more := max(bytes-c.held, claimStep)
+	if err := c.of.take(ctx, c.caller, more); err != nil {
 		return err
 	}
-	c.held += steps * claimStep
+	c.held += more
 	return nil
 }
 
@@ -740,13 +766,13 @@ func asJSON(v any) string {
 
 // ---- The catalog
 
-// schemaSections returns the named sections of schema.sql, in the file's order, with quoted
+// schemaSections returns the wanted sections of schema.sql, in the file's order, with quoted
 // identifiers in place of the placeholders.
-func schemaSections(schema, role string, names ...string) string {
+func schemaSections(schema, role string, wanted map[string]bool) string {
 	var text strings.Builder
 	for _, section := range strings.Split(schemaSQL, "-- section: ")[1:] {
 		name, body, _ := strings.Cut(section, "\n")
-		if slices.Contains(names, name) {
+		if wanted[name] {
 			text.WriteString("\n" + strings.TrimSpace(body) + "\n")
 		}
 	}
@@ -768,10 +794,12 @@ func (s *store) catalog(ctx context.Context) (catalog, error) {
 	err := s.eachRow(ctx, nil, `
 		SELECT array_agg(c.relname::text ORDER BY c.relname),
 		       coalesce(max(CASE c.relname WHEN 'runs_table' THEN coalesce(substring(
-		           obj_description(c.oid, 'pg_class') FROM 'timedb schema (\d+)')::integer, 1) END), 0),
+		           obj_description(c.oid, 'pg_class') FROM 'timedb schema (\d+)')::integer, 1) END),
+		           0),
 		       coalesce(bool_or(has_table_privilege(c.oid, 'DELETE, TRUNCATE')
-		           OR CASE c.relname WHEN 'users_table' THEN has_table_privilege(c.oid, 'INSERT, UPDATE')
-		                             ELSE has_any_column_privilege(c.oid, 'UPDATE') END)
+		           OR CASE c.relname
+		              WHEN 'users_table' THEN has_table_privilege(c.oid, 'INSERT, UPDATE')
+		              ELSE has_any_column_privilege(c.oid, 'UPDATE') END)
 		           FILTER (WHERE c.relname LIKE '%table'), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = $1 AND c.relname IN
@@ -811,29 +839,10 @@ type user struct {
 	KeyID     string     `json:"key_id"`
 	Access    string     `json:"access"`
 	Active    bool       `json:"is_active"`
-	Status    userStatus `json:"status"`
+	Status    string     `json:"status"` // active, inactive or expired
 	ExpiresAt *time.Time `json:"expires_at"`
 	LastUsed  *time.Time `json:"last_used_at"`
 	CreatedAt time.Time  `json:"created_at"`
-}
-
-type userStatus string
-
-const (
-	statusActive   userStatus = "active"
-	statusInactive userStatus = "inactive"
-	statusExpired  userStatus = "expired"
-)
-
-// statusAt says what became of a user at a moment of the database's clock.
-func (u *user) statusAt(now time.Time) userStatus {
-	switch {
-	case !u.Active:
-		return statusInactive
-	case u.ExpiresAt != nil && !now.Before(*u.ExpiresAt):
-		return statusExpired
-	}
-	return statusActive
 }
 
 // LookupKey finds the user whose key has this digest, in whatever state: auth.go judges.
@@ -856,8 +865,8 @@ func (s *store) TouchKey(ctx context.Context, userID string) error {
 		userID)
 }
 
-// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in its
-// tenant.
+// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in
+// its tenant.
 func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends expiry) error {
 	err := s.inTx(ctx, func(tx *sql.Tx) error {
 		return tx.QueryRowContext(ctx, `
@@ -876,17 +885,18 @@ func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends exp
 func (s *store) Users(ctx context.Context, tenant uuid, email string) ([]user, error) {
 	var users []user
 	err := s.eachRow(ctx, nil, `
-		SELECT user_id, tenant_id, email, key_id, access, is_active, expires_at, last_used_at,
-		       created_at, clock_timestamp()
+		SELECT user_id, tenant_id, email, key_id, access, is_active,
+		       CASE WHEN NOT is_active THEN 'inactive'
+		            WHEN expires_at <= clock_timestamp() THEN 'expired' ELSE 'active' END,
+		       expires_at, last_used_at, created_at
 		FROM users_table
-		WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid) AND ($2 = '' OR lower(email) = lower($2))
+		WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid)
+		  AND ($2 = '' OR lower(email) = lower($2))
 		ORDER BY tenant_id, lower(email)`,
 		[]any{tenant, email}, func(rows *sql.Rows) error {
 			var u user
-			var now time.Time
-			err := rows.Scan(&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active,
-				&u.ExpiresAt, &u.LastUsed, &u.CreatedAt, &now)
-			u.Status = u.statusAt(now)
+			err := rows.Scan(&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active, &u.Status,
+				&u.ExpiresAt, &u.LastUsed, &u.CreatedAt)
 			users = append(users, u)
 			return err
 		})
@@ -910,31 +920,21 @@ func (s *store) DeactivateUser(ctx context.Context, userID string) error {
 func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []byte, grace span,
 	ends expiry) error {
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		var now time.Time
-		current := *u
-		var old []byte
-		err := tx.QueryRowContext(ctx, `
-			SELECT is_active, expires_at, key_digest, clock_timestamp() FROM users_table
-			WHERE user_id = $1 FOR UPDATE`,
-			u.ID).Scan(&current.Active, &current.ExpiresAt, &old, &now)
-		if err != nil {
-			return err
-		}
-		var graceEnds timestamp
-		if grace > 0 && current.statusAt(now) == statusActive {
-			graceEnds = timestampOf(now) + timestamp(grace)
-		} else {
-			old = nil
-		}
 		return tx.QueryRowContext(ctx, `
-			UPDATE users_table SET key_id = $2, key_digest = $3, previous_digest = $4,
-			       previous_ends_at = $5, expires_at = coalesce($6::timestamptz, expires_at)
+			UPDATE users_table SET key_id = $2, key_digest = $3,
+			       previous_digest = CASE WHEN $4::bigint > 0 AND is_active
+			           AND (expires_at IS NULL OR expires_at > clock_timestamp())
+			           THEN key_digest END,
+			       previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
+			       expires_at = coalesce($5::timestamptz, expires_at)
 			WHERE user_id = $1 RETURNING expires_at`,
-			u.ID, keyID, digest, old, graceEnds, timestamp(ends)).Scan(&u.ExpiresAt)
+			u.ID, keyID, digest, int64(grace), timestamp(ends)).Scan(&u.ExpiresAt)
 	})
 }
 
 // ---- Series
+
+const defaultUnit = "dimensionless" // of a series that an upload creates
 
 type series struct{ ID, Key, Unit string }
 
@@ -988,8 +988,8 @@ func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []ser
 // ensureSeries returns the series that each ref names, after creating those named by a key that is
 // new, and how many it created. They are inserted in one order whoever inserts, so that two uploads
 // of the same series cannot deadlock.
-func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef, unit label,
-	descriptions map[label]prose) (found []series, created int64, err error) {
+func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef,
+	unit label, about descriptions) (found []series, created int64, err error) {
 	// The new ones are counted row by row: Citus' own count has the conflicts in it.
 	err = tx.QueryRowContext(ctx, `
 		WITH created AS (
@@ -1001,7 +1001,7 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 			ORDER BY n.key COLLATE "C"
 			ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING series_id)
 		SELECT count(*) FROM created`,
-		c.tenant, unit, asJSON(refs), asJSON(descriptions)).Scan(&created)
+		c.tenant, unit, asJSON(refs), asJSON(about)).Scan(&created)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -1019,13 +1019,14 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, des
 	}
 	defer leave()
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		descriptions := map[label]prose{key: description}
-		found, n, err := s.ensureSeries(ctx, c, tx, []seriesRef{{Key: key}}, unit, descriptions)
+		about := descriptions{key: description}
+		found, n, err := s.ensureSeries(ctx, c, tx, []seriesRef{{Key: key}}, unit, about)
 		if err != nil {
 			return err
 		}
 		if found[0].Unit != string(unit) {
-			return refuse(conflict, "unit: the series %q exists with the unit %q", key, found[0].Unit)
+			return refuse(conflict, "unit: the series %q exists with the unit %q",
+				key, found[0].Unit)
 		}
 		id = found[0].ID
 		created = n == 1
@@ -1051,16 +1052,16 @@ func comparePoints(a, b point) int {
 type upload struct {
 	runID                uuid // "": the database makes one
 	workflowID           label
-	start, finish, known timestamp       // the latter two may be 0
-	params               object          // or nil
-	descriptions         map[label]prose // by value_key
+	start, finish, known timestamp // the latter two may be 0
+	params               object    // or nil
+	descriptions         descriptions
 	points               map[seriesRef][]point
 	rows                 int
 	digest               []byte // of the request, to tell a retry from a clash
 }
 
-// Upload stores a run and its values, all or nothing, sets u.runID, and returns the ids of its series
-// by key. The same run_id with the same digest answers as the first time and stores nothing; with
+// Upload stores a run and its values, all or nothing, sets u.runID, and returns the ids of its
+// series by key. The same run_id with the same digest answers as the first time and stores nothing; with
 // another digest it is a conflict.
 func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]string, error) {
 	ctx, leave, err := s.enter(ctx, c)
@@ -1079,13 +1080,23 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		points := map[string][]point{}
 		for i, x := range found {
 			ids[x.Key] = x.ID
-			points[x.ID] = append(points[x.ID], u.points[refs[i]]...) // two refs may name one series
+			// Two refs may name one series.
+			points[x.ID] = append(points[x.ID], u.points[refs[i]]...)
 		}
 		isNew, err := insertRun(ctx, c, tx, u)
 		if err != nil || !isNew {
 			return err
 		}
-		return insertValues(ctx, c, tx, u.runID, points)
+		blocks, err := cutBlocks(points)
+		if err != nil {
+			return err
+		}
+		for some := range slices.Chunk(blocks, blocksPerStatement) {
+			if err := s.insertBlocks(ctx, c, tx, u.runID, some); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	return ids, err
 }
@@ -1116,7 +1127,8 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 		SELECT run_id FROM runs_table WHERE tenant_id = $1 AND run_id = $2 AND request_digest = $3`,
 		c.tenant, u.runID, u.digest).Scan(&u.runID)
 	if errors.Is(err, sql.ErrNoRows) {
-		return false, refuse(conflict, "run_id %s was already used for a different request", u.runID)
+		return false, refuse(conflict, "run_id %s was already used for a different request",
+			u.runID)
 	}
 	return false, err
 }
@@ -1128,10 +1140,8 @@ const (
 	maxBlockValues = 1000
 	maxBlockSpan   = timestamp(32 * day)
 
-	// One INSERT takes so many rows or values, whichever comes first, so that its parameters stay
-	// within some megabytes.
-	blocksPerStatement = 250
-	valuesPerStatement = 100_000
+	// blocksPerStatement keeps the parameters of one INSERT within some megabytes.
+	blocksPerStatement = 100
 )
 
 // block is what one row of values_table holds: points of one series in order.
@@ -1149,7 +1159,8 @@ func cutBlocks(bySeries map[string][]point) ([]block, error) {
 		begin := 0
 		for i, p := range points {
 			if i > 0 && comparePoints(points[i-1], p) == 0 {
-				return nil, invalid("value_rows: the valid_time %s occurs twice for one series", p.time)
+				return nil, invalid("value_rows: the valid_time %s occurs twice for one series",
+					p.time)
 			}
 			if i-begin == maxBlockValues || p.time-points[begin].time > maxBlockSpan {
 				blocks = append(blocks, block{id, points[begin:i]})
@@ -1161,26 +1172,6 @@ func cutBlocks(bySeries map[string][]point) ([]block, error) {
 	return blocks, nil
 }
 
-// insertValues stores the points of a run, by series_id.
-func insertValues(ctx context.Context, c Caller, tx *sql.Tx, run uuid, bySeries map[string][]point) error {
-	blocks, err := cutBlocks(bySeries)
-	if err != nil {
-		return err
-	}
-	for len(blocks) > 0 {
-		n, values := 0, 0
-		for n < min(len(blocks), blocksPerStatement) && values < valuesPerStatement {
-			values += len(blocks[n].points)
-			n++
-		}
-		if err := insertBlocks(ctx, c, tx, run, blocks[:n]); err != nil {
-			return err
-		}
-		blocks = blocks[n:]
-	}
-	return nil
-}
-
 // stretch says which elements of the arrays sent with it belong to one block, counted from 1.
 type stretch struct {
 	SeriesID string `json:"series_id"`
@@ -1190,7 +1181,8 @@ type stretch struct {
 
 // insertBlocks stores blocks in one statement: all their values end to end in three arrays, and a
 // list of stretches.
-func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid, blocks []block) error {
+func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid,
+	blocks []block) error {
 	var stretches []stretch
 	var points []point
 	for _, b := range blocks {
@@ -1198,9 +1190,10 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid, blocks []
 			stretch{b.seriesID, len(points) + 1, len(points) + len(b.points)})
 		points = append(points, b.points...)
 	}
-	_, err := tx.ExecContext(ctx, `
+	return s.eachRow(ctx, tx, `
 		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-		       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends, "values")
+		       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends,
+		       "values")
 		SELECT r.tenant_id, b.series_id, r.run_id, r.run_order, 1, r.known_time,
 		       r.inserted_at, r.changed_by, a.times[b.first], a.times[b.last],
 		       a.times[b.first:b.last],
@@ -1208,16 +1201,16 @@ func insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid, blocks []
 		            THEN a.ends[b.first:b.last] END,
 		       a."values"[b.first:b.last]
 		FROM runs_table r,
-		     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[]) AS a (times, ends, "values"),
+		     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[])
+		         AS a (times, ends, "values"),
 		     json_to_recordset($6) AS b (series_id uuid, first integer, last integer)
 		WHERE r.tenant_id = $1 AND r.run_id = $2`,
-		c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
-		asJSON(stretches))
-	return err
+		[]any{c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
+			asJSON(stretches)}, nil)
 }
 
-// ---- Arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c): number
-// of dimensions, whether there may be NULLs, the element type's oid, the length, the lower bound,
+// ---- Arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c):
+// number of dimensions, whether there may be NULLs, the element type's oid, the length, the lower bound,
 // then of each element its length in bytes, or -1 for NULL, and its bytes; all big-endian. Here
 // every element is 8 bytes: a timestamptz or a float8, as its bits.
 
@@ -1228,15 +1221,15 @@ const (
 	elementLength  = 8
 	nullLength     = math.MaxUint32 // -1
 
-	nullFloat = 0x7ff8000000000001       // the bits of math.NaN()
-	nullTime  = 1<<64 - 63_082_281_600e6 // the bits of which decodeTime makes 0
+	nullBits = 0x7ff8000000000001 // of math.NaN(), which stands for NULL; no timestamp has them
 )
 
 // encodeArray returns an array of the element type oid with one element for each point: the bits
 // that element returns, or NULL.
-func encodeArray(oid uint32, points []point, element func(point) (bits uint64, isNull bool)) []byte {
+func encodeArray(oid uint32, points []point,
+	element func(point) (bits uint64, isNull bool)) []byte {
 	wire := make([]byte, 0, arrayHeader+len(points)*(4+elementLength))
-	length := uint32(len(points)) // #nosec G115 -- at most valuesPerStatement
+	length := uint32(len(points)) // #nosec G115 -- at most 100,000
 	for _, field := range []uint32{1, 1, oid, length, 1} {
 		wire = binary.BigEndian.AppendUint32(wire, field)
 	}
@@ -1276,21 +1269,23 @@ func encodeValues(points []point) []byte {
 
 // decodeTime is a timestamptz by its bits.
 func decodeTime(bits uint64) timestamp {
+	if bits == nullBits {
+		return 0
+	}
 	return timestamp(bits) + postgresEpoch // #nosec G115 -- the bits of a signed number
 }
 
-// decodeArray appends the elements of a one-dimensional array to dst, null in place of NULL. A NULL
-// array has none.
-func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
+var errBadArray = errors.New("array: expected elements of 8 bytes")
+
+// decodeArray appends the elements of a one-dimensional array to dst, nullBits in place of NULL. A
+// NULL array has none.
+func decodeArray(dst []uint64, wire []byte) ([]uint64, error) {
 	wire = wire[min(len(wire), arrayHeader):] // an empty array has a shorter header
-	for len(wire) > 0 {
-		if len(wire) < 4 {
-			return nil, errBadArray
-		}
+	for len(wire) >= 4 {
 		length := binary.BigEndian.Uint32(wire)
 		wire = wire[4:]
 		if length == nullLength {
-			dst = append(dst, null)
+			dst = append(dst, nullBits)
 			continue
 		}
 		if length != elementLength || len(wire) < elementLength {
@@ -1299,10 +1294,11 @@ func decodeArray(dst []uint64, wire []byte, null uint64) ([]uint64, error) {
 		dst = append(dst, binary.BigEndian.Uint64(wire))
 		wire = wire[elementLength:]
 	}
+	if len(wire) > 0 {
+		return nil, errBadArray
+	}
 	return dst, nil
 }
-
-var errBadArray = errors.New("array: expected elements of 8 bytes")
 
 // ---- Reads
 
@@ -1324,7 +1320,7 @@ var anyValue = readQuery{start: firstTime, end: lastTime, startKnown: firstTime,
 
 // version is what all elements of one row of values_table share.
 type version struct {
-	of                    *series   // the same pointer in all rows of a series that follow each other
+	of                    *series   // the same pointer in all rows of a series that are read
 	first                 timestamp // no valid_time of the row, in its window, is earlier
 	RunID                 string
 	Order                 int64 // of the run, among those inserted
@@ -1582,7 +1578,7 @@ func (s *store) readBlocks(ctx context.Context, tx *sql.Tx, query string, args [
 // the other.
 type blockReader struct {
 	merger
-	byKnown bool                 // of a series the rows come by known_time, and are merged within each
+	byKnown bool                 // of a series rows come by known_time, and are merged within it
 	lead    span                 // as in readQuery
 	memory  *claim               // of the request
 	emit    func(*element) error // gets each element, in order
@@ -1618,18 +1614,7 @@ func (b *blockReader) next(ctx context.Context, rows *sql.Rows) error {
 		return err
 	}
 	b.add(block)
-	return b.claimMemory(ctx)
-}
-
-// claimMemory counts what is being merged as the request's.
-func (b *blockReader) claimMemory(ctx context.Context) error {
-	err := b.memory.reach(ctx, b.bytes())
-	var refused *refusal
-	if errors.As(err, &refused) && refused.kind == tooLarge {
-		return invalid("too many versions of the same time at once: ask for fewer runs, such as " +
-			"those of a narrower start_known and end_known")
-	}
-	return err
+	return b.memory.reach(ctx, b.bytes())
 }
 
 // decode decodes the row at hand into a version and its elements, without those that were not known
@@ -1647,11 +1632,7 @@ func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 		return nil, nil, noSeries(wanted)
 	}
 	for _, array := range []*arrayBuffer{&b.stamps, &b.times, &b.ends, &b.values} {
-		null := uint64(nullTime)
-		if array == &b.values {
-			null = nullFloat
-		}
-		array.bits, err = decodeArray(array.bits[:0], array.wire, null)
+		array.bits, err = decodeArray(array.bits[:0], array.wire)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -1764,42 +1745,30 @@ type correction struct {
 	tags       optional[[]label]
 }
 
-// corrected is what became of a correction: a new version, or none, because nothing changed.
-type corrected struct {
-	RunID     string    `json:"run_id"`
-	TenantID  string    `json:"tenant_id"`
-	ValidTime timestamp `json:"valid_time"`
-	SeriesID  string    `json:"series_id"`
-	ValueID   int64     `json:"value_id,omitempty"` // of the new version
-	Version   int       `json:"version"`
-}
-
-// place is where a value stands: a time of a series.
-type place struct {
+// target is what is corrected: the value that one run has at a time of a series.
+type target struct {
 	Series string    `json:"series_id"`
+	Run    string    `json:"run_id"` // "": of any
 	Time   timestamp `json:"valid_time"`
 	end    timestamp
 }
 
-// target is a value that can be corrected: what one run has at a place.
-type target struct {
-	place
-	Run string `json:"run_id"`
-}
-
-// newVersion is a value as it stands after a correction.
-type newVersion struct {
+// corrected is a value as it stands after a correction, or as it stood before.
+type corrected struct {
 	target
-	Version    int `json:"version"`
+	Tenant  string `json:"tenant_id"`
+	Version int    `json:"version"`
+	ValueID int64  `json:"value_id,omitempty"` // if it was stored
+
 	value      float64
-	Annotation *string        `json:"annotation"`
-	Tags       pq.StringArray `json:"tags"`
-	changed    bool           // from what is stored
+	annotation *string
+	tags       pq.StringArray
+	changed    bool
 }
 
 // Correct stores a new version for each correction that changes something, all or none; of several
 // for one value the last counts. It returns what was stored, and what was not because nothing
-// changed, in the order of the corrections.
+// changed.
 func (s *store) Correct(ctx context.Context, c Caller, corrections []correction, memory *claim) (
 	updated, unchanged []corrected, err error) {
 	ctx, leave, err := s.enter(ctx, c)
@@ -1807,88 +1776,94 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 		return nil, nil, err
 	}
 	defer leave()
+	updated = []corrected{} // not nil, which JSON shows as null
+	unchanged = []corrected{}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		// Corrections within a tenant wait for each other, so that each sees the one before. This
 		// lock needs no UPDATE privilege. Two tenants with the same hash would merely wait.
-		_, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, c.tenant)
+		_, err := tx.ExecContext(ctx,
+			`SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, c.tenant)
 		if err != nil {
 			return err
 		}
-		places, err := s.findPlaces(ctx, c, tx, corrections)
+		stored, err := s.findStored(ctx, c, tx, corrections, memory)
 		if err != nil {
 			return err
 		}
-		stored, err := s.findStored(ctx, c, tx, corrections, places, memory)
-		if err != nil {
-			return err
-		}
-		var versions []newVersion
+		last := map[target]int{} // the last correction of each
 		for i := range corrections {
-			x := &corrections[i]
-			next := versionOf(places[i], stored[i])
-			if stored[i].from == nil {
-				next.Run, err = s.gainingRun(ctx, c, tx, x)
+			v := &stored[i]
+			if v.Run == "" {
+				v.Run, err = s.gainingRun(ctx, c, tx, &corrections[i])
 			}
 			if err != nil {
 				return prefix(fmt.Sprintf("updates[%d]: ", i), err)
 			}
-			x.apply(&next)
-			versions = append(versions, next)
+			corrections[i].apply(v)
+			last[v.target] = i
 		}
-		updated, unchanged, err = s.insertVersions(ctx, c, tx, lastOfEach(versions))
-		return err
+		for i, v := range stored {
+			switch {
+			case last[v.target] != i:
+			case v.changed:
+				updated = append(updated, v)
+			default:
+				unchanged = append(unchanged, v)
+			}
+		}
+		return s.insertCorrected(ctx, c, tx, updated)
 	})
 	return updated, unchanged, err
 }
 
-// findPlaces returns where each correction belongs.
-func (s *store) findPlaces(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction) (
-	[]place, error) {
+// findStored returns what each correction is about as it is stored, by the rule and the query of
+// any read. Where nothing is stored, there is no run.
+func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
+	memory *claim) ([]corrected, error) {
 	refs := []seriesRef{}
 	for _, x := range corrections {
 		refs = append(refs, x.ref)
 	}
-	found, err := s.findSeries(ctx, c, tx, refs)
-	places := []place{}
-	for i, x := range found {
-		places = append(places, place{x.ID, corrections[i].point.time, corrections[i].point.end})
+	named, err := s.findSeries(ctx, c, tx, refs)
+	if err != nil {
+		return nil, err
 	}
-	return places, err
-}
-
-// findStored returns the current version of what each correction names, by the rule and the query
-// of any read; the zero element where there is none.
-func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
-	places []place, memory *claim) ([]element, error) {
-	wanted := map[place][]int{}
-	for i, p := range places {
-		wanted[p] = append(wanted[p], i)
+	targets := []target{}
+	wanted := map[target][]int{} // which corrections are about it
+	stored := make([]corrected, len(corrections))
+	for i, x := range corrections {
+		t := target{Series: named[i].ID, Time: x.point.time, end: x.point.end}
+		targets = append(targets, t)
+		wanted[t] = append(wanted[t], i)
+		stored[i] = corrected{target: t, Tenant: c.tenant, value: math.NaN()}
 	}
-	found := make([]element, len(corrections))
+	from := make([]*version, len(corrections))
 	read := blockReader{merger: merger{everyRun: true}, lead: -1, memory: memory}
 	read.emit = func(e *element) error {
-		for _, i := range wanted[place{e.from.of.ID, e.time, e.end}] {
-			x := corrections[i]
-			isNamed := (x.run == "" || string(x.run) == e.from.RunID) &&
-				(x.known == 0 || x.known == e.from.Known)
-			if isNamed && (found[i].from == nil || e.from.supersedes(found[i].from)) {
-				found[i] = *e
+		for _, i := range wanted[target{Series: e.from.of.ID, Time: e.time, end: e.end}] {
+			if corrections[i].isAbout(e.from) && (from[i] == nil || e.from.supersedes(from[i])) {
+				from[i] = e.from
+				stored[i].value = e.value
 			}
 		}
 		return nil
 	}
-	args := []any{c.tenant, firstTime, lastTime, firstTime, lastTime, lastTime, asJSON(places)}
-	err := s.readBlocks(ctx, tx, selectPlaces, args, &read)
-	return found, err
+	args := []any{c.tenant, firstTime, lastTime, firstTime, lastTime, lastTime, asJSON(targets)}
+	err = s.readBlocks(ctx, tx, selectPlaces, args, &read)
+	for i, v := range from {
+		if v != nil {
+			stored[i].Run = v.RunID
+			stored[i].Version = v.Number
+			stored[i].annotation = v.Annotation
+			stored[i].tags = v.Tags
+		}
+	}
+	return stored, err
 }
 
-// versionOf is what is stored at a place, which may be nothing.
-func versionOf(at place, stored element) newVersion {
-	if stored.from == nil {
-		return newVersion{target: target{place: at}, value: math.NaN(), changed: true}
-	}
-	v := stored.from
-	return newVersion{target{at, v.RunID}, v.Number, stored.value, v.Annotation, v.Tags, false}
+// isAbout tells whether a correction is for values of the run of v.
+func (x *correction) isAbout(v *version) bool {
+	return (x.run == "" || string(x.run) == v.RunID) && (x.known == 0 || x.known == v.Known)
 }
 
 // gainingRun is the run that gains a value by this correction: the latest inserted of those named.
@@ -1914,9 +1889,9 @@ func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, x *correct
 	return run, nil
 }
 
-// apply makes v the version after the correction. It changes something if value, annotation or tags
-// are others: the value by its bits, because 0.0 and -0.0 are different numbers here.
-func (x *correction) apply(v *newVersion) {
+// apply makes v what it is after the correction. It changes if it was not stored, or if its value,
+// annotation or tags do: the value by its bits, because 0.0 and -0.0 are different numbers here.
+func (x *correction) apply(v *corrected) {
 	before := *v
 	if x.value.given {
 		v.value = math.NaN()
@@ -1925,19 +1900,20 @@ func (x *correction) apply(v *newVersion) {
 		}
 	}
 	if x.annotation.given {
-		v.Annotation = nil
+		v.annotation = nil
 		if text := x.annotation.value; text != nil && *text != "" {
-			v.Annotation = (*string)(text)
+			v.annotation = (*string)(text)
 		}
 	}
 	if x.tags.given {
-		v.Tags = nil
+		v.tags = nil
 		if x.tags.value != nil {
-			v.Tags = sortedTags(*x.tags.value)
+			v.tags = sortedTags(*x.tags.value)
 		}
 	}
-	v.changed = v.changed || math.Float64bits(v.value) != math.Float64bits(before.value) ||
-		asJSON(v.Annotation) != asJSON(before.Annotation) || !slices.Equal(v.Tags, before.Tags)
+	v.changed = v.Version == 0 ||
+		math.Float64bits(v.value) != math.Float64bits(before.value) ||
+		asJSON(v.annotation) != asJSON(before.annotation) || !slices.Equal(v.tags, before.tags)
 	if v.changed {
 		v.Version++
 	}
@@ -1953,95 +1929,76 @@ func sortedTags(tags []label) pq.StringArray {
 	return slices.Compact(sorted)
 }
 
-// lastOfEach leaves out the versions that a later one of the same target replaces.
-func lastOfEach(versions []newVersion) []newVersion {
-	last := map[target]int{}
-	for i, v := range versions {
-		last[v.target] = i
+// insertCorrected stores versions in one statement, and sets their value_ids.
+func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
+	versions []corrected) error {
+	if len(versions) == 0 {
+		return nil
 	}
-	var kept []newVersion
-	for i, v := range versions {
-		if last[v.target] == i {
-			kept = append(kept, v)
-		}
-	}
-	return kept
-}
-
-// insertVersions stores those that changed something, in one statement.
-func (s *store) insertVersions(ctx context.Context, c Caller, tx *sql.Tx, versions []newVersion) (
-	updated, unchanged []corrected, err error) {
-	changed := []newVersion{} // not nil, which is null in JSON; likewise below
-	updated = []corrected{}
-	unchanged = []corrected{}
 	var points []point
+	var annotations []*string
+	var tags []string
 	for _, v := range versions {
-		if v.changed {
-			changed = append(changed, v)
-			points = append(points, point{v.Time, v.end, v.value})
-		}
+		points = append(points, point{v.Time, v.end, v.value})
+		annotations = append(annotations, v.annotation)
+		tags = append(tags, asJSON(v.tags))
 	}
-	ids := map[target]int64{}
-	err = s.eachRow(ctx, tx, `
-		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-		       change_time, changed_by, annotation, tags, valid_from, valid_to, valid_times,
-		       valid_time_ends, "values")
-		SELECT r.tenant_id, n.series, r.run_id, r.run_order, n.version, r.known_time, now,
-		       nullif($2, ''), n.annotation, n.tags, n.valid_time, n.valid_time,
-		       ARRAY[n.valid_time], nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value]
-		FROM ROWS FROM (
-		         json_to_recordset($3) AS (series_id uuid, run_id uuid, version integer,
-		                                   annotation text, tags text[]),
-		         unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]))
-		     AS n (series, run, version, annotation, tags, valid_time, valid_time_end, value)
-		JOIN runs_table r ON r.tenant_id = $1 AND r.run_id = n.run
-		CROSS JOIN clock_timestamp() AS now
-		RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1]`,
-		[]any{c.tenant, c.email, asJSON(changed), encodeTimes(points), encodeEnds(points),
-			encodeValues(points)},
+	stored := 0
+	return s.eachRow(ctx, tx, `
+		WITH n AS (
+			SELECT * FROM ROWS FROM (
+				json_to_recordset($3) AS (series_id uuid, run_id uuid, version integer),
+				unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]),
+				unnest($7::text[]), unnest($8::json[]))
+			WITH ORDINALITY AS n (series_id, run_id, version, valid_time, valid_time_end, value,
+			                      annotation, tags, number)
+		), stored AS (
+			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+			       change_time, changed_by, annotation, tags, valid_from, valid_to, valid_times,
+			       valid_time_ends, "values")
+			SELECT r.tenant_id, n.series_id, r.run_id, r.run_order, n.version, r.known_time, now,
+			       nullif($2, ''), n.annotation,
+			       CASE json_typeof(n.tags) WHEN 'array'
+			            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
+			       n.valid_time, n.valid_time, ARRAY[n.valid_time],
+			       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value]
+			FROM n JOIN runs_table r ON r.tenant_id = $1 AND r.run_id = n.run_id
+			CROSS JOIN clock_timestamp() AS now
+			RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1] AS valid_end
+		)
+		SELECT s.value_id FROM n JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.run_id
+		     AND s.valid_from = n.valid_time AND s.valid_end IS NOT DISTINCT FROM n.valid_time_end
+		ORDER BY n.number`,
+		[]any{c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
+			encodeValues(points), pq.Array(annotations), pq.Array(tags)},
 		func(rows *sql.Rows) error {
-			var id int64
-			var t target
-			err := rows.Scan(&id, &t.Series, &t.Run, &t.Time, &t.end)
-			ids[t] = id
-			return err
+			stored++
+			return rows.Scan(&versions[stored-1].ValueID)
 		})
-	for _, v := range versions {
-		answer := corrected{RunID: v.Run, TenantID: c.tenant, ValidTime: v.Time,
-			SeriesID: v.Series, ValueID: ids[v.target], Version: v.Version}
-		if v.changed {
-			updated = append(updated, answer)
-		} else {
-			unchanged = append(unchanged, answer)
-		}
-	}
-	return updated, unchanged, err
 }
 
 // ---- Lists
 
-// listedSeries is a series as GET /list_timeseries shows it.
-type listedSeries struct {
-	ID, Key, Unit string
-	Description   *string
-}
-
-// ListSeries calls emit for each series of the caller's tenant, by series_key.
-func (s *store) ListSeries(ctx context.Context, c Caller, emit func(*listedSeries) error) error {
+// ListSeries calls emit for each series of the caller's tenant, by series_key, with its id and the
+// JSON that shows it.
+func (s *store) ListSeries(ctx context.Context, c Caller,
+	emit func(id string, shown []byte) error) error {
 	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
 		return err
 	}
 	defer leave()
 	return s.eachRow(ctx, nil, `
-		SELECT series_id, series_key, unit, description FROM series_table
-		WHERE tenant_id = $1 ORDER BY series_key COLLATE "C"`,
+		SELECT s.series_id, row_to_json(shown)
+		FROM series_table s, LATERAL (SELECT s.series_key, s.description, s.unit) AS shown
+		WHERE s.tenant_id = $1 ORDER BY s.series_key COLLATE "C"`,
 		[]any{c.tenant}, func(rows *sql.Rows) error {
-			var x listedSeries
-			if err := rows.Scan(&x.ID, &x.Key, &x.Unit, &x.Description); err != nil {
+			var id string
+			var shown sql.RawBytes
+			if err := rows.Scan(&id, &shown); err != nil {
 				return err
 			}
-			return emit(&x)
+			return emit(id, shown)
 		})
 }
 
@@ -2049,40 +2006,34 @@ func (s *store) ListSeries(ctx context.Context, c Caller, emit func(*listedSerie
 type runsQuery struct {
 	workflow             label     // "": any
 	startKnown, endKnown timestamp // start <= known_time < end
-	limit                int64
+	limit                count
 }
 
-// listedRun is a run as GET /runs shows it.
-type listedRun struct {
-	ID, Workflow                   string
-	Start, Finish, Known, Inserted timestamp // Finish may be 0
-	Params                         []byte    // JSON, or nil
-	ChangedBy                      *string
-	Rows                           int64
-}
-
-// ListRuns calls emit for each of the tenant's runs that q asks for, the newest known first.
+// ListRuns calls emit, with the JSON that shows it, for each of the tenant's runs that q asks for,
+// the newest known first.
 func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
-	emit func(*listedRun) error) error {
+	emit func(shown []byte) error) error {
 	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
 		return err
 	}
 	defer leave()
 	return s.eachRow(ctx, nil, `
-		SELECT run_id, workflow_id, run_start_time, run_finish_time, known_time, inserted_at,
-		       run_params, changed_by, rows_inserted
-		FROM runs_table
-		WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2)
-		  AND known_time >= $3 AND known_time < $4
-		ORDER BY known_time DESC, run_order DESC LIMIT $5`,
-		[]any{c.tenant, q.workflow, q.startKnown, q.endKnown, q.limit}, func(rows *sql.Rows) error {
-			var x listedRun
-			err := rows.Scan(&x.ID, &x.Workflow, &x.Start, &x.Finish, &x.Known, &x.Inserted,
-				&x.Params, &x.ChangedBy, &x.Rows)
-			if err != nil {
+		SELECT row_to_json(r) FROM (
+			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time,
+			       iso_time(run_finish_time) AS run_finish_time,
+			       iso_time(t.known_time) AS known_time, run_params, changed_by, iso_time(inserted_at) AS inserted_at,
+			       rows_inserted AS rows
+			FROM runs_table t
+			WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2)
+			  AND t.known_time >= $3 AND t.known_time < $4
+			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`,
+		[]any{c.tenant, q.workflow, q.startKnown, q.endKnown, int64(q.limit)},
+		func(rows *sql.Rows) error {
+			var shown sql.RawBytes
+			if err := rows.Scan(&shown); err != nil {
 				return err
 			}
-			return emit(&x)
+			return emit(shown)
 		})
 }
