@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"go/ast"
 	"go/parser"
+	"go/scanner"
 	"go/token"
 	"math/rand"
 	"net/http/httputil"
@@ -29,6 +30,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 // ---- Helpers
@@ -1176,13 +1178,27 @@ func mustSources(t *testing.T) (files []string) {
 	return files
 }
 
+// sourceSet holds the positions of what mustParseSource has parsed.
+var sourceSet = token.NewFileSet()
+
 func mustParseSource(t *testing.T, file string) *ast.File {
 	t.Helper()
-	tree, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+	tree, err := parser.ParseFile(sourceSet, file, nil, parser.ParseComments)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return tree
+}
+
+// placeOf is where a part of the source stands, as file:line.
+func placeOf(n ast.Node) string {
+	at := sourceSet.Position(n.Pos())
+	return fmt.Sprintf("%s:%d", at.Filename, at.Line)
+}
+
+// linesOf counts the lines of a part of the source, without a comment above it.
+func linesOf(n ast.Node) int {
+	return sourceSet.Position(n.End()).Line - sourceSet.Position(n.Pos()).Line + 1
 }
 
 // inspect calls fn for each node of a source file.
@@ -1429,6 +1445,246 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 		})
 	})
 }
+
+// ---- How plain the source is
+
+// The limits of the program's source. They keep it readable in one sitting: tokens bound how much
+// there is to read, and the figures for each line keep anybody from meeting that by dense code.
+const (
+	maxTokens         = 24_000
+	maxSourceLines    = 4_200
+	maxAuthLines      = 320
+	maxSchemaLines    = 260
+	maxFunctionLines  = 60
+	maxColumns        = 100
+	maxTokensAverage  = 7.3 // of a line of code
+	maxTokens95       = 22  // likewise; 95 of 100 lines have no more
+	maxComplexity     = 14
+	maxAuthComplexity = 10
+)
+
+// codeLine is a line of a source file that holds at least one token.
+type codeLine struct {
+	place  string // file:line
+	tokens int
+}
+
+// figures is what can be counted in the program's source.
+type figures struct {
+	tokens, lines int
+	fileTokens    map[string]int
+	fileLines     map[string]int
+	code          []codeLine
+	functions     int
+	// Places of what is over its limit, or should be a statement.
+	wide, long, tangled, authTangled, indexed, eager []string
+}
+
+// mustMeasure counts in all source files.
+func mustMeasure(t *testing.T) *figures {
+	t.Helper()
+	f := &figures{fileTokens: map[string]int{}, fileLines: map[string]int{}}
+	for _, file := range mustSources(t) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.countLines(file, string(text))
+		f.countTokens(file, text)
+		inspect(t, file, f.judge)
+	}
+	return f
+}
+
+func (f *figures) countLines(file, text string) {
+	for line := range strings.Lines(text) {
+		f.lines++
+		f.fileLines[file]++
+		shown := strings.ReplaceAll(strings.TrimSuffix(line, "\n"), "\t", "    ")
+		if columns := utf8.RuneCountInString(shown); columns > maxColumns {
+			place := fmt.Sprintf("%s:%d: %d columns", file, f.fileLines[file], columns)
+			f.wide = append(f.wide, place)
+		}
+	}
+}
+
+// countTokens counts as go/scanner does, without comments and the semicolons that it inserts.
+func (f *figures) countTokens(file string, text []byte) {
+	source := token.NewFileSet().AddFile(file, -1, len(text))
+	var s scanner.Scanner
+	s.Init(source, text, nil, 0)
+	last := 0
+	for {
+		pos, tok, literal := s.Scan()
+		if tok == token.EOF {
+			return
+		}
+		if tok == token.SEMICOLON && literal == "\n" {
+			continue
+		}
+		if line := source.Line(pos); line != last {
+			last = line
+			f.code = append(f.code, codeLine{place: fmt.Sprintf("%s:%d", file, line)})
+		}
+		f.code[len(f.code)-1].tokens++
+		f.tokens++
+		f.fileTokens[file]++
+	}
+}
+
+// judge measures n if it is a function, and looks for choices that hide in an expression.
+func (f *figures) judge(n ast.Node) {
+	switch n := n.(type) {
+	case *ast.FuncDecl:
+		f.functions++
+		where := fmt.Sprintf("%s: %s", placeOf(n), declaredName(n))
+		if lines := linesOf(n); lines > maxFunctionLines {
+			f.long = append(f.long, fmt.Sprintf("%s has %d lines", where, lines))
+		}
+		branches := complexity(n)
+		tangled := fmt.Sprintf("%s has complexity %d", where, branches)
+		if branches > maxComplexity {
+			f.tangled = append(f.tangled, tangled)
+		}
+		if branches > maxAuthComplexity && strings.HasPrefix(where, "auth.go:") {
+			f.authTangled = append(f.authTangled, tangled)
+		}
+	case *ast.IndexExpr:
+		if _, isLiteral := ast.Unparen(n.X).(*ast.CompositeLit); isLiteral {
+			f.indexed = append(f.indexed, placeOf(n))
+		}
+	case *ast.CallExpr:
+		of, ok := n.Fun.(*ast.SelectorExpr)
+		isOr := ok && isName(of.X, "cmp") && of.Sel.Name == "Or"
+		if isOr && slices.ContainsFunc(n.Args, hasCall) {
+			f.eager = append(f.eager, placeOf(n))
+		}
+	}
+}
+
+// hasCall tells whether x makes a call that may cost something, fail or have an effect.
+// Comparisons are what cmp.Or is for; a conversion to string and len cost nothing.
+func hasCall(x ast.Expr) bool {
+	found := false
+	ast.Inspect(x, func(n ast.Node) bool {
+		if call, ok := n.(*ast.CallExpr); ok {
+			name := calledName(call)
+			isComparison := strings.HasPrefix(strings.ToLower(name), "compare")
+			found = found || !isComparison && name != "string" && name != "len"
+		}
+		return true
+	})
+	return found
+}
+
+// complexity is McCabe's number: 1, and 1 for each branch, loop, case, && and ||.
+func complexity(fn *ast.FuncDecl) int {
+	count := 1
+	ast.Inspect(fn, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.IfStmt, *ast.ForStmt, *ast.RangeStmt:
+			count++
+		case *ast.CaseClause:
+			if n.List != nil { // which default has not
+				count++
+			}
+		case *ast.CommClause:
+			if n.Comm != nil {
+				count++
+			}
+		case *ast.BinaryExpr:
+			if n.Op == token.LAND || n.Op == token.LOR {
+				count++
+			}
+		}
+		return true
+	})
+	return count
+}
+
+// declaredName is the name of a function, or of a method after its type: server.serve.
+func declaredName(fn *ast.FuncDecl) string {
+	if fn.Recv == nil {
+		return fn.Name.Name
+	}
+	of := fn.Recv.List[0].Type
+	if pointer, ok := of.(*ast.StarExpr); ok {
+		of = pointer.X
+	}
+	if generic, ok := of.(*ast.IndexExpr); ok {
+		of = generic.X
+	}
+	return of.(*ast.Ident).Name + "." + fn.Name.Name
+}
+
+// densest returns the places of the n lines with the most tokens.
+func (f *figures) densest(n int) string {
+	lines := slices.SortedFunc(slices.Values(f.code), func(a, b codeLine) int {
+		return b.tokens - a.tokens
+	})
+	var text strings.Builder
+	for _, line := range lines[:min(n, len(lines))] {
+		fmt.Fprintf(&text, "\n\t%s: %d tokens", line.place, line.tokens)
+	}
+	return text.String()
+}
+
+func TestSourceIsPlain(t *testing.T) {
+	f := mustMeasure(t)
+	if len(f.code) == 0 || f.functions == 0 {
+		t.Fatal("no source was found: does this test still look in the right place?")
+	}
+	schema, err := os.ReadFile("schema.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	perLine := make([]int, len(f.code))
+	for i, line := range f.code {
+		perLine[i] = line.tokens
+	}
+	slices.Sort(perLine)
+	sums := []struct {
+		name       string
+		got, limit float64
+		where      string
+	}{
+		{"tokens", float64(f.tokens), maxTokens, fmt.Sprint(f.fileTokens)},
+		{"lines", float64(f.lines), maxSourceLines, fmt.Sprint(f.fileLines)},
+		{"lines of auth.go", float64(f.fileLines["auth.go"]), maxAuthLines, "auth.go"},
+		{"lines of schema.sql", float64(bytes.Count(schema, []byte("\n"))), maxSchemaLines, "schema.sql"},
+		{"tokens of a line, average", float64(f.tokens) / float64(len(f.code)), maxTokensAverage,
+			f.densest(20)},
+		{"tokens of a line, 95th percentile", float64(perLine[len(perLine)*95/100]), maxTokens95,
+			f.densest(20)},
+	}
+	for _, sum := range sums {
+		t.Run(sum.name, func(t *testing.T) {
+			if sum.got > sum.limit {
+				t.Errorf("%.6g, over %g: %s", sum.got, sum.limit, sum.where)
+			}
+		})
+	}
+	places := []struct {
+		name  string
+		found []string
+	}{
+		{"no line is wider than 100 columns", f.wide},
+		{"no function is longer than 60 lines", f.long},
+		{"no function has more than 14 ways", f.tangled},
+		{"no function of auth.go has more than 10 ways", f.authTangled},
+		{"no literal is indexed in place of an if", f.indexed},
+		{"cmp.Or makes no call", f.eager}, // it would make all, whatever comes before them
+	}
+	for _, place := range places {
+		t.Run(place.name, func(t *testing.T) {
+			for _, where := range place.found {
+				t.Error(where)
+			}
+		})
+	}
+}
+
+// ---- What docs/SECURITY.md says
 
 // docs/SECURITY.md names for each item the functions that enforce it and the tests. They must exist.
 func TestSecurityDocumentNamesWhatThereIs(t *testing.T) { // S32
