@@ -15,11 +15,13 @@ import (
 	"go/parser"
 	"go/scanner"
 	"go/token"
+	"go/types"
 	"math/rand"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -1427,20 +1429,14 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 			}
 		}
 	})
-	t.Run("each file imports what it may", func(t *testing.T) {
+	t.Run("random bytes are auth.go's, and crypto/rand's", func(t *testing.T) { // S5
 		inspectAll(t, func(file string, n ast.Node) {
 			spec, ok := n.(*ast.ImportSpec)
-			if !ok {
+			if !ok || !strings.HasSuffix(spec.Path.Value, `/rand"`) {
 				return
 			}
-			path := spec.Path.Value
-			isRandom := strings.HasSuffix(path, `/rand"`)
-			isSQL := path == `"database/sql"` || strings.Contains(path, "lib/pq")
-			switch {
-			case isRandom && (path != `"crypto/rand"` || file != "auth.go"), // S5
-				isSQL && file == "auth.go",
-				path == `"net/http"` && file == "store.go":
-				t.Errorf("%s imports %s", file, path)
+			if spec.Path.Value != `"crypto/rand"` || file != "auth.go" {
+				t.Errorf("%s imports %s", file, spec.Path.Value)
 			}
 		})
 	})
@@ -1679,6 +1675,200 @@ func TestSourceIsPlain(t *testing.T) {
 		t.Run(place.name, func(t *testing.T) {
 			for _, where := range place.found {
 				t.Error(where)
+			}
+		})
+	}
+}
+
+// ---- Which file knows which
+
+// emptyPackages imports every package as an empty one. What the program's own files declare, and
+// where they name it, can be told without the others.
+type emptyPackages struct{}
+
+func (emptyPackages) Import(importPath string) (*types.Package, error) {
+	p := types.NewPackage(importPath, path.Base(importPath))
+	p.MarkComplete()
+	return p, nil
+}
+
+// foreignName is a name that one file uses and another one declares at its top level.
+type foreignName struct {
+	from, to string // files
+	name     string
+}
+
+// mustForeignNames finds them, each with a place where it is used.
+func mustForeignNames(t *testing.T) map[foreignName]string {
+	t.Helper()
+	var trees []*ast.File
+	for _, file := range mustSources(t) {
+		trees = append(trees, mustParseSource(t, file))
+	}
+	info := types.Info{Uses: map[*ast.Ident]types.Object{}}
+	config := types.Config{
+		Importer: emptyPackages{},
+		Error:    func(error) {}, // what the empty packages lack is of no interest here
+	}
+	program, _ := config.Check("timedb", sourceSet, trees, &info)
+	found := map[foreignName]string{}
+	for used, object := range info.Uses {
+		if object.Parent() != program.Scope() {
+			continue // a local name, a member, or a name of another package
+		}
+		from, to := sourceSet.Position(used.Pos()), sourceSet.Position(object.Pos())
+		found[foreignName{from.Filename, to.Filename, object.Name()}] = placeOf(used)
+	}
+	return found
+}
+
+// The files know each other in one direction: main, cli, server, store, auth. Each keeps what is
+// its own matter alone.
+func TestArrowsPointOneWay(t *testing.T) {
+	t.Run("names", testNamesPointOneWay)
+	t.Run("imports", testImportsAreOfOneFile)
+	t.Run("statuses and SQL", testStatusesAndSQLAreOfOneFile)
+	t.Run("a Caller comes first after ctx", func(t *testing.T) {
+		found := 0
+		for _, decl := range mustParseSource(t, "store.go").Decls {
+			fn, ok := decl.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			for i, parameter := range fn.Type.Params.List {
+				if !isName(parameter.Type, "Caller") {
+					continue
+				}
+				found++
+				if i > 1 || i == 1 && !isName(fn.Type.Params.List[0].Names[0], "ctx") {
+					t.Errorf("store.go: %s takes its Caller later", declaredName(fn))
+				}
+			}
+		}
+		if found < 5 {
+			t.Errorf("only %d functions take a Caller: does this test still look in the right place?", found)
+		}
+	})
+}
+
+func testNamesPointOneWay(t *testing.T) {
+	cases := []struct {
+		from, to string
+		may      []string
+	}{
+		{"auth.go", "store.go", nil},
+		{"auth.go", "server.go", nil},
+		{"auth.go", "cli.go", nil},
+		{"auth.go", "main.go", nil},
+		{"store.go", "auth.go", []string{"Caller", "keyRecord"}},
+		{"store.go", "server.go", nil},
+		{"store.go", "cli.go", nil},
+		{"store.go", "main.go", nil},
+		{"server.go", "cli.go", []string{"release"}},
+		{"server.go", "main.go", nil},
+		{"cli.go", "main.go", nil},
+		{"main.go", "auth.go", nil},
+		{"main.go", "store.go", nil},
+		{"main.go", "server.go", nil},
+		{"main.go", "cli.go", []string{"run"}},
+	}
+	names := mustForeignNames(t)
+	if len(names) < 100 {
+		t.Fatalf("only %d names were found: does this test still look in the right place?", len(names))
+	}
+	for _, c := range cases {
+		t.Run(c.from+" names of "+c.to, func(t *testing.T) {
+			for used, place := range names {
+				if used.from == c.from && used.to == c.to && !slices.Contains(c.may, used.name) {
+					t.Errorf("%s names %s, which %s declares", place, used.name, c.to)
+				}
+			}
+		})
+	}
+}
+
+func testImportsAreOfOneFile(t *testing.T) {
+	cases := []struct {
+		name  string // of a package; those below it are meant too
+		files []string
+	}{
+		{"database/sql", []string{"store.go"}},
+		{"github.com/lib/pq", []string{"store.go"}},
+		{"net/http", []string{"auth.go", "cli.go", "server.go"}},
+		{"flag", []string{"cli.go"}},
+		{"os/signal", []string{"main.go"}},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			found := false
+			inspectAll(t, func(file string, n ast.Node) {
+				spec, ok := n.(*ast.ImportSpec)
+				if !ok {
+					return
+				}
+				imported := strings.Trim(spec.Path.Value, `"`)
+				if imported != c.name && !strings.HasPrefix(imported, c.name+"/") {
+					return
+				}
+				found = true
+				if !slices.Contains(c.files, file) {
+					t.Errorf("%s imports %s", file, imported)
+				}
+			})
+			if !found {
+				t.Error("no file imports it: is it still the right name?")
+			}
+		})
+	}
+}
+
+func testStatusesAndSQLAreOfOneFile(t *testing.T) {
+	isStatus := regexp.MustCompile(`^[45]\d\d$`)
+	isSQL := regexp.MustCompile(`\b(SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP)\s`)
+	runsSQL := regexp.MustCompile(`^((QueryRow|Exec|Prepare)(Context)?|QueryContext|Begin|BeginTx)$`)
+	cases := []struct {
+		name, file string
+		mayBeNamed bool // as a constant: that is a limit
+		isOne      func(n ast.Node) bool
+	}{
+		{"http.StatusXxx", "server.go", false, func(n ast.Node) bool {
+			of, ok := n.(*ast.SelectorExpr)
+			return ok && isName(of.X, "http") && strings.HasPrefix(of.Sel.Name, "Status")
+		}},
+		{"numbers of statuses", "server.go", true, func(n ast.Node) bool {
+			literal, ok := n.(*ast.BasicLit)
+			return ok && literal.Kind == token.INT && isStatus.MatchString(literal.Value)
+		}},
+		{"texts of SQL", "store.go", false, func(n ast.Node) bool {
+			literal, ok := n.(*ast.BasicLit)
+			return ok && literal.Kind == token.STRING && isSQL.MatchString(literal.Value)
+		}},
+		{"calls that run SQL", "store.go", false, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			return ok && runsSQL.MatchString(calledName(call))
+		}},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			found := 0
+			for _, file := range mustSources(t) {
+				ast.Inspect(mustParseSource(t, file), func(n ast.Node) bool {
+					block, ok := n.(*ast.GenDecl)
+					if ok && block.Tok == token.CONST && c.mayBeNamed {
+						return false
+					}
+					if !c.isOne(n) {
+						return true
+					}
+					found++
+					if file != c.file {
+						t.Errorf("%s: this belongs into %s", placeOf(n), c.file)
+					}
+					return true
+				})
+			}
+			if found == 0 {
+				t.Errorf("%s has none: does this test still look in the right place?", c.file)
 			}
 		})
 	}
