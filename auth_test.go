@@ -1,7 +1,7 @@
 package main
 
 // These tests cover who is calling, and for which tenant: keys, which requests are let in, keys that end, a database
-// that leaves it in doubt, use without users, throttling, the log, and the wall between tenants. The last group reads
+// that leaves it in doubt, use without users, throttling, the log, and the wall between tenants. The last groups read
 // the source and docs/SECURITY.md.
 
 import (
@@ -1875,6 +1875,132 @@ func testStatusesAndSQLAreOfOneFile(t *testing.T) {
 }
 
 // ---- What docs/SECURITY.md says
+
+// maxAuditLines bounds what a security reviewer must read: one sitting.
+const maxAuditLines = 650
+
+// auditRow is a line of the table of docs/SECURITY.md that lists what to read.
+type auditRow struct {
+	file  string
+	names []string // of declarations; none: the whole file
+	lines int
+}
+
+// mustAuditPath reads that table, and the sum below it.
+func mustAuditPath(t *testing.T) (rows []auditRow, together int) {
+	t.Helper()
+	text, err := os.ReadFile("docs/SECURITY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## What to read, in order\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	row := regexp.MustCompile("(?m)^\\| (\\d+) \\| `([a-z]+\\.go)` \\| (.*?) \\| .* \\| (\\d+) \\|$")
+	name := regexp.MustCompile("`([A-Za-z.]+)`")
+	for _, cells := range row.FindAllStringSubmatch(section, -1) {
+		r := auditRow{file: cells[2]}
+		for _, quoted := range name.FindAllStringSubmatch(cells[3], -1) {
+			r.names = append(r.names, quoted[1])
+		}
+		if r.names == nil && cells[3] != "the whole file" {
+			t.Errorf("row %s names nothing to read: %s", cells[1], cells[3])
+		}
+		r.lines, _ = strconv.Atoi(cells[4])
+		rows = append(rows, r)
+		if cells[1] != strconv.Itoa(len(rows)) {
+			t.Errorf("row %d of the table is numbered %s, or the one before it cannot be read",
+				len(rows), cells[1])
+		}
+	}
+	sum := regexp.MustCompile(`(?m)^\| \| \| \| together \| (\d+) \|$`).FindStringSubmatch(section)
+	if rows == nil || sum == nil {
+		t.Fatal("docs/SECURITY.md has no table of what to read, or no sum below it")
+	}
+	together, _ = strconv.Atoi(sum[1])
+	return rows, together
+}
+
+// declaredLines counts the lines of each top-level declaration of a file, with the comment above it.
+func declaredLines(t *testing.T, file string) map[string]int {
+	t.Helper()
+	lines := map[string]int{}
+	count := func(name string, n ast.Node, comment *ast.CommentGroup) {
+		lines[name] = linesOf(n)
+		if comment != nil {
+			lines[name] += linesOf(comment)
+		}
+	}
+	for _, decl := range mustParseSource(t, file).Decls {
+		block, ok := decl.(*ast.GenDecl)
+		if !ok {
+			fn := decl.(*ast.FuncDecl)
+			count(declaredName(fn), fn, fn.Doc)
+			continue
+		}
+		isAlone := !block.Lparen.IsValid()
+		for _, spec := range block.Specs {
+			switch spec := spec.(type) {
+			case *ast.TypeSpec:
+				count(spec.Name.Name, spec, spec.Doc)
+				if isAlone {
+					count(spec.Name.Name, block, block.Doc)
+				}
+			case *ast.ValueSpec:
+				for _, name := range spec.Names {
+					count(name.Name, spec, spec.Doc)
+					if isAlone {
+						count(name.Name, block, block.Doc)
+					}
+				}
+			}
+		}
+	}
+	return lines
+}
+
+// What a security reviewer must read is listed in docs/SECURITY.md, and fits one sitting.
+func TestAuditPathIsListedAndShort(t *testing.T) {
+	rows, together := mustAuditPath(t)
+	listed := map[string]bool{} // file:name
+	for i, row := range rows {
+		t.Run(fmt.Sprintf("row %d, %s", i+1, row.file), func(t *testing.T) {
+			lines := 0
+			declared := declaredLines(t, row.file)
+			for _, name := range row.names {
+				if declared[name] == 0 {
+					t.Errorf("%s declares no %s", row.file, name)
+				}
+				if listed[row.file+":"+name] {
+					t.Errorf("%s: %s is listed twice", row.file, name)
+				}
+				listed[row.file+":"+name] = true
+				lines += declared[name]
+			}
+			if row.names == nil {
+				text, err := os.ReadFile(row.file)
+				if err != nil {
+					t.Fatal(err)
+				}
+				lines = bytes.Count(text, []byte("\n"))
+			}
+			if lines != row.lines {
+				t.Errorf("the table says %d lines; there are %d", row.lines, lines)
+			}
+		})
+	}
+	t.Run("together", func(t *testing.T) {
+		sum := 0
+		for _, row := range rows {
+			sum += row.lines
+		}
+		if sum != together {
+			t.Errorf("the table says %d lines; its rows have %d", together, sum)
+		}
+		if sum > maxAuditLines {
+			t.Errorf("there are %d lines to read, over %d", sum, maxAuditLines)
+		}
+	})
+}
 
 // docs/SECURITY.md names for each item the functions that enforce it and the tests. They must exist.
 func TestSecurityDocumentNamesWhatThereIs(t *testing.T) { // S32
