@@ -1647,7 +1647,8 @@ func TestSourceIsPlain(t *testing.T) {
 		{"tokens", float64(f.tokens), maxTokens, fmt.Sprint(f.fileTokens)},
 		{"lines", float64(f.lines), maxSourceLines, fmt.Sprint(f.fileLines)},
 		{"lines of auth.go", float64(f.fileLines["auth.go"]), maxAuthLines, "auth.go"},
-		{"lines of schema.sql", float64(bytes.Count(schema, []byte("\n"))), maxSchemaLines, "schema.sql"},
+		{"lines of schema.sql", float64(bytes.Count(schema, []byte("\n"))), maxSchemaLines,
+			"schema.sql"},
 		{"tokens of a line, average", float64(f.tokens) / float64(len(f.code)), maxTokensAverage,
 			f.densest(20)},
 		{"tokens of a line, 95th percentile", float64(perLine[len(perLine)*95/100]), maxTokens95,
@@ -1746,7 +1747,8 @@ func TestArrowsPointOneWay(t *testing.T) {
 			}
 		}
 		if found < 5 {
-			t.Errorf("only %d functions take a Caller: does this test still look in the right place?", found)
+			t.Errorf("only %d functions take a Caller: "+
+				"does this test still look in the right place?", found)
 		}
 	})
 }
@@ -1774,7 +1776,8 @@ func testNamesPointOneWay(t *testing.T) {
 	}
 	names := mustForeignNames(t)
 	if len(names) < 100 {
-		t.Fatalf("only %d names were found: does this test still look in the right place?", len(names))
+		t.Fatalf("only %d names were found: "+
+			"does this test still look in the right place?", len(names))
 	}
 	for _, c := range cases {
 		t.Run(c.from+" names of "+c.to, func(t *testing.T) {
@@ -1825,7 +1828,8 @@ func testImportsAreOfOneFile(t *testing.T) {
 func testStatusesAndSQLAreOfOneFile(t *testing.T) {
 	isStatus := regexp.MustCompile(`^[45]\d\d$`)
 	isSQL := regexp.MustCompile(`\b(SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP)\s`)
-	runsSQL := regexp.MustCompile(`^((QueryRow|Exec|Prepare)(Context)?|QueryContext|Begin|BeginTx)$`)
+	runsSQL := regexp.MustCompile(
+		`^((QueryRow|Exec|Prepare)(Context)?|QueryContext|Begin|BeginTx)$`)
 	cases := []struct {
 		name, file string
 		mayBeNamed bool // as a constant: that is a limit
@@ -1895,7 +1899,8 @@ func mustAuditPath(t *testing.T) (rows []auditRow, together int) {
 	}
 	_, section, _ := strings.Cut(string(text), "\n## What to read, in order\n")
 	section, _, _ = strings.Cut(section, "\n## ")
-	row := regexp.MustCompile("(?m)^\\| (\\d+) \\| `([a-z]+\\.go)` \\| (.*?) \\| .* \\| (\\d+) \\|$")
+	row := regexp.MustCompile(
+		"(?m)^\\| (\\d+) \\| `([a-z]+\\.go)` \\| (.*?) \\| .* \\| (\\d+) \\|$")
 	name := regexp.MustCompile("`([A-Za-z.]+)`")
 	for _, cells := range row.FindAllStringSubmatch(section, -1) {
 		r := auditRow{file: cells[2]}
@@ -1920,7 +1925,8 @@ func mustAuditPath(t *testing.T) (rows []auditRow, together int) {
 	return rows, together
 }
 
-// declaredLines counts the lines of each top-level declaration of a file, with the comment above it.
+// declaredLines counts the lines of each top-level declaration of a file, with the comment above
+// it.
 func declaredLines(t *testing.T, file string) map[string]int {
 	t.Helper()
 	lines := map[string]int{}
