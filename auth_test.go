@@ -1,7 +1,7 @@
 package main
 
 // These tests cover who is calling, and for which tenant: keys, which requests are let in, keys that end, a database
-// that leaves it in doubt, use without users, throttling, the log, and the wall between tenants. The last group reads
+// that leaves it in doubt, use without users, throttling, the log, and the wall between tenants. The last groups read
 // the source and docs/SECURITY.md.
 
 import (
@@ -13,12 +13,15 @@ import (
 	"fmt"
 	"go/ast"
 	"go/parser"
+	"go/scanner"
 	"go/token"
+	"go/types"
 	"math/rand"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -29,6 +32,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 // ---- Helpers
@@ -1176,13 +1180,27 @@ func mustSources(t *testing.T) (files []string) {
 	return files
 }
 
+// sourceSet holds the positions of what mustParseSource has parsed.
+var sourceSet = token.NewFileSet()
+
 func mustParseSource(t *testing.T, file string) *ast.File {
 	t.Helper()
-	tree, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+	tree, err := parser.ParseFile(sourceSet, file, nil, parser.ParseComments)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return tree
+}
+
+// placeOf is where a part of the source stands, as file:line.
+func placeOf(n ast.Node) string {
+	at := sourceSet.Position(n.Pos())
+	return fmt.Sprintf("%s:%d", at.Filename, at.Line)
+}
+
+// linesOf counts the lines of a part of the source, without a comment above it.
+func linesOf(n ast.Node) int {
+	return sourceSet.Position(n.End()).Line - sourceSet.Position(n.Pos()).Line + 1
 }
 
 // inspect calls fn for each node of a source file.
@@ -1411,22 +1429,582 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 			}
 		}
 	})
-	t.Run("each file imports what it may", func(t *testing.T) {
+	t.Run("random bytes are auth.go's, and crypto/rand's", func(t *testing.T) { // S5
 		inspectAll(t, func(file string, n ast.Node) {
 			spec, ok := n.(*ast.ImportSpec)
-			if !ok {
+			if !ok || !strings.HasSuffix(spec.Path.Value, `/rand"`) {
 				return
 			}
-			path := spec.Path.Value
-			isRandom := strings.HasSuffix(path, `/rand"`)
-			isSQL := path == `"database/sql"` || strings.Contains(path, "lib/pq")
-			switch {
-			case isRandom && (path != `"crypto/rand"` || file != "auth.go"), // S5
-				isSQL && file == "auth.go",
-				path == `"net/http"` && file == "store.go":
-				t.Errorf("%s imports %s", file, path)
+			if spec.Path.Value != `"crypto/rand"` || file != "auth.go" {
+				t.Errorf("%s imports %s", file, spec.Path.Value)
 			}
 		})
+	})
+}
+
+// ---- How plain the source is
+
+// The limits of the program's source. They keep it readable in one sitting: tokens bound how much
+// there is to read, and the figures for each line keep anybody from meeting that by dense code.
+const (
+	maxTokens         = 24_000
+	maxSourceLines    = 4_200
+	maxAuthLines      = 320
+	maxSchemaLines    = 260
+	maxFunctionLines  = 60
+	maxColumns        = 100
+	maxTokensAverage  = 7.3 // of a line of code
+	maxTokens95       = 22  // likewise; 95 of 100 lines have no more
+	maxComplexity     = 14
+	maxAuthComplexity = 10
+)
+
+// codeLine is a line of a source file that holds at least one token.
+type codeLine struct {
+	place  string // file:line
+	tokens int
+}
+
+// figures is what can be counted in the program's source.
+type figures struct {
+	tokens, lines int
+	fileTokens    map[string]int
+	fileLines     map[string]int
+	code          []codeLine
+	functions     int
+	// Places of what is over its limit, or should be a statement.
+	wide, long, tangled, authTangled, indexed, eager []string
+}
+
+// mustMeasure counts in all source files.
+func mustMeasure(t *testing.T) *figures {
+	t.Helper()
+	f := &figures{fileTokens: map[string]int{}, fileLines: map[string]int{}}
+	for _, file := range mustSources(t) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.countLines(file, string(text))
+		f.countTokens(file, text)
+		inspect(t, file, f.judge)
+	}
+	return f
+}
+
+func (f *figures) countLines(file, text string) {
+	for line := range strings.Lines(text) {
+		f.lines++
+		f.fileLines[file]++
+		shown := strings.ReplaceAll(strings.TrimSuffix(line, "\n"), "\t", "    ")
+		if columns := utf8.RuneCountInString(shown); columns > maxColumns {
+			place := fmt.Sprintf("%s:%d: %d columns", file, f.fileLines[file], columns)
+			f.wide = append(f.wide, place)
+		}
+	}
+}
+
+// countTokens counts as go/scanner does, without comments and the semicolons that it inserts.
+func (f *figures) countTokens(file string, text []byte) {
+	source := token.NewFileSet().AddFile(file, -1, len(text))
+	var s scanner.Scanner
+	s.Init(source, text, nil, 0)
+	last := 0
+	for {
+		pos, tok, literal := s.Scan()
+		if tok == token.EOF {
+			return
+		}
+		if tok == token.SEMICOLON && literal == "\n" {
+			continue
+		}
+		if line := source.Line(pos); line != last {
+			last = line
+			f.code = append(f.code, codeLine{place: fmt.Sprintf("%s:%d", file, line)})
+		}
+		f.code[len(f.code)-1].tokens++
+		f.tokens++
+		f.fileTokens[file]++
+	}
+}
+
+// judge measures n if it is a function, and looks for choices that hide in an expression.
+func (f *figures) judge(n ast.Node) {
+	switch n := n.(type) {
+	case *ast.FuncDecl:
+		f.functions++
+		where := fmt.Sprintf("%s: %s", placeOf(n), declaredName(n))
+		if lines := linesOf(n); lines > maxFunctionLines {
+			f.long = append(f.long, fmt.Sprintf("%s has %d lines", where, lines))
+		}
+		branches := complexity(n)
+		tangled := fmt.Sprintf("%s has complexity %d", where, branches)
+		if branches > maxComplexity {
+			f.tangled = append(f.tangled, tangled)
+		}
+		if branches > maxAuthComplexity && strings.HasPrefix(where, "auth.go:") {
+			f.authTangled = append(f.authTangled, tangled)
+		}
+	case *ast.IndexExpr:
+		if _, isLiteral := ast.Unparen(n.X).(*ast.CompositeLit); isLiteral {
+			f.indexed = append(f.indexed, placeOf(n))
+		}
+	case *ast.CallExpr:
+		of, ok := n.Fun.(*ast.SelectorExpr)
+		isOr := ok && isName(of.X, "cmp") && of.Sel.Name == "Or"
+		if isOr && slices.ContainsFunc(n.Args, hasCall) {
+			f.eager = append(f.eager, placeOf(n))
+		}
+	}
+}
+
+// hasCall tells whether x makes a call that may cost something, fail or have an effect.
+// Comparisons are what cmp.Or is for; a conversion to string and len cost nothing.
+func hasCall(x ast.Expr) bool {
+	found := false
+	ast.Inspect(x, func(n ast.Node) bool {
+		if call, ok := n.(*ast.CallExpr); ok {
+			name := calledName(call)
+			isComparison := strings.HasPrefix(strings.ToLower(name), "compare")
+			found = found || !isComparison && name != "string" && name != "len"
+		}
+		return true
+	})
+	return found
+}
+
+// complexity is McCabe's number: 1, and 1 for each branch, loop, case, && and ||.
+func complexity(fn *ast.FuncDecl) int {
+	count := 1
+	ast.Inspect(fn, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.IfStmt, *ast.ForStmt, *ast.RangeStmt:
+			count++
+		case *ast.CaseClause:
+			if n.List != nil { // which default has not
+				count++
+			}
+		case *ast.CommClause:
+			if n.Comm != nil {
+				count++
+			}
+		case *ast.BinaryExpr:
+			if n.Op == token.LAND || n.Op == token.LOR {
+				count++
+			}
+		}
+		return true
+	})
+	return count
+}
+
+// declaredName is the name of a function, or of a method after its type: server.serve.
+func declaredName(fn *ast.FuncDecl) string {
+	if fn.Recv == nil {
+		return fn.Name.Name
+	}
+	of := fn.Recv.List[0].Type
+	if pointer, ok := of.(*ast.StarExpr); ok {
+		of = pointer.X
+	}
+	if generic, ok := of.(*ast.IndexExpr); ok {
+		of = generic.X
+	}
+	return of.(*ast.Ident).Name + "." + fn.Name.Name
+}
+
+// densest returns the places of the n lines with the most tokens.
+func (f *figures) densest(n int) string {
+	lines := slices.SortedFunc(slices.Values(f.code), func(a, b codeLine) int {
+		return b.tokens - a.tokens
+	})
+	var text strings.Builder
+	for _, line := range lines[:min(n, len(lines))] {
+		fmt.Fprintf(&text, "\n\t%s: %d tokens", line.place, line.tokens)
+	}
+	return text.String()
+}
+
+func TestSourceIsPlain(t *testing.T) {
+	f := mustMeasure(t)
+	if len(f.code) == 0 || f.functions == 0 {
+		t.Fatal("no source was found: does this test still look in the right place?")
+	}
+	schema, err := os.ReadFile("schema.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	perLine := make([]int, len(f.code))
+	for i, line := range f.code {
+		perLine[i] = line.tokens
+	}
+	slices.Sort(perLine)
+	sums := []struct {
+		name       string
+		got, limit float64
+		where      string
+	}{
+		{"tokens", float64(f.tokens), maxTokens, fmt.Sprint(f.fileTokens)},
+		{"lines", float64(f.lines), maxSourceLines, fmt.Sprint(f.fileLines)},
+		{"lines of auth.go", float64(f.fileLines["auth.go"]), maxAuthLines, "auth.go"},
+		{"lines of schema.sql", float64(bytes.Count(schema, []byte("\n"))), maxSchemaLines,
+			"schema.sql"},
+		{"tokens of a line, average", float64(f.tokens) / float64(len(f.code)), maxTokensAverage,
+			f.densest(20)},
+		{"tokens of a line, 95th percentile", float64(perLine[len(perLine)*95/100]), maxTokens95,
+			f.densest(20)},
+	}
+	for _, sum := range sums {
+		t.Run(sum.name, func(t *testing.T) {
+			if sum.got > sum.limit {
+				t.Errorf("%.6g, over %g: %s", sum.got, sum.limit, sum.where)
+			}
+		})
+	}
+	places := []struct {
+		name  string
+		found []string
+	}{
+		{"no line is wider than 100 columns", f.wide},
+		{"no function is longer than 60 lines", f.long},
+		{"no function has more than 14 ways", f.tangled},
+		{"no function of auth.go has more than 10 ways", f.authTangled},
+		{"no literal is indexed in place of an if", f.indexed},
+		{"cmp.Or makes no call", f.eager}, // it would make all, whatever comes before them
+	}
+	for _, place := range places {
+		t.Run(place.name, func(t *testing.T) {
+			for _, where := range place.found {
+				t.Error(where)
+			}
+		})
+	}
+}
+
+// ---- Which file knows which
+
+// emptyPackages imports every package as an empty one. What the program's own files declare, and
+// where they name it, can be told without the others.
+type emptyPackages struct{}
+
+func (emptyPackages) Import(importPath string) (*types.Package, error) {
+	p := types.NewPackage(importPath, path.Base(importPath))
+	p.MarkComplete()
+	return p, nil
+}
+
+// foreignName is a name that one file uses and another one declares at its top level.
+type foreignName struct {
+	from, to string // files
+	name     string
+}
+
+// mustForeignNames finds them, each with a place where it is used.
+func mustForeignNames(t *testing.T) map[foreignName]string {
+	t.Helper()
+	var trees []*ast.File
+	for _, file := range mustSources(t) {
+		trees = append(trees, mustParseSource(t, file))
+	}
+	info := types.Info{Uses: map[*ast.Ident]types.Object{}}
+	config := types.Config{
+		Importer: emptyPackages{},
+		Error:    func(error) {}, // what the empty packages lack is of no interest here
+	}
+	program, _ := config.Check("timedb", sourceSet, trees, &info)
+	found := map[foreignName]string{}
+	for used, object := range info.Uses {
+		if object.Parent() != program.Scope() {
+			continue // a local name, a member, or a name of another package
+		}
+		from, to := sourceSet.Position(used.Pos()), sourceSet.Position(object.Pos())
+		found[foreignName{from.Filename, to.Filename, object.Name()}] = placeOf(used)
+	}
+	return found
+}
+
+// The files know each other in one direction: main, cli, server, store, auth. Each keeps what is
+// its own matter alone.
+func TestArrowsPointOneWay(t *testing.T) {
+	t.Run("names", testNamesPointOneWay)
+	t.Run("imports", testImportsAreOfOneFile)
+	t.Run("statuses and SQL", testStatusesAndSQLAreOfOneFile)
+	t.Run("a Caller comes first after ctx", func(t *testing.T) {
+		found := 0
+		for _, decl := range mustParseSource(t, "store.go").Decls {
+			fn, ok := decl.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			for i, parameter := range fn.Type.Params.List {
+				if !isName(parameter.Type, "Caller") {
+					continue
+				}
+				found++
+				if i > 1 || i == 1 && !isName(fn.Type.Params.List[0].Names[0], "ctx") {
+					t.Errorf("store.go: %s takes its Caller later", declaredName(fn))
+				}
+			}
+		}
+		if found < 5 {
+			t.Errorf("only %d functions take a Caller: "+
+				"does this test still look in the right place?", found)
+		}
+	})
+}
+
+func testNamesPointOneWay(t *testing.T) {
+	cases := []struct {
+		from, to string
+		may      []string
+	}{
+		{"auth.go", "store.go", nil},
+		{"auth.go", "server.go", nil},
+		{"auth.go", "cli.go", nil},
+		{"auth.go", "main.go", nil},
+		{"store.go", "auth.go", []string{"Caller", "keyRecord"}},
+		{"store.go", "server.go", nil},
+		{"store.go", "cli.go", nil},
+		{"store.go", "main.go", nil},
+		{"server.go", "cli.go", []string{"release"}},
+		{"server.go", "main.go", nil},
+		{"cli.go", "main.go", nil},
+		{"main.go", "auth.go", nil},
+		{"main.go", "store.go", nil},
+		{"main.go", "server.go", nil},
+		{"main.go", "cli.go", []string{"run"}},
+	}
+	names := mustForeignNames(t)
+	if len(names) < 100 {
+		t.Fatalf("only %d names were found: "+
+			"does this test still look in the right place?", len(names))
+	}
+	for _, c := range cases {
+		t.Run(c.from+" names of "+c.to, func(t *testing.T) {
+			for used, place := range names {
+				if used.from == c.from && used.to == c.to && !slices.Contains(c.may, used.name) {
+					t.Errorf("%s names %s, which %s declares", place, used.name, c.to)
+				}
+			}
+		})
+	}
+}
+
+func testImportsAreOfOneFile(t *testing.T) {
+	cases := []struct {
+		name  string // of a package; those below it are meant too
+		files []string
+	}{
+		{"database/sql", []string{"store.go"}},
+		{"github.com/lib/pq", []string{"store.go"}},
+		{"net/http", []string{"auth.go", "cli.go", "server.go"}},
+		{"flag", []string{"cli.go"}},
+		{"os/signal", []string{"main.go"}},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			found := false
+			inspectAll(t, func(file string, n ast.Node) {
+				spec, ok := n.(*ast.ImportSpec)
+				if !ok {
+					return
+				}
+				imported := strings.Trim(spec.Path.Value, `"`)
+				if imported != c.name && !strings.HasPrefix(imported, c.name+"/") {
+					return
+				}
+				found = true
+				if !slices.Contains(c.files, file) {
+					t.Errorf("%s imports %s", file, imported)
+				}
+			})
+			if !found {
+				t.Error("no file imports it: is it still the right name?")
+			}
+		})
+	}
+}
+
+func testStatusesAndSQLAreOfOneFile(t *testing.T) {
+	isStatus := regexp.MustCompile(`^[45]\d\d$`)
+	isSQL := regexp.MustCompile(`\b(SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP)\s`)
+	runsSQL := regexp.MustCompile(
+		`^((QueryRow|Exec|Prepare)(Context)?|QueryContext|Begin|BeginTx)$`)
+	cases := []struct {
+		name, file string
+		mayBeNamed bool // as a constant: that is a limit
+		isOne      func(n ast.Node) bool
+	}{
+		{"http.StatusXxx", "server.go", false, func(n ast.Node) bool {
+			of, ok := n.(*ast.SelectorExpr)
+			return ok && isName(of.X, "http") && strings.HasPrefix(of.Sel.Name, "Status")
+		}},
+		{"numbers of statuses", "server.go", true, func(n ast.Node) bool {
+			literal, ok := n.(*ast.BasicLit)
+			return ok && literal.Kind == token.INT && isStatus.MatchString(literal.Value)
+		}},
+		{"texts of SQL", "store.go", false, func(n ast.Node) bool {
+			literal, ok := n.(*ast.BasicLit)
+			return ok && literal.Kind == token.STRING && isSQL.MatchString(literal.Value)
+		}},
+		{"calls that run SQL", "store.go", false, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			return ok && runsSQL.MatchString(calledName(call))
+		}},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			found := 0
+			for _, file := range mustSources(t) {
+				ast.Inspect(mustParseSource(t, file), func(n ast.Node) bool {
+					block, ok := n.(*ast.GenDecl)
+					if ok && block.Tok == token.CONST && c.mayBeNamed {
+						return false
+					}
+					if !c.isOne(n) {
+						return true
+					}
+					found++
+					if file != c.file {
+						t.Errorf("%s: this belongs into %s", placeOf(n), c.file)
+					}
+					return true
+				})
+			}
+			if found == 0 {
+				t.Errorf("%s has none: does this test still look in the right place?", c.file)
+			}
+		})
+	}
+}
+
+// ---- What docs/SECURITY.md says
+
+// maxAuditLines bounds what a security reviewer must read: one sitting.
+const maxAuditLines = 650
+
+// auditRow is a line of the table of docs/SECURITY.md that lists what to read.
+type auditRow struct {
+	file  string
+	names []string // of declarations; none: the whole file
+	lines int
+}
+
+// mustAuditPath reads that table, and the sum below it.
+func mustAuditPath(t *testing.T) (rows []auditRow, together int) {
+	t.Helper()
+	text, err := os.ReadFile("docs/SECURITY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## What to read, in order\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	row := regexp.MustCompile(
+		"(?m)^\\| (\\d+) \\| `([a-z]+\\.go)` \\| (.*?) \\| .* \\| (\\d+) \\|$")
+	name := regexp.MustCompile("`([A-Za-z.]+)`")
+	for _, cells := range row.FindAllStringSubmatch(section, -1) {
+		r := auditRow{file: cells[2]}
+		for _, quoted := range name.FindAllStringSubmatch(cells[3], -1) {
+			r.names = append(r.names, quoted[1])
+		}
+		if r.names == nil && cells[3] != "the whole file" {
+			t.Errorf("row %s names nothing to read: %s", cells[1], cells[3])
+		}
+		r.lines, _ = strconv.Atoi(cells[4])
+		rows = append(rows, r)
+		if cells[1] != strconv.Itoa(len(rows)) {
+			t.Errorf("row %d of the table is numbered %s, or the one before it cannot be read",
+				len(rows), cells[1])
+		}
+	}
+	sum := regexp.MustCompile(`(?m)^\| \| \| \| together \| (\d+) \|$`).FindStringSubmatch(section)
+	if rows == nil || sum == nil {
+		t.Fatal("docs/SECURITY.md has no table of what to read, or no sum below it")
+	}
+	together, _ = strconv.Atoi(sum[1])
+	return rows, together
+}
+
+// declaredLines counts the lines of each top-level declaration of a file, with the comment above
+// it.
+func declaredLines(t *testing.T, file string) map[string]int {
+	t.Helper()
+	lines := map[string]int{}
+	count := func(name string, n ast.Node, comment *ast.CommentGroup) {
+		lines[name] = linesOf(n)
+		if comment != nil {
+			lines[name] += linesOf(comment)
+		}
+	}
+	for _, decl := range mustParseSource(t, file).Decls {
+		block, ok := decl.(*ast.GenDecl)
+		if !ok {
+			fn := decl.(*ast.FuncDecl)
+			count(declaredName(fn), fn, fn.Doc)
+			continue
+		}
+		isAlone := !block.Lparen.IsValid()
+		for _, spec := range block.Specs {
+			switch spec := spec.(type) {
+			case *ast.TypeSpec:
+				count(spec.Name.Name, spec, spec.Doc)
+				if isAlone {
+					count(spec.Name.Name, block, block.Doc)
+				}
+			case *ast.ValueSpec:
+				for _, name := range spec.Names {
+					count(name.Name, spec, spec.Doc)
+					if isAlone {
+						count(name.Name, block, block.Doc)
+					}
+				}
+			}
+		}
+	}
+	return lines
+}
+
+// What a security reviewer must read is listed in docs/SECURITY.md, and fits one sitting.
+func TestAuditPathIsListedAndShort(t *testing.T) {
+	rows, together := mustAuditPath(t)
+	listed := map[string]bool{} // file:name
+	for i, row := range rows {
+		t.Run(fmt.Sprintf("row %d, %s", i+1, row.file), func(t *testing.T) {
+			lines := 0
+			declared := declaredLines(t, row.file)
+			for _, name := range row.names {
+				if declared[name] == 0 {
+					t.Errorf("%s declares no %s", row.file, name)
+				}
+				if listed[row.file+":"+name] {
+					t.Errorf("%s: %s is listed twice", row.file, name)
+				}
+				listed[row.file+":"+name] = true
+				lines += declared[name]
+			}
+			if row.names == nil {
+				text, err := os.ReadFile(row.file)
+				if err != nil {
+					t.Fatal(err)
+				}
+				lines = bytes.Count(text, []byte("\n"))
+			}
+			if lines != row.lines {
+				t.Errorf("the table says %d lines; there are %d", row.lines, lines)
+			}
+		})
+	}
+	t.Run("together", func(t *testing.T) {
+		sum := 0
+		for _, row := range rows {
+			sum += row.lines
+		}
+		if sum != together {
+			t.Errorf("the table says %d lines; its rows have %d", together, sum)
+		}
+		if sum > maxAuditLines {
+			t.Errorf("there are %d lines to read, over %d", sum, maxAuditLines)
+		}
 	})
 }
 
