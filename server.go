@@ -504,8 +504,8 @@ func (b *body) decodeRequest(r *http.Request, c Caller, members map[string]any) 
 }
 
 // decodeObject reads one JSON object. members says where its members go: pointers to decode into,
-// or functions that read the member themselves. Unlike encoding/json alone it refuses a member that is
-// given twice or in another case.
+// or functions that read the member themselves. Unlike encoding/json alone it refuses a member
+// that is given twice or in another case.
 func decodeObject(dec *json.Decoder, members map[string]any) error {
 	dec.DisallowUnknownFields()
 	seen := map[string]bool{}
@@ -998,7 +998,7 @@ func (u *uploadReader) addCells(columns []field, cells [][]byte) error {
 	return u.addRow()
 }
 
-// appendCells appends the cells of a line of CSV. It leaves quotes, which are rare, to encoding/csv.
+// appendCells appends the cells of a line of CSV. Quotes, which are rare, are left to encoding/csv.
 func appendCells(cells [][]byte, line []byte) ([][]byte, error) {
 	if !bytes.ContainsRune(line, '"') {
 		return slices.AppendSeq(cells, bytes.SplitSeq(line, []byte{','})), nil

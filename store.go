@@ -1061,8 +1061,8 @@ type upload struct {
 }
 
 // Upload stores a run and its values, all or nothing, sets u.runID, and returns the ids of its
-// series by key. The same run_id with the same digest answers as the first time and stores nothing; with
-// another digest it is a conflict.
+// series by key. The same run_id with the same digest answers as the first time and stores
+// nothing; with another digest it is a conflict.
 func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]string, error) {
 	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
@@ -1210,9 +1210,9 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 }
 
 // ---- Arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c):
-// number of dimensions, whether there may be NULLs, the element type's oid, the length, the lower bound,
-// then of each element its length in bytes, or -1 for NULL, and its bytes; all big-endian. Here
-// every element is 8 bytes: a timestamptz or a float8, as its bits.
+// number of dimensions, whether there may be NULLs, the element type's oid, the length, the lower
+// bound, then of each element its length in bytes, or -1 for NULL, and its bytes; all big-endian.
+// Here every element is 8 bytes: a timestamptz or a float8, as its bits.
 
 const (
 	oidTimestamptz = 1184
@@ -2022,7 +2022,8 @@ func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
 		SELECT row_to_json(r) FROM (
 			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time,
 			       iso_time(run_finish_time) AS run_finish_time,
-			       iso_time(t.known_time) AS known_time, run_params, changed_by, iso_time(inserted_at) AS inserted_at,
+			       iso_time(t.known_time) AS known_time, run_params, changed_by,
+			       iso_time(inserted_at) AS inserted_at,
 			       rows_inserted AS rows
 			FROM runs_table t
 			WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2)
