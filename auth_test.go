@@ -1422,7 +1422,8 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 				isSet[id.Name] = true
 			}
 		})
-		limits := []string{"ReadHeaderTimeout", "ReadTimeout", "WriteTimeout", "IdleTimeout", "MaxHeaderBytes"}
+		limits := []string{"ReadHeaderTimeout", "ReadTimeout", "WriteTimeout", "IdleTimeout",
+			"MaxHeaderBytes", "ConnState", "HTTP2"}
 		for _, limit := range limits {
 			if !isSet[limit] {
 				t.Errorf("the server has no %s", limit)

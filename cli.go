@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"text/tabwriter"
 	"time"
 )
@@ -199,7 +200,7 @@ func (c *cli) openPool(timeout time.Duration, connections int) (*store, error) {
 	if dsn == "" {
 		return nil, wrongUsage("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
 	}
-	return openStore(dsn, c.schema, timeout, connections)
+	return openStore(dsn, c.schema, timeout, connections, c.stderr)
 }
 
 // confirm asks unless it was told yes. Anything but yes, and nobody to ask, is an error.
@@ -545,11 +546,13 @@ func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions,
 	srv := &http.Server{
 		Handler:                      handler,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ConnState:                    refuseBeyond(maxConnections),
 		MaxHeaderBytes:               maxHeaderBytes,
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
 		WriteTimeout:                 readTimeout + writeTimeout,
 		IdleTimeout:                  idleTimeout,
+		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		DisableGeneralOptionsHandler: true, // or OPTIONS * would be answered without a key
 	}
 	listener, err := net.Listen("tcp", net.JoinHostPort(o.host, strconv.Itoa(o.port)))
@@ -574,6 +577,21 @@ func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions,
 	drain, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
 	return srv.Shutdown(drain)
+}
+
+// refuseBeyond closes connections beyond so many as soon as they come.
+func refuseBeyond(limit int64) func(net.Conn, http.ConnState) {
+	var connections atomic.Int64
+	return func(conn net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if connections.Add(1) > limit {
+				conn.Close()
+			}
+		case http.StateClosed:
+			connections.Add(-1)
+		}
+	}
 }
 
 // checkStart refuses to expose data to a network without users, and warns of what weakens the

@@ -254,7 +254,7 @@ func TestUnverifiedConnectionsToTheDatabaseAreKnown(t *testing.T) { // S28
 		{"another host whose name is not verified", "host=db.example user=u sslmode=verify-ca", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			st, err := openStore(c.dsn, "public", 0, 1)
+			st, err := openStore(c.dsn, "public", 0, 1, io.Discard)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -441,15 +441,18 @@ func flagsInSection(text string) []string {
 // ---- Creating and deleting tables
 
 // createTablesTogether runs create tables four times at once; each must succeed.
-func createTablesTogether(t testing.TB, dsn string, more ...string) {
+func createTablesTogether(t testing.TB, dsn string, more ...string) (warnings string) {
 	t.Helper()
 	args := append([]string{"create", "tables", "-y"}, more...)
+	var all logBuffer
 	together(4, func(int) {
 		code, _, stderr := runIn(map[string]string{"TIMEDB_DSN": dsn}, "", args...)
 		if code != 0 {
 			t.Errorf("exit %d: %s", code, stderr)
 		}
+		io.WriteString(&all, stderr)
 	})
+	return all.String()
 }
 
 func TestCreateTablesMayBeRepeatedAndRunConcurrently(t *testing.T) {
@@ -492,19 +495,35 @@ func TestNewSchemaMayBeCreatedConcurrently(t *testing.T) {
 func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	t.Parallel()
 	s, key := mustTenant(t)
-	s.must(t, 200, "POST", "/upload", key, runWith("", at("2025-01-01", "1")))
+	s.must(t, 200, "POST", "/upload", key, runWith(`"run_params":{"model":"a"},`, at("2025-01-01", "1")))
+	s.must(t, 200, "POST", "/upload", key, runWith(`"run_id":"`+nobody+`","run_params":{"n":1e99999},`))
 	before := s.must(t, 200, "GET", "/values?detail=true", key, "")
 	s.stop()
+	// Version 2 had run_params as jsonb, and a function.
+	mustExec(t, s.db, `ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check;
+		ALTER TABLE runs_table ALTER run_params TYPE jsonb USING run_params::text::jsonb;
+		ALTER TABLE runs_table ADD CHECK (jsonb_typeof(run_params) = 'object');
+		CREATE FUNCTION correct_values(uuid, text, jsonb) RETURNS json RETURN NULL::json`)
 	// Version 1 had no comment, another compression, and users without a grace.
 	mustExec(t, s.db, `COMMENT ON TABLE runs_table IS NULL;
 		ALTER TABLE values_table ALTER "values" SET COMPRESSION pglz;
 		ALTER TABLE users_table DROP previous_digest, DROP previous_ends_at`)
 	expectWords(t, mustNotServe(t, 1, s.dsn), "version 1", "run timedb create tables")
-	createTablesTogether(t, s.dsn)
+	warnings := createTablesTogether(t, s.dsn)
+	if strings.Count(warnings, "run_params of run "+nobody) != 1 {
+		t.Errorf("of run_params that became too long it is said: %s", warnings)
+	}
 	mustCreateTables(t, s.dsn)
 	after := mustAPI(t, s.dsn).must(t, 200, "GET", "/values?detail=true", key, "")
 	if after != before {
 		t.Errorf("before the upgrade %s, after it %s", before, after)
+	}
+	params := mustQuery(t, s.db, `SELECT string_agg(run_params::text, ' ') FROM runs_table`)
+	if params != `{"model": "a"}` {
+		t.Errorf("after the upgrade run_params are %s", params)
+	}
+	if left := relations(t, s.db, "public"); strings.Contains(left, "correct_values") {
+		t.Errorf("the upgrade leaves %s", left)
 	}
 	got := mustQuery(t, s.db, `SELECT attcompression FROM pg_attribute
 		WHERE attrelid = 'values_table'::regclass AND attname = 'values'`)

@@ -840,7 +840,7 @@ func TestFaultFrozenDatabaseIs503AndThenServesAgain(t *testing.T) { // S11
 func TestFaultFrozenDatabaseIsGivenUpWithinItsConnectTimeout(t *testing.T) {
 	t.Parallel()
 	p := mustProxy(t, mustDatabase(t))
-	st, err := openStore(p.dsn+"&connect_timeout=1", "public", statementTimeout, 1)
+	st, err := openStore(p.dsn+"&connect_timeout=1", "public", statementTimeout, 1, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}

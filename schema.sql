@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS runs_table (
     run_start_time  timestamptz NOT NULL,
     run_finish_time timestamptz,
     known_time      timestamptz NOT NULL,
-    run_params      jsonb       CHECK (jsonb_typeof(run_params) = 'object'),
+    run_params      json        CHECK (json_typeof(run_params) = 'object'),  -- as it was sent
     rows_inserted   integer     NOT NULL,
     request_digest  bytea       NOT NULL CHECK (octet_length(request_digest) = 32),  -- tells a retry from another request
     changed_by      text,
@@ -85,69 +85,6 @@ ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time 
 CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE
 RETURN replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00';
 
--- PUT /values: finds for each update the element that it corrects, by the same order as current_values, or the run that
--- gains one; of updates of one value keeps the last; stores those that change something as a next version. Members of an
--- update are those of the request, with series_id in place of series_key. All or nothing: SQLSTATE TD404 and TD422 say
--- why not. width_bucket is a binary search in a sorted array.
-CREATE OR REPLACE FUNCTION correct_values(tenant uuid, author text, updates jsonb, OUT answer json) LANGUAGE plpgsql AS $timedb$
-BEGIN
-    -- Corrections within a tenant wait for each other, so that each sees the one before. This lock needs no UPDATE
-    -- privilege. Two tenants with the same hash would merely wait.
-    PERFORM pg_advisory_xact_lock(hashtextextended(tenant::text, 0));
-    WITH next AS (
-        SELECT DISTINCT ON (u.series_id, r.run_id, u.valid_time, u.valid_time_end) i.number, u.series_id, u.valid_time,
-               u.valid_time_end, num_nonnulls(u.run_id, u.known_time) > 0 AS names_run, r.run_id, r.run_order, r.known_time,
-               n.*, (n.value, n.annotation, n.tags) IS DISTINCT FROM (e.value, e.annotation, e.tags) AS differs,
-               e.version AS old_version, e.version IS NULL AND NOT bool_and(item ? 'value')
-                   OVER (PARTITION BY u.series_id, r.run_id, u.valid_time, u.valid_time_end) AS lacks_value
-        FROM jsonb_array_elements(updates) WITH ORDINALITY AS i (item, number)
-        CROSS JOIN LATERAL jsonb_to_record(i.item) AS u (series_id uuid, run_id uuid, known_time timestamptz,
-            valid_time timestamptz, valid_time_end timestamptz, value float8, annotation text, tags text[])
-        LEFT JOIN LATERAL (
-            SELECT v.*, v."values"[k] AS value
-            FROM values_table v, generate_series(width_bucket(u.valid_time - interval '1 microsecond', v.valid_times) + 1,
-                                                 width_bucket(u.valid_time, v.valid_times)) AS k  -- those at valid_time
-            WHERE v.tenant_id = tenant AND v.series_id = u.series_id AND v.valid_to >= u.valid_time
-              AND v.valid_from >= u.valid_time - interval '768 hours' AND v.valid_from <= u.valid_time
-              AND v.run_id = coalesce(u.run_id, v.run_id) AND v.known_time = coalesce(u.known_time, v.known_time)
-              AND v.valid_time_ends[k] IS NOT DISTINCT FROM u.valid_time_end
-            ORDER BY v.known_time DESC, v.run_order DESC, v.version DESC LIMIT 1) AS e ON true
-        LEFT JOIN LATERAL (
-            SELECT t.* FROM runs_table t
-            WHERE t.tenant_id = tenant AND t.known_time = coalesce(u.known_time, t.known_time)
-              AND t.run_id = coalesce(e.run_id, u.run_id, (SELECT l.run_id FROM runs_table l WHERE l.tenant_id = tenant
-                  AND l.known_time = u.known_time ORDER BY l.run_order DESC LIMIT 1)) LIMIT 1) AS r ON true
-        CROSS JOIN LATERAL (
-            SELECT CASE WHEN item ? 'value' THEN u.value ELSE e.value END AS value,
-                   CASE WHEN item ? 'annotation' THEN nullif(u.annotation, '') ELSE e.annotation END AS annotation,
-                   CASE WHEN item ? 'tags' THEN nullif(u.tags, '{}') ELSE e.tags END AS tags) AS n
-        ORDER BY u.series_id, r.run_id, u.valid_time, u.valid_time_end, i.number DESC
-    ), stored AS (
-        INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time, changed_by,
-                                  annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values")
-        SELECT tenant, series_id, run_id, run_order, coalesce(old_version, 0) + 1, known_time, now, author,
-               annotation, tags, valid_time, valid_time, ARRAY[valid_time], nullif(ARRAY[valid_time_end], '{NULL}'), ARRAY[value]
-        FROM next, clock_timestamp() AS now WHERE run_id IS NOT NULL AND (old_version IS NULL OR differs)
-        RETURNING series_id, run_id, valid_from, valid_time_ends[1] AS valid_time_end, version, value_id
-    ), told AS (
-        SELECT n.number, s.value_id, CASE
-               WHEN n.run_id IS NULL AND n.names_run THEN '404updates[%s]: no run has this run_id or known_time'
-               WHEN n.run_id IS NULL THEN '404updates[%s]: the series has no value at this valid_time and valid_time_end'
-               WHEN n.lacks_value THEN '422updates[%s]: value is required, because the run has none at this valid_time' END AS problem,
-               json_build_object('run_id', n.run_id, 'tenant_id', tenant, 'valid_time', iso_time(n.valid_time),
-                   'series_id', n.series_id, 'value_id', s.value_id, 'version', coalesce(s.version, n.old_version)) AS item
-        FROM next n LEFT JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.run_id
-             AND s.valid_from = n.valid_time AND s.valid_time_end IS NOT DISTINCT FROM n.valid_time_end
-    )
-    SELECT json_strip_nulls(json_build_object('refusal', (array_agg(format(problem, number - 1) ORDER BY problem IS NULL, number))[1],
-               'updated', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NOT NULL), '[]'),
-               'skipped_no_ops', coalesce(json_agg(item ORDER BY number) FILTER (WHERE value_id IS NULL), '[]')))
-    INTO answer FROM told;
-    IF answer ->> 'refusal' IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'TD' || left(answer ->> 'refusal', 3), MESSAGE = substr(answer ->> 'refusal', 4);
-    END IF;
-END $timedb$;
-
 -- section: users
 -- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
 CREATE TABLE IF NOT EXISTS users_table (
@@ -179,7 +116,21 @@ DO $timedb$ DECLARE t regclass; BEGIN
 -- What makes tables of an earlier version, and new ones, those of this version. lz4 takes a fifth of the default's time.
 ALTER TABLE values_table ALTER valid_times SET COMPRESSION lz4, ALTER valid_time_ends SET COMPRESSION lz4,
     ALTER "values" SET COMPRESSION lz4;
-COMMENT ON TABLE runs_table IS 'timedb schema 2';
+-- run_params were jsonb, which writes numbers out: 1e131071 as 131,072 digits. What became too long so is not kept.
+DO $timedb$ DECLARE r record; BEGIN
+    IF (SELECT atttypid = 'jsonb'::regtype FROM pg_attribute WHERE attrelid = 'runs_table'::regclass AND attname = 'run_params') THEN
+        FOR r IN SELECT tenant_id, run_id, octet_length(run_params::text) AS bytes FROM runs_table
+                 WHERE octet_length(run_params::text) > 65536 LOOP
+            RAISE WARNING 'run_params of run % of tenant % are % bytes long and were not kept', r.run_id, r.tenant_id, r.bytes;
+        END LOOP;
+        ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check;
+        ALTER TABLE runs_table ALTER run_params TYPE json
+            USING CASE WHEN octet_length(run_params::text) <= 65536 THEN run_params::text::json END;
+        ALTER TABLE runs_table ADD CHECK (json_typeof(run_params) = 'object');
+    END IF;
+END $timedb$;
+DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb);
+COMMENT ON TABLE runs_table IS 'timedb schema 3';
 
 -- section: app role
 GRANT USAGE ON SCHEMA :schema TO :app_role;

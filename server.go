@@ -46,6 +46,11 @@ const (
 	refusedTimeout    = 10 * time.Second // for a client to end sending what was refused already
 	healthTimeout     = 5 * time.Second  // for the database's answer to GET /healthz
 
+	// maxConnections are held at a time: with header and buffers each takes some 50 KiB. Those beyond
+	// are closed as soon as they come. A connection of HTTP/2 has at most maxStreams requests.
+	maxConnections = 2000
+	maxStreams     = 50
+
 	maxHeaderBytes = 12 << 10  // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
 	maxBody        = 64 << 20  // as it is sent, and unpacked; some 600,000 rows as JSON
 	maxElement     = 64 << 10  // of a body: a row, an update, a name or a text

@@ -27,6 +27,7 @@ import (
 	"sync"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/lib/pq"
 )
@@ -234,7 +235,7 @@ const maxObject = 16 << 10 // bytes
 func (object) expected() string { return "JSON object of at most 16,384 bytes" }
 
 func (o *object) UnmarshalText(text []byte) error {
-	if len(text) > maxObject || !json.Valid(text) || text[0] != '{' {
+	if len(text) > maxObject || !utf8.Valid(text) || !json.Valid(text) || text[0] != '{' {
 		return unfit[object](text)
 	}
 	*o = bytes.Clone(text)
@@ -558,7 +559,7 @@ const (
 	// idleTransactionTimeout frees the locks of a client that vanished within a transaction.
 	idleTransactionTimeout = time.Minute
 
-	schemaVersion = 2 // of the tables that this program knows; schema.sql writes it down
+	schemaVersion = 3 // of the tables that this program knows; schema.sql writes it down
 )
 
 // store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx
@@ -576,9 +577,10 @@ var errBadDSN = errors.New("the DSN cannot be read: expected " +
 	"password) or key=value pairs")
 
 // openStore prepares a pool of at most so many connections that see schema alone; it does not
-// connect yet. timeout ends a statement on the database's side; 0 means never. An error never holds
-// any part of the DSN, as lib/pq's would.
-func openStore(dsn, schema string, timeout time.Duration, connections int) (*store, error) {
+// connect yet. timeout ends a statement on the database's side; 0 means never. PostgreSQL's warnings
+// go to warnings. An error never holds any part of the DSN, as lib/pq's would.
+func openStore(dsn, schema string, timeout time.Duration, connections int, warnings io.Writer) (
+	*store, error) {
 	if os.Getenv("PGSERVICE") != "" {
 		return nil, errors.New("PGSERVICE is set and would override the DSN: unset it")
 	}
@@ -598,7 +600,11 @@ func openStore(dsn, schema string, timeout time.Duration, connections int) (*sto
 		// Later than PostgreSQL would say so itself.
 		connector.Dialer(boundedDialer{timeout: timeout + time.Second})
 	}
-	db := sql.OpenDB(connector)
+	db := sql.OpenDB(pq.ConnectorWithNoticeHandler(connector, func(notice *pq.Error) {
+		if notice.Severity == pq.Ewarning {
+			fmt.Fprintln(warnings, "WARNING:", notice.Message)
+		}
+	}))
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
 	db.SetConnMaxLifetime(connMaxLifetime)
@@ -1108,17 +1114,14 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time,
 		       known_time, run_params, rows_inserted, request_digest, changed_by, inserted_at)
 		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3, $4::timestamptz,
-		       $5::timestamptz, coalesce($6::timestamptz, now), nullif($7, '')::jsonb, $8::integer,
+		       $5::timestamptz, coalesce($6::timestamptz, now), nullif($7, '')::json, $8::integer,
 		       $9::bytea, nullif($10, ''), now
 		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
 		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, string(u.params), u.rows,
 		u.digest, c.email).Scan(&u.runID)
-	state := sqlState(err)
-	if strings.HasPrefix(state, "22") || state == "54001" {
-		// Every other argument was checked: only run_params can hold what jsonb refuses, such as
-		// \u0000, a number out of range, or too deep a nesting.
-		return false, invalid("run_params holds something that PostgreSQL cannot store as jsonb")
+	if sqlState(err) == "54001" { // statement_too_complex
+		return false, invalid("run_params is nested too deep for PostgreSQL")
 	}
 	if !errors.Is(err, sql.ErrNoRows) {
 		return err == nil, err
