@@ -458,13 +458,20 @@ func newShares(total, share int64) *shares {
 		given: make(chan struct{})}
 }
 
+// most is what the caller's tenant may have. In open mode there is one tenant, and it may have all.
+func (s *shares) most(c Caller) int64 {
+	if c.open {
+		return s.total
+	}
+	return s.share
+}
+
 // tryTake takes a part for the caller's tenant if there is room for it, and otherwise returns a
-// channel that is closed when there may be. In open mode there is one tenant, and it may take all.
+// channel that is closed when there may be.
 func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	mayTakeMore := c.open || s.byTenant[c.tenant]+amount <= s.share
-	if s.taken+amount > s.total || !mayTakeMore {
+	if s.taken+amount > s.total || s.byTenant[c.tenant]+amount > s.most(c) {
 		return false, s.given
 	}
 	s.taken += amount
@@ -475,10 +482,6 @@ func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}
 // take takes a part for the caller's tenant, for which it waits until shareWait is over or ctx
 // ends. Whoever takes gives back.
 func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
-	if amount > s.total || !c.open && amount > s.share {
-		return refuse(tooLarge, "The request takes more memory than one tenant may have: ask for "+
-			"less at once, such as fewer runs.")
-	}
 	ok, retry := s.tryTake(c, amount)
 	timeout := time.After(shareWait)
 	for !ok {
@@ -522,6 +525,9 @@ const claimStep = 256 << 10
 func (c *claim) reach(ctx context.Context, bytes int64) error {
 	if bytes <= c.held {
 		return nil
+	}
+	if bytes > c.of.most(c.caller) { // to wait would be in vain
+		return refuse(tooLarge, "The request takes more memory than one tenant may have.")
 	}
 	more := max(bytes-c.held, claimStep)
 	if err := c.of.take(ctx, c.caller, more); err != nil {
@@ -641,6 +647,12 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	if cfg.Runtime["plan_cache_mode"] == "" { // Citus needs auto
 		cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
 	}
+	// A generic plan is made for an average tenant, and one with many series raises that average for
+	// all: PostgreSQL would then compile even small reads, start workers, and read the series of all
+	// tenants to list those of one.
+	cfg.Runtime["jit"] = "off"
+	cfg.Runtime["max_parallel_workers_per_gather"] = "0"
+	cfg.Runtime["enable_seqscan"] = "off" // every key begins with the tenant
 	cfg.Runtime["statement_timeout"] = milliseconds(timeout)
 	cfg.Runtime["idle_in_transaction_session_timeout"] = milliseconds(idleTransactionTimeout)
 	return cfg
@@ -1424,14 +1436,15 @@ func (m *merger) bytes() int64 {
 // flush emits, in order, the elements before bound, which no later block can touch.
 func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 	var ready []element
-	for i, list := range m.lists {
+	for i, list := range slices.Backward(m.lists) { // short lists meet before they meet long ones
 		n, _ := slices.BinarySearchFunc(list, bound, func(e element, t timestamp) int {
 			return cmp.Compare(e.time, t)
 		})
 		m.lists[i] = list[n:]
-		if len(ready) == 0 {
+		switch {
+		case len(ready) == 0:
 			ready = list[:n]
-		} else {
+		case n > 0:
 			ready = m.merge(ready, list[:n])
 		}
 	}
@@ -1471,16 +1484,22 @@ const (
 		ORDER BY s.series_key COLLATE "C" NULLS FIRST`
 
 	// windowsOfPlaces covers the times that $7, JSON, lists by series_id: of each series one window
-	// for each 32 days in which there are some.
+	// for each 32 days in which there are some. OFFSET 0 has each series looked up by its id,
+	// whatever PostgreSQL believes about how many there are.
 	windowsOfPlaces = `
 		SELECT s.series_id, s.series_key, s.unit, '' AS wanted_id, '' AS wanted_key,
-		       min(p.valid_time) AS window_start,
-		       max(p.valid_time) + interval '1 microsecond' AS window_end
-		FROM json_to_recordset($7) AS p (series_id uuid, valid_time timestamptz)
-		JOIN series_table s ON s.tenant_id = $1 AND s.series_id = p.series_id
-		WHERE p.valid_time >= $2 AND p.valid_time < $3
-		GROUP BY s.tenant_id, s.series_id, date_bin('768 hours', p.valid_time, 'epoch')
-		ORDER BY s.series_key COLLATE "C", window_start`
+		       p.window_start, p.window_end
+		FROM (
+			SELECT series_id, min(valid_time) AS window_start,
+			       max(valid_time) + interval '1 microsecond' AS window_end
+			FROM json_to_recordset($7) AS place (series_id uuid, valid_time timestamptz)
+			WHERE valid_time >= $2 AND valid_time < $3
+			GROUP BY series_id, date_bin('768 hours', valid_time, 'epoch')
+		) AS p
+		CROSS JOIN LATERAL (
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = p.series_id OFFSET 0
+		) AS s
+		ORDER BY s.series_key COLLATE "C", p.window_start`
 
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
@@ -1568,6 +1587,7 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 func (s *store) readBlocks(ctx context.Context, tx *sql.Tx, query string, args []any,
 	read *blockReader) error {
 	read.last = &version{of: &series{}}
+	read.heldBefore = read.memory.held
 	err := s.eachRow(ctx, tx, query, args, func(rows *sql.Rows) error {
 		return read.next(ctx, rows)
 	})
@@ -1577,15 +1597,20 @@ func (s *store) readBlocks(ctx context.Context, tx *sql.Tx, query string, args [
 	return read.flush(lastTime, read.emit)
 }
 
+// maxMerge is how much memory the merge of one read may take, in bytes: a million versions of the
+// same time, or of times that one run covers.
+const maxMerge = 64 << 20
+
 // blockReader decodes rows of a query of blocks, and merges them. Its buffers serve one row after
 // the other.
 type blockReader struct {
 	merger
-	byKnown bool                 // of a series rows come by known_time, and are merged within it
-	lead    span                 // as in readQuery
-	memory  *claim               // of the request
-	emit    func(*element) error // gets each element, in order
-	last    *version             // of the row before
+	byKnown    bool   // of a series rows come by known_time, and are merged within it
+	lead       span   // as in readQuery
+	memory     *claim // of the request, which held so much before
+	heldBefore int64
+	emit       func(*element) error // gets each element, in order
+	last       *version             // of the row before
 
 	stamps, times, ends, values arrayBuffer
 }
@@ -1617,7 +1642,11 @@ func (b *blockReader) next(ctx context.Context, rows *sql.Rows) error {
 		return err
 	}
 	b.add(block)
-	return b.memory.reach(ctx, b.bytes())
+	if b.bytes() > maxMerge {
+		return invalid("too many versions of the same time to merge: ask for fewer runs, such as " +
+			"those of a narrower start_known and end_known")
+	}
+	return b.memory.reach(ctx, b.heldBefore+b.bytes())
 }
 
 // decode decodes the row at hand into a version and its elements, without those that were not known
@@ -1841,7 +1870,10 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		stored[i] = corrected{target: t, Tenant: c.tenant, value: math.NaN()}
 	}
 	from := make([]*version, len(corrections))
-	read := blockReader{merger: merger{everyRun: true}, lead: -1, memory: memory}
+	namesRun := slices.ContainsFunc(corrections, func(x correction) bool {
+		return x.run != "" || x.known != 0
+	})
+	read := blockReader{merger: merger{everyRun: namesRun}, lead: -1, memory: memory}
 	read.emit = func(e *element) error {
 		for _, i := range wanted[target{Series: e.from.of.ID, Time: e.time, end: e.end}] {
 			if corrections[i].isAbout(e.from) && (from[i] == nil || e.from.supersedes(from[i])) {
@@ -1877,9 +1909,12 @@ func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, x *correct
 	}
 	err = s.eachRow(ctx, tx, `
 		SELECT run_id FROM runs_table
-		WHERE tenant_id = $1 AND ($2 = '' OR run_id = nullif($2, '')::uuid)
-		  AND known_time = coalesce($3, known_time)
-		ORDER BY run_order DESC LIMIT 1`,
+		WHERE tenant_id = $1 AND run_id = nullif($2, '')::uuid
+		  AND known_time = coalesce($3::timestamptz, known_time)
+		UNION ALL (
+		SELECT run_id FROM runs_table
+		WHERE tenant_id = $1 AND known_time = $3::timestamptz AND $2 = ''
+		ORDER BY run_order DESC LIMIT 1)`,
 		[]any{c.tenant, x.run, x.known}, func(rows *sql.Rows) error { return rows.Scan(&run) })
 	switch {
 	case err != nil:
@@ -1965,7 +2000,8 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 			            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
 			       n.valid_time, n.valid_time, ARRAY[n.valid_time],
 			       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value]
-			FROM n JOIN runs_table r ON r.tenant_id = $1 AND r.run_id = n.run_id
+			FROM n CROSS JOIN LATERAL (
+				SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
 			CROSS JOIN clock_timestamp() AS now
 			RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1] AS valid_end
 		)
