@@ -46,8 +46,8 @@ const (
 	refusedTimeout    = 10 * time.Second // for a client to end sending what was refused already
 	healthTimeout     = 5 * time.Second  // for the database's answer to GET /healthz
 
-	// maxConnections are held at a time: with header and buffers each takes some 50 KiB. Those beyond
-	// are closed as soon as they come. A connection of HTTP/2 has at most maxStreams requests.
+	// maxConnections are held at a time: with header and buffers each takes some 50 KiB. Those
+	// beyond are closed as soon as they come. A connection of HTTP/2 has at most maxStreams requests.
 	maxConnections = 2000
 	maxStreams     = 50
 
@@ -68,10 +68,9 @@ const (
 	// merged and answers that are not sent yet. A tenant has a quarter of it.
 	memoryTotal  = 320 << 20
 	tenantMemory = memoryTotal / 4
-	// What a request holds at least, what a body does for its buffers, and what its parts do once
-	// they are decoded, in bytes.
-	requestBytes   = 64 << 10
-	bodyBytes      = 256 << 10
+	// What a request holds at least, for its buffers, and what its parts do once they are decoded,
+	// in bytes.
+	requestBytes   = 256 << 10
 	rowBytes       = 32
 	newSeriesBytes = 400
 	updateBytes    = 1000
@@ -449,9 +448,6 @@ func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 		return nil, refuse(unsupported, "Content-Type: expected %s in UTF-8.",
 			strings.Join(types, " or "))
 	}
-	if err := w.memory.reach(r.Context(), bodyBytes); err != nil {
-		return nil, err
-	}
 	b := &body{in: r.Body, kind: kind, digest: sha256.New()}
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "", "identity":
@@ -797,7 +793,7 @@ func (u *uploadReader) addRow() error {
 	if u.rows > maxRows {
 		return invalid("value: expected at most %d rows in one upload", maxRows)
 	}
-	return u.memory.reach(u.ctx, bodyBytes+int64(u.rows*rowBytes+len(u.points)*newSeriesBytes))
+	return u.memory.reach(u.ctx, requestBytes+int64(u.rows*rowBytes+len(u.points)*newSeriesBytes))
 }
 
 // checkTimes checks the times of a value. An end of 0 is none.
@@ -1025,8 +1021,8 @@ func readUpdate(dec *json.Decoder, c Caller) (correction, error) {
 	err := decodeObject(dec, map[string]any{
 		"valid_time":     &x.point.time,
 		"valid_time_end": &x.point.end,
-		"known_time":     &x.known,
-		"run_id":         &x.run,
+		"known_time":     &x.of.known,
+		"run_id":         &x.of.id,
 		"tenant_id":      &tenant,
 		"series_id":      &x.ref.ID,
 		"series_key":     &x.ref.Key,
@@ -1071,7 +1067,7 @@ func (s *server) putValues(w *response, r *http.Request, c Caller) error {
 				return refuseElement("updates", i, err)
 			}
 			corrections = append(corrections, x)
-			return w.memory.reach(r.Context(), bodyBytes+b.size+int64(i*updateBytes))
+			return w.memory.reach(r.Context(), requestBytes+b.size+int64(i*updateBytes))
 		})
 	}
 	members := map[string]any{"updates": readUpdates}

@@ -458,7 +458,7 @@ func newShares(total, share int64) *shares {
 		given: make(chan struct{})}
 }
 
-// most is what the caller's tenant may have. In open mode there is one tenant, and it may have all.
+// most is what the caller's tenant may have. In open mode there is one tenant, which may have all.
 func (s *shares) most(c Caller) int64 {
 	if c.open {
 		return s.total
@@ -529,7 +529,7 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 	if bytes > c.of.most(c.caller) { // to wait would be in vain
 		return refuse(tooLarge, "The request takes more memory than one tenant may have.")
 	}
-	more := max(bytes-c.held, claimStep)
+	more := min(max(bytes-c.held, claimStep), c.of.most(c.caller)-c.held)
 	if err := c.of.take(ctx, c.caller, more); err != nil {
 		return err
 	}
@@ -583,8 +583,8 @@ var errBadDSN = errors.New("the DSN cannot be read: expected " +
 	"password) or key=value pairs")
 
 // openStore prepares a pool of at most so many connections that see schema alone; it does not
-// connect yet. timeout ends a statement on the database's side; 0 means never. PostgreSQL's warnings
-// go to warnings. An error never holds any part of the DSN, as lib/pq's would.
+// connect yet. timeout ends a statement on the database's side; 0 means never. What PostgreSQL warns
+// of is written to warnings. An error never holds any part of the DSN, as lib/pq's would.
 func openStore(dsn, schema string, timeout time.Duration, connections int, warnings io.Writer) (
 	*store, error) {
 	if os.Getenv("PGSERVICE") != "" {
@@ -647,9 +647,9 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	if cfg.Runtime["plan_cache_mode"] == "" { // Citus needs auto
 		cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
 	}
-	// A generic plan is made for an average tenant, and one with many series raises that average for
-	// all: PostgreSQL would then compile even small reads, start workers, and read the series of all
-	// tenants to list those of one.
+	// A generic plan is made for an average tenant, and one with many series raises that average
+	// for all: PostgreSQL would then compile even small reads, start workers, and read the series
+	// of all tenants to list those of one.
 	cfg.Runtime["jit"] = "off"
 	cfg.Runtime["max_parallel_workers_per_gather"] = "0"
 	cfg.Runtime["enable_seqscan"] = "off" // every key begins with the tenant
@@ -1766,12 +1766,22 @@ func (b *buckets) value() float64 {
 
 // ---- Corrections
 
+// runName names a run by its id, by its known_time, or by both.
+type runName struct {
+	id    uuid
+	known timestamp
+}
+
+// names tells whether the run of v may be meant.
+func (n runName) names(v *version) bool {
+	return (n.id == "" || string(n.id) == v.RunID) && (n.known == 0 || n.known == v.Known)
+}
+
 // correction is one update of a value. What is not given stays as it is, and null clears it.
 type correction struct {
 	ref        seriesRef
-	point      point     // its time and end; the value is given below
-	run        uuid      // whose value is corrected; "": of whichever run a flat read shows
-	known      timestamp // the same by known_time; 0: any
+	of         runName // whose value is corrected; none: of whichever run a flat read shows
+	point      point   // its time and end; the value is given below
 	value      optional[number]
 	annotation optional[prose]
 	tags       optional[[]label]
@@ -1822,17 +1832,13 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 		if err != nil {
 			return err
 		}
+		if err := s.gainValues(ctx, c, tx, corrections, stored); err != nil {
+			return err
+		}
 		last := map[target]int{} // the last correction of each
 		for i := range corrections {
-			v := &stored[i]
-			if v.Run == "" {
-				v.Run, err = s.gainingRun(ctx, c, tx, &corrections[i])
-			}
-			if err != nil {
-				return prefix(fmt.Sprintf("updates[%d]: ", i), err)
-			}
-			corrections[i].apply(v)
-			last[v.target] = i
+			corrections[i].apply(&stored[i])
+			last[stored[i].target] = i
 		}
 		for i, v := range stored {
 			switch {
@@ -1871,12 +1877,12 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 	}
 	from := make([]*version, len(corrections))
 	namesRun := slices.ContainsFunc(corrections, func(x correction) bool {
-		return x.run != "" || x.known != 0
+		return x.of != runName{}
 	})
 	read := blockReader{merger: merger{everyRun: namesRun}, lead: -1, memory: memory}
 	read.emit = func(e *element) error {
 		for _, i := range wanted[target{Series: e.from.of.ID, Time: e.time, end: e.end}] {
-			if corrections[i].isAbout(e.from) && (from[i] == nil || e.from.supersedes(from[i])) {
+			if corrections[i].of.names(e.from) && (from[i] == nil || e.from.supersedes(from[i])) {
 				from[i] = e.from
 				stored[i].value = e.value
 			}
@@ -1896,15 +1902,34 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 	return stored, err
 }
 
-// isAbout tells whether a correction is for values of the run of v.
-func (x *correction) isAbout(v *version) bool {
-	return (x.run == "" || string(x.run) == v.RunID) && (x.known == 0 || x.known == v.Known)
+// gainValues finds a run for each value that is not stored yet, and so gains it by its correction.
+func (s *store) gainValues(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
+	stored []corrected) error {
+	runs := map[runName]string{}
+	for i, x := range corrections {
+		v := &stored[i]
+		if v.Run != "" {
+			continue
+		}
+		var err error
+		if runs[x.of] == "" {
+			runs[x.of], err = s.gainingRun(ctx, c, tx, x.of)
+		}
+		if err == nil && !x.value.given {
+			err = invalid("value is required, because the run has none at this valid_time")
+		}
+		if err != nil {
+			return prefix(fmt.Sprintf("updates[%d]: ", i), err)
+		}
+		v.Run = runs[x.of]
+	}
+	return nil
 }
 
-// gainingRun is the run that gains a value by this correction: the latest inserted of those named.
-func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, x *correction) (
+// gainingRun is the run that gains a value by a correction: the latest inserted of those named.
+func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, name runName) (
 	run string, err error) {
-	if x.run == "" && x.known == 0 {
+	if name == (runName{}) {
 		return "", refuse(notFound, "the series has no value at this valid_time and valid_time_end")
 	}
 	err = s.eachRow(ctx, tx, `
@@ -1915,16 +1940,13 @@ func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, x *correct
 		SELECT run_id FROM runs_table
 		WHERE tenant_id = $1 AND known_time = $3::timestamptz AND $2 = ''
 		ORDER BY run_order DESC LIMIT 1)`,
-		[]any{c.tenant, x.run, x.known}, func(rows *sql.Rows) error { return rows.Scan(&run) })
-	switch {
-	case err != nil:
-		return "", err
-	case run == "":
+		[]any{c.tenant, name.id, name.known}, func(rows *sql.Rows) error {
+			return rows.Scan(&run)
+		})
+	if err == nil && run == "" {
 		return "", refuse(notFound, "no run has this run_id or known_time")
-	case !x.value.given:
-		return "", invalid("value is required, because the run has none at this valid_time")
 	}
-	return run, nil
+	return run, err
 }
 
 // apply makes v what it is after the correction. It changes if it was not stored, or if its value,
