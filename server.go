@@ -915,20 +915,32 @@ func (u *uploadReader) readCSV(in io.Reader, p *parameters, c Caller) error {
 	}
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxLine+1)
-	lines.Scan() // without any line the header is one empty name, which is refused below
-	if err := lines.Err(); err != nil {
-		return inputError("header", err)
+	var columns []field
+	var cells [][]byte
+	n := 1
+	for ; lines.Scan(); n++ {
+		line := lines.Bytes()
+		if n == 1 {
+			line = bytes.TrimPrefix(line, []byte("\ufeff")) // by which Excel marks UTF-8
+		}
+		var err error
+		cells, err = appendCells(cells[:0], line)
+		switch {
+		case err != nil:
+		case n == 1:
+			columns, err = u.columns(cells)
+		case len(line) > 0:
+			err = u.addCells(columns, cells)
+		}
+		// Of a line that was cut short the scanner's error, below, is the cause.
+		if err != nil && lines.Err() == nil {
+			return refuseElement("line", n, err)
+		}
 	}
-	// Excel marks UTF-8 by a U+FEFF.
-	header, err := appendCells(nil, bytes.TrimPrefix(lines.Bytes(), []byte("\ufeff")))
-	if err != nil {
-		return inputError("header", err)
+	if lines.Err() == nil && n == 1 {
+		return invalid("header: the body is empty")
 	}
-	columns, err := u.columns(header)
-	if err != nil {
-		return err
-	}
-	return u.readLines(lines, columns)
+	return inputError(fmt.Sprintf("line[%d]", n), lines.Err())
 }
 
 // columns returns where the cells under a header go.
@@ -957,27 +969,6 @@ func (u *uploadReader) columns(header [][]byte) ([]field, error) {
 		return nil, invalid("header: expected valid_time, value, and value_key or series_id")
 	}
 	return columns, nil
-}
-
-// readLines reads the lines under the header.
-func (u *uploadReader) readLines(lines *bufio.Scanner, columns []field) error {
-	var cells [][]byte
-	n := 2
-	for ; lines.Scan(); n++ {
-		if len(lines.Bytes()) == 0 {
-			continue
-		}
-		var err error
-		cells, err = appendCells(cells[:0], lines.Bytes())
-		if err == nil {
-			err = u.addCells(columns, cells)
-		}
-		// Of a line that was cut short the scanner's error, below, is the cause.
-		if err != nil && lines.Err() == nil {
-			return refuseElement("line", n, err)
-		}
-	}
-	return inputError(fmt.Sprintf("line[%d]", n), lines.Err())
 }
 
 // addCells reads the cells of one line as a row. An empty value is NULL; another empty cell is not
