@@ -609,6 +609,12 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	if cfg.Runtime["plan_cache_mode"] == "" { // Citus needs auto
 		cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
 	}
+	// A generic plan is made for an average tenant. One tenant with many series raises that average
+	// for all: PostgreSQL would then compile even small reads, start workers, and read the series of
+	// all tenants to list those of one.
+	cfg.Runtime["jit"] = "off"
+	cfg.Runtime["max_parallel_workers_per_gather"] = "0"
+	cfg.Runtime["enable_seqscan"] = "off" // every key begins with the tenant
 	cfg.Runtime["statement_timeout"] = milliseconds(timeout)
 	cfg.Runtime["idle_in_transaction_session_timeout"] = milliseconds(idleTransactionTimeout)
 	return cfg
