@@ -1478,16 +1478,22 @@ const (
 		ORDER BY s.series_key COLLATE "C" NULLS FIRST`
 
 	// windowsOfPlaces covers the times that $7, JSON, lists by series_id: of each series one window
-	// for each 32 days in which there are some.
+	// for each 32 days in which there are some. OFFSET 0 has each series looked up by its id,
+	// whatever PostgreSQL believes about how many there are.
 	windowsOfPlaces = `
 		SELECT s.series_id, s.series_key, s.unit, '' AS wanted_id, '' AS wanted_key,
-		       min(p.valid_time) AS window_start,
-		       max(p.valid_time) + interval '1 microsecond' AS window_end
-		FROM json_to_recordset($7) AS p (series_id uuid, valid_time timestamptz)
-		JOIN series_table s ON s.tenant_id = $1 AND s.series_id = p.series_id
-		WHERE p.valid_time >= $2 AND p.valid_time < $3
-		GROUP BY s.tenant_id, s.series_id, date_bin('768 hours', p.valid_time, 'epoch')
-		ORDER BY s.series_key COLLATE "C", window_start`
+		       p.window_start, p.window_end
+		FROM (
+			SELECT series_id, min(valid_time) AS window_start,
+			       max(valid_time) + interval '1 microsecond' AS window_end
+			FROM json_to_recordset($7) AS place (series_id uuid, valid_time timestamptz)
+			WHERE valid_time >= $2 AND valid_time < $3
+			GROUP BY series_id, date_bin('768 hours', valid_time, 'epoch')
+		) AS p
+		CROSS JOIN LATERAL (
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = p.series_id OFFSET 0
+		) AS s
+		ORDER BY s.series_key COLLATE "C", p.window_start`
 
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
@@ -2000,7 +2006,8 @@ func (s *store) insertVersions(ctx context.Context, c Caller, tx *sql.Tx, versio
 		                                   annotation text, tags text[]),
 		         unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]))
 		     AS n (series, run, version, annotation, tags, valid_time, valid_time_end, value)
-		JOIN runs_table r ON r.tenant_id = $1 AND r.run_id = n.run
+		CROSS JOIN LATERAL (
+			SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run OFFSET 0) AS r
 		CROSS JOIN clock_timestamp() AS now
 		RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1]`,
 		[]any{c.tenant, c.email, asJSON(changed), encodeTimes(points), encodeEnds(points),
