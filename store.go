@@ -1834,15 +1834,19 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 		if err != nil {
 			return err
 		}
+		gaining, err := s.gainingRuns(ctx, c, tx, corrections, stored)
+		if err != nil {
+			return err
+		}
 		var versions []newVersion
 		for i := range corrections {
 			x := &corrections[i]
 			next := versionOf(places[i], stored[i])
 			if stored[i].from == nil {
-				next.Run, err = s.gainingRun(ctx, c, tx, x)
-			}
-			if err != nil {
-				return prefix(fmt.Sprintf("updates[%d]: ", i), err)
+				if err := x.checkGain(gaining[i]); err != nil {
+					return prefix(fmt.Sprintf("updates[%d]: ", i), err)
+				}
+				next.Run = gaining[i]
 			}
 			x.apply(&next)
 			versions = append(versions, next)
@@ -1903,27 +1907,58 @@ func versionOf(at place, stored element) newVersion {
 	return newVersion{target{at, v.RunID}, v.Number, stored.value, v.Annotation, v.Tags, false}
 }
 
-// gainingRun is the run that gains a value by this correction: the latest inserted of those named.
-func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, x *correction) (
-	run string, err error) {
-	if x.run == "" && x.known == 0 {
-		return "", refuse(notFound, "the series has no value at this valid_time and valid_time_end")
+// gainingRuns returns, for each correction of what is not stored yet, the run that gains a value by
+// it: the latest inserted of those named. It is "" where there is none.
+func (s *store) gainingRuns(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
+	stored []element) ([]string, error) {
+	type naming struct {
+		Number int       `json:"number"`
+		Run    uuid      `json:"run,omitempty"`
+		Known  timestamp `json:"known,omitzero"`
 	}
-	err = s.eachRow(ctx, tx, `
-		SELECT run_id FROM runs_table
-		WHERE tenant_id = $1 AND ($2 = '' OR run_id = nullif($2, '')::uuid)
-		  AND known_time = coalesce($3, known_time)
-		ORDER BY run_order DESC LIMIT 1`,
-		[]any{c.tenant, x.run, x.known}, func(rows *sql.Rows) error { return rows.Scan(&run) })
+	var named []naming
+	for i, x := range corrections {
+		if stored[i].from == nil {
+			named = append(named, naming{i, x.run, x.known})
+		}
+	}
+	runs := make([]string, len(corrections))
+	if len(named) == 0 {
+		return runs, nil
+	}
+	err := s.eachRow(ctx, tx, `
+		SELECT named.number, r.run_id
+		FROM json_to_recordset($2) AS named (number integer, run uuid, known timestamptz)
+		CROSS JOIN LATERAL (
+			SELECT run_id FROM runs_table
+			WHERE tenant_id = $1 AND run_id = named.run
+			  AND known_time = coalesce(named.known, known_time)
+			UNION ALL (
+			SELECT run_id FROM runs_table
+			WHERE tenant_id = $1 AND known_time = named.known AND named.run IS NULL
+			ORDER BY run_order DESC LIMIT 1)
+		) AS r`,
+		[]any{c.tenant, asJSON(named)}, func(rows *sql.Rows) error {
+			var i int
+			var run string
+			err := rows.Scan(&i, &run)
+			runs[i] = run
+			return err
+		})
+	return runs, err
+}
+
+// checkGain returns an error unless x can give a value to run, of which "" is none.
+func (x *correction) checkGain(run string) error {
 	switch {
-	case err != nil:
-		return "", err
+	case x.run == "" && x.known == 0:
+		return refuse(notFound, "the series has no value at this valid_time and valid_time_end")
 	case run == "":
-		return "", refuse(notFound, "no run has this run_id or known_time")
+		return refuse(notFound, "no run has this run_id or known_time")
 	case !x.value.given:
-		return "", invalid("value is required, because the run has none at this valid_time")
+		return invalid("value is required, because the run has none at this valid_time")
 	}
-	return run, nil
+	return nil
 }
 
 // apply makes v the version after the correction. It changes something if value, annotation or tags
