@@ -1431,14 +1431,15 @@ func (m *merger) bytes() int64 {
 // flush emits, in order, the elements before bound, which no later block can touch.
 func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 	var ready []element
-	for i, list := range m.lists {
+	for i, list := range slices.Backward(m.lists) { // short lists are merged before they meet long ones
 		n, _ := slices.BinarySearchFunc(list, bound, func(e element, t timestamp) int {
 			return cmp.Compare(e.time, t)
 		})
 		m.lists[i] = list[n:]
-		if len(ready) == 0 {
+		switch {
+		case len(ready) == 0:
 			ready = list[:n]
-		} else {
+		case n > 0:
 			ready = m.merge(ready, list[:n])
 		}
 	}
