@@ -1882,7 +1882,10 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		wanted[p] = append(wanted[p], i)
 	}
 	found := make([]element, len(corrections))
-	read := blockReader{merger: merger{everyRun: true}, lead: -1, memory: memory}
+	namesRun := slices.ContainsFunc(corrections, func(x correction) bool {
+		return x.run != "" || x.known != 0
+	})
+	read := blockReader{merger: merger{everyRun: namesRun}, lead: -1, memory: memory}
 	read.emit = func(e *element) error {
 		for _, i := range wanted[place{e.from.of.ID, e.time, e.end}] {
 			x := corrections[i]
