@@ -609,9 +609,9 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	if cfg.Runtime["plan_cache_mode"] == "" { // Citus needs auto
 		cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
 	}
-	// A generic plan is made for an average tenant. One tenant with many series raises that average
-	// for all: PostgreSQL would then compile even small reads, start workers, and read the series of
-	// all tenants to list those of one.
+	// A generic plan is made for an average tenant. One tenant with many series raises the average
+	// for all: PostgreSQL would then compile even small reads, start workers, and read the series
+	// of all tenants to list those of one.
 	cfg.Runtime["jit"] = "off"
 	cfg.Runtime["max_parallel_workers_per_gather"] = "0"
 	cfg.Runtime["enable_seqscan"] = "off" // every key begins with the tenant
@@ -1431,7 +1431,7 @@ func (m *merger) bytes() int64 {
 // flush emits, in order, the elements before bound, which no later block can touch.
 func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 	var ready []element
-	for i, list := range slices.Backward(m.lists) { // short lists are merged before they meet long ones
+	for i, list := range slices.Backward(m.lists) { // the shortest first: each is copied less often
 		n, _ := slices.BinarySearchFunc(list, bound, func(e element, t timestamp) int {
 			return cmp.Compare(e.time, t)
 		})
