@@ -7,6 +7,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"database/sql"
 	"encoding/binary"
@@ -20,9 +21,11 @@ import (
 	"net/url"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -675,6 +678,9 @@ func (h *history) value() *float64 {
 		return nil
 	}
 	f := float64(h.rng.Intn(4)) * 0.5
+	if f == 0 && h.chance(50) {
+		f = math.Copysign(0, -1)
+	}
 	return &f
 }
 
@@ -826,9 +832,13 @@ var (
 		{[]string{}, nil}, {nil, nil}, {[]string{" B", "a", "A "}, []string{"a", "b"}}, {[]string{"c"}, []string{"c"}}}
 )
 
-// update makes a random entry of PUT /values: what is sent and what it means.
-func (h *history) update() (sent map[string]any, u modelUpdate) {
+// update makes a random entry of PUT /values: what is sent and what it means. Now and then it is of
+// the same spot as the entry before.
+func (h *history) update(before modelUpdate) (sent map[string]any, u modelUpdate) {
 	u.spot = pick(h.rng, h.versions...).spot
+	if before.valid != 0 && h.chance(25) {
+		u.spot = before.spot
+	}
 	if h.chance(25) {
 		u.valid, u.end = h.point()
 	}
@@ -925,7 +935,7 @@ func sameValue(a, b *float64) bool {
 	if a == nil || b == nil {
 		return a == b
 	}
-	return *a == *b
+	return math.Float64bits(*a) == math.Float64bits(*b) // 0.0 and -0.0 are two
 }
 
 // matches tells whether u may be about a run.
@@ -968,8 +978,10 @@ func (h *history) correct(user int) error {
 	var sent []map[string]any
 	var outcomes []outcome
 	var refusals []int
+	var u modelUpdate
 	for range 1 + h.rng.Intn(4) {
-		entry, u := h.update()
+		var entry map[string]any
+		entry, u = h.update(u)
 		o := h.outcomeOf(u, user)
 		sent = append(sent, entry)
 		outcomes = append(outcomes, o)
@@ -1340,6 +1352,497 @@ func inOrder(q url.Values, a, b answerRow) bool {
 	return order <= 0
 }
 
+// ---- Plans
+
+// plan is a statement as PostgreSQL ran it, which auto_explain reports.
+type plan struct {
+	Query string          `json:"Query Text"`
+	Root  planNode        `json:"Plan"`
+	JIT   json.RawMessage // only if it was compiled
+}
+
+type planNode struct {
+	Type  string `json:"Node Type"`
+	Table string `json:"Relation Name"`
+	Index string `json:"Index Name"`
+	Hit   int    `json:"Shared Hit Blocks"` // of the node and all below it
+	Read  int    `json:"Shared Read Blocks"`
+	Plans []planNode
+}
+
+// shape is the plan without what depends on estimates. A bitmap of one index is like a scan of it.
+func (n planNode) shape() string {
+	if n.Type == "Bitmap Heap Scan" && len(n.Plans) == 1 && n.Plans[0].Index != "" {
+		n.Index = n.Plans[0].Index
+		n.Type = "Index Scan"
+		n.Plans = nil
+	}
+	var parts []string
+	for _, part := range n.Plans {
+		parts = append(parts, part.shape())
+	}
+	words := strings.Join(strings.Fields(n.Type+" "+n.Table+" "+n.Index), " ")
+	return words + "(" + strings.Join(parts, ", ") + ")"
+}
+
+// plannedStore is a store of whose statements the plans are kept.
+type plannedStore struct {
+	*store
+	mu    sync.Mutex
+	plans []plan
+}
+
+// mustPlannedStore opens a store with new connections, which have no plans yet. Its sessions are
+// those of any store but for auto_explain, which sends each plan as a notice.
+func mustPlannedStore(t *testing.T, dsn string) *plannedStore {
+	t.Helper()
+	cfg, err := pq.NewConfig(dsn)
+	if err != nil {
+		t.Fatal("the database's URL cannot be read")
+	}
+	cfg = sessionConfig(cfg, "public", statementTimeout)
+	maps.Copy(cfg.Runtime, map[string]string{
+		"session_preload_libraries":     "auto_explain",
+		"auto_explain.log_min_duration": "0",
+		"auto_explain.log_analyze":      "on",
+		"auto_explain.log_buffers":      "on",
+		"auto_explain.log_timing":       "off",
+		"auto_explain.log_format":       "json",
+		"auto_explain.log_level":        "notice",
+	})
+	connector, err := pq.NewConnectorConfig(cfg)
+	if err != nil {
+		t.Fatal("the database's URL cannot be used")
+	}
+	s := &plannedStore{}
+	db := sql.OpenDB(pq.ConnectorWithNoticeHandler(connector, func(notice *pq.Error) {
+		_, text, isPlan := strings.Cut(notice.Message, "plan:")
+		if !isPlan {
+			return
+		}
+		var p plan
+		if err := json.Unmarshal([]byte(text), &p); err != nil {
+			t.Errorf("a plan cannot be read: %v: %s", err, text)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.plans = append(s.plans, p)
+	}))
+	t.Cleanup(func() { db.Close() })
+	s.store = &store{db: db, schema: "public", places: newShares(totalPlaces, tenantPlaces)}
+	return s
+}
+
+// taken returns the plans since it was called last.
+func (s *plannedStore) taken() []plan {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	plans := s.plans
+	s.plans = nil
+	return plans
+}
+
+// hour1 is an hour of 2025-01-01, as the store has it.
+func hour1(n int) timestamp {
+	return timestampOf(time.Date(2025, 1, 1, n, 0, 0, 0, time.UTC))
+}
+
+// plannedRequest is something that a tenant asks of a store.
+type plannedRequest struct {
+	name    string
+	ofWhole bool // it reads all of the tenant, so its cost grows with the tenant
+	ask     func(*plannedStore, Caller, int) error
+}
+
+// readWith reads the first of 2025-01-01 with a change to the query.
+func readWith(change func(*readQuery)) func(*plannedStore, Caller, int) error {
+	return func(s *plannedStore, c Caller, _ int) error {
+		q := anyValue
+		q.start = hour1(0)
+		q.end = hour1(24)
+		change(&q)
+		return s.Read(context.Background(), c, q, claimOf(c), func(*element) error { return nil })
+	}
+}
+
+// claimOf is a claim that has room.
+func claimOf(c Caller) *claim { return &claim{of: newShares(1<<30, 1<<30), caller: c} }
+
+// uploadTo uploads a day of hourly values of some series.
+func uploadTo(s *store, c Caller, known timestamp, keys ...string) error {
+	u := &upload{workflowID: "w", start: hour1(0), known: known, digest: make([]byte, 32)}
+	u.points = map[seriesRef][]point{}
+	for _, key := range keys {
+		for h := range 24 {
+			ref := seriesRef{Key: label(key)}
+			u.points[ref] = append(u.points[ref], point{time: hour1(h), value: 1})
+		}
+	}
+	_, err := s.Upload(context.Background(), c, u)
+	return err
+}
+
+// correctAt gives the series s3 a value at a time, of the run of that known_time unless it is 0.
+func correctAt(s *plannedStore, c Caller, at, known timestamp, value int) error {
+	given := number(value)
+	_, _, err := s.Correct(context.Background(), c, []correction{{
+		ref:   seriesRef{Key: "s3"},
+		point: point{time: at},
+		of:    runName{known: known},
+		value: optional[number]{given: true, value: &given},
+	}}, claimOf(c))
+	return err
+}
+
+// plannedRequests are asked with a number that is another each time, and at least 1.
+var plannedRequests = []plannedRequest{
+	{"read a day by key", false, readWith(func(q *readQuery) {
+		q.series = []seriesRef{{Key: "s3"}}
+	})},
+	{"read a day of each run by key", false, readWith(func(q *readQuery) {
+		q.series = []seriesRef{{Key: "s3"}}
+		q.overlapping = true
+	})},
+	{"read a day of all series", true, readWith(func(*readQuery) {})},
+	{"read a day of each run of all series", true, readWith(func(q *readQuery) {
+		q.overlapping = true
+	})},
+	{"list the series", true, func(s *plannedStore, c Caller, _ int) error {
+		return s.ListSeries(context.Background(), c, func(string, []byte) error { return nil })
+	}},
+	{"list 10 runs", false, func(s *plannedStore, c Caller, _ int) error {
+		q := runsQuery{startKnown: firstTime, endKnown: lastTime, limit: 10}
+		return s.ListRuns(context.Background(), c, q, func([]byte) error { return nil })
+	}},
+	{"upload a few rows", false, func(s *plannedStore, c Caller, n int) error {
+		return uploadTo(s.store, c, hour1(24)+timestamp(n), "s4", "s5", fmt.Sprint("new ", n))
+	}},
+	{"correct a value", false, func(s *plannedStore, c Caller, n int) error {
+		return correctAt(s, c, hour1(5), 0, 100+n)
+	}},
+	{"correct a value of a run", false, func(s *plannedStore, c Caller, n int) error {
+		return correctAt(s, c, hour1(6), hour1(3), 100+n)
+	}},
+	{"a run gains a value", false, func(s *plannedStore, c Caller, n int) error {
+		return correctAt(s, c, hour1(7)+timestamp(n), hour1(0), 1) // of which B has 100,001 runs
+	}},
+	{"look a key up", false, func(s *plannedStore, _ Caller, n int) error {
+		digest := sha256.Sum256([]byte(strconv.Itoa(n)))
+		_, err := s.LookupKey(context.Background(), digest[:])
+		return err
+	}},
+}
+
+// mustFillTenant gives a tenant 100,000 series with a value each, and as many runs. The rows are
+// inserted without triggers, which would take most of the time.
+func mustFillTenant(t *testing.T, db *sql.DB, tenant string) {
+	t.Helper()
+	tx, err := db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	for _, query := range []string{
+		`INSERT INTO series_table (tenant_id, series_key, unit)
+		SELECT $1, 'many ' || i, 'MW' FROM generate_series(1, 100000) AS i`,
+		`INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, known_time,
+		       rows_inserted, request_digest)
+		SELECT $1, gen_random_uuid(), 'w', '2025-01-01', '2025-01-01', 1, sha256('')
+		FROM generate_series(1, 100000)`,
+		`INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+		       change_time, valid_from, valid_to, valid_times, "values")
+		SELECT $1, s.series_id, r.run_id, r.run_order, 1, r.known_time, r.inserted_at,
+		       '2025-01-01', '2025-01-01', '{2025-01-01}', '{1}'
+		FROM series_table s, (SELECT * FROM runs_table WHERE tenant_id = $1 LIMIT 1) AS r
+		WHERE s.tenant_id = $1 AND s.series_key LIKE 'many %'`,
+		`INSERT INTO users_table (tenant_id, email, key_id, key_digest)
+		SELECT $1, i || '@example.com', i, sha256(i::text::bytea)
+		FROM generate_series(1, 10000) AS i`,
+	} {
+		if _, err := tx.Exec("SET LOCAL session_replication_role = replica"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tx.Exec(query, tenant); err != nil {
+			t.Fatalf("%s: %v", query, err)
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Tenant B comes to have 100,000 series. All that this changes for tenant A, and for what B asks of
+// a few of its own, is the depth of the indexes.
+func TestPlansDoNotDependOnNeighbours(t *testing.T) { // S36
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	db := mustOpen(t, dsn)
+	for _, table := range []string{"runs", "series", "values", "users"} {
+		// The test alone decides when there are statistics.
+		mustExec(t, db, "ALTER TABLE "+table+"_table SET (autovacuum_enabled = false)")
+	}
+	first := mustPlannedStore(t, dsn)
+	tenants := []Caller{{tenant: tenantA}, {tenant: tenantB}}
+	for _, c := range tenants {
+		for run := range 10 {
+			keys := []string{"s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9"}
+			if err := uploadTo(first.store, c, hour1(run), keys...); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	mustExec(t, db, "ANALYZE")
+
+	round := 0
+	// ask returns the plans of each of a tenant's requests, which is asked twice. It leaves out
+	// those of all series of tenant B: they take long, and may.
+	ask := func(s *plannedStore, c Caller) map[string][]plan {
+		round++
+		plans := map[string][]plan{}
+		for _, request := range plannedRequests {
+			if request.ofWhole && c.tenant == tenantB {
+				continue
+			}
+			for i := range 2 { // the plans of the second time count
+				s.taken()
+				if err := request.ask(s, c, 2*round+i); err != nil {
+					t.Fatalf("%s: %v", request.name, err)
+				}
+			}
+			plans[request.name] = s.taken()
+		}
+		return plans
+	}
+	small := ask(first, tenants[0])
+	ask(first, tenants[1])
+	mustFillTenant(t, db, tenantB)
+	for _, state := range []struct {
+		name    string
+		analyze bool
+		store   *plannedStore
+	}{
+		{"plans of when there were few series", false, first},
+		{"no statistics of the new series", false, mustPlannedStore(t, dsn)},
+		{"statistics of the new series", true, mustPlannedStore(t, dsn)},
+		{"connections that outlived the statistics", true, first},
+	} {
+		if state.analyze {
+			mustExec(t, db, "ANALYZE")
+		}
+		for i, who := range []string{"the small tenant", "the large tenant"} {
+			plans := ask(state.store, tenants[i])
+			for _, request := range plannedRequests {
+				got, asked := plans[request.name]
+				if !asked {
+					continue
+				}
+				t.Run(state.name+"/"+who+"/"+request.name, func(t *testing.T) {
+					comparePlans(t, request, got, small[request.name])
+				})
+			}
+		}
+	}
+}
+
+// comparePlans compares the plans of a request with those among few series.
+func comparePlans(t *testing.T, request plannedRequest, got, want []plan) {
+	t.Helper()
+	if len(got) != len(want) || len(want) == 0 {
+		t.Fatalf("%d statements, want %d", len(got), len(want))
+	}
+	for i, p := range got {
+		shape := p.Root.shape()
+		if !request.ofWhole && shape != want[i].Root.shape() {
+			t.Errorf("the plan is %s\nbefore it was %s\nof %s",
+				shape, want[i].Root.shape(), p.Query)
+		}
+		// Deeper indexes cost some blocks with each look-up. The rows of 100,000 series fill 1,000.
+		blocks := p.Root.Hit + p.Root.Read
+		before := want[i].Root.Hit + want[i].Root.Read
+		if blocks > 3*before+30 {
+			t.Errorf("touches %d blocks, before it was %d: %s\nof %s",
+				blocks, before, shape, p.Query)
+		}
+		if p.JIT != nil {
+			t.Errorf("PostgreSQL compiled %s", p.Query)
+		}
+		for _, word := range []string{"Seq Scan", "Gather"} {
+			if strings.Contains(shape, word) {
+				t.Errorf("the plan has a %s: %s\nof %s", word, shape, p.Query)
+			}
+		}
+	}
+}
+
+// ---- Merging
+
+// mergeCase is some blocks in the order in which they are added.
+type mergeCase struct {
+	merger
+	blocks [][]element
+}
+
+// randomMerge makes runs that overlap at a few times, cut into blocks, and corrections of theirs.
+func randomMerge(rng *rand.Rand) mergeCase {
+	var c mergeCase
+	switch rng.Intn(3) {
+	case 1:
+		c.everyRun = true
+	case 2:
+		c.keepAll = true
+	}
+	for order := range 1 + rng.Intn(8) {
+		run := version{Known: timestamp(1 + rng.Intn(3)), Order: int64(order), Number: 1}
+		var points []point
+		for time := range timestamp(1 + rng.Intn(30)) {
+			for end := range timestamp(3) {
+				if rng.Intn(3) == 0 {
+					points = append(points, point{1 + time, end, rng.Float64()})
+				}
+			}
+		}
+		for rest := points; len(rest) > 0; {
+			n := 1 + rng.Intn(len(rest))
+			c.add(run, rest[:n]...)
+			rest = rest[n:]
+		}
+		for range min(len(points), rng.Intn(6)) {
+			run.Number++ // of one point a run may have versions 1, 2 and 5, say
+			corrected := points[rng.Intn(len(points))]
+			corrected.value = rng.Float64()
+			c.add(run, corrected)
+		}
+	}
+	rng.Shuffle(len(c.blocks), func(i, j int) {
+		c.blocks[i], c.blocks[j] = c.blocks[j], c.blocks[i]
+	})
+	slices.SortStableFunc(c.blocks, func(a, b []element) int {
+		return cmp.Compare(a[0].time, b[0].time)
+	})
+	return c
+}
+
+// add appends a block of a version.
+func (c *mergeCase) add(v version, points ...point) {
+	var block []element
+	for _, p := range points {
+		block = append(block, element{p, &v})
+	}
+	c.blocks = append(c.blocks, block)
+}
+
+// merged is what the merger makes of the blocks.
+func (c *mergeCase) merged() (emitted []element) {
+	emit := func(e *element) error {
+		emitted = append(emitted, *e)
+		return nil
+	}
+	for _, block := range c.blocks {
+		c.flush(block[0].time, emit)
+		c.merger.add(block)
+	}
+	c.flush(lastTime, emit)
+	return emitted
+}
+
+// rank is where an element stands: what decides first comes first.
+type rank [5]int64
+
+// expected is what the merger should make of the blocks: of the elements that replace each other
+// the greatest, and those in order.
+func (c *mergeCase) expected() []element {
+	best := map[rank]element{}
+	strength := func(e element) []int64 {
+		return []int64{int64(e.from.Known), e.from.Order, int64(e.from.Number)}
+	}
+	for _, e := range slices.Concat(c.blocks...) {
+		number, known := int64(e.from.Number), int64(e.from.Known)
+		place := rank{int64(e.time), int64(e.end)}
+		if c.everyRun {
+			place = rank{int64(e.time), int64(e.end), e.from.Order}
+		}
+		if c.keepAll {
+			place = rank{int64(e.time), number, int64(e.end), known, e.from.Order}
+		}
+		other, found := best[place]
+		if !found || slices.Compare(strength(e), strength(other)) > 0 {
+			best[place] = e
+		}
+	}
+	var elements []element
+	places := slices.SortedFunc(maps.Keys(best), func(a, b rank) int {
+		return slices.Compare(a[:], b[:])
+	})
+	for _, place := range places {
+		elements = append(elements, best[place])
+	}
+	return elements
+}
+
+func TestMergerAgreesWithNaiveModel(t *testing.T) { // S37
+	t.Parallel()
+	for range 3000 {
+		seed := rand.Int63()
+		c := randomMerge(rand.New(rand.NewSource(seed)))
+		got, want := c.merged(), c.expected()
+		if !slices.Equal(got, want) {
+			t.Fatalf("seed %d: everyRun %v, keepAll %v: %d elements, want %d: %v, want %v",
+				seed, c.everyRun, c.keepAll, len(got), len(want), got, want)
+		}
+	}
+}
+
+// oneStart has so many runs of 480 values, which share the first time and no other.
+func oneStart(runs int) *mergeCase {
+	c := &mergeCase{}
+	for run := range runs {
+		points := []point{{time: firstTime}}
+		for i := 1; i < 480; i++ {
+			points = append(points, point{time: firstTime + timestamp(i*runs+run)})
+		}
+		c.add(version{Known: firstTime, Order: int64(run), Number: 1}, points...)
+	}
+	return c
+}
+
+// mergedElements is how many elements are written into lists to merge so many runs that begin at
+// one time. To merge is to write a new list, so the memory that is allocated tells.
+func mergedElements(runs int) uint64 {
+	c := oneStart(runs)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for _, block := range c.blocks {
+		c.flush(firstTime, nil)
+		c.merger.add(block)
+	}
+	c.flush(lastTime, func(*element) error { return nil })
+	runtime.ReadMemStats(&after)
+	return (after.TotalAlloc - before.TotalAlloc) / uint64(elementBytes)
+}
+
+// It is not parallel to other tests, which would allocate memory too.
+func TestMergingFourTimesTheRunsCostsAtMostFiveTimes(t *testing.T) { // S37
+	few, many := mergedElements(500), mergedElements(2000)
+	if many > 5*few {
+		t.Errorf("2,000 runs write %d elements, 500 runs %d: %.1f times as many",
+			many, few, float64(many)/float64(few))
+	}
+}
+
+func BenchmarkMergeOneStart(b *testing.B) {
+	for _, runs := range []int{250, 1000, 2000} {
+		b.Run(strconv.Itoa(runs), func(b *testing.B) {
+			c := oneStart(runs)
+			b.ReportAllocs()
+			for b.Loop() {
+				c.merged()
+			}
+			b.ReportMetric(float64(480*runs*b.N)/b.Elapsed().Seconds(), "values/s")
+		})
+	}
+}
+
 // ---- Corrections
 
 // correctionAt is an entry of PUT /values on an hour of 2025-01-01, with these members.
@@ -1411,6 +1914,40 @@ func TestCorrectionKeepsWhatIsAbsentAndClearsWhatIsNull(t *testing.T) {
 	current := mustQuery(t, s.db, `SELECT concat_ws(' ', count(*), min(value), min(version)) FROM current_values`)
 	if want := fmt.Sprint("1 0 ", version); current != want {
 		t.Errorf("the view current_values shows %q, want %q", current, want)
+	}
+}
+
+// 0.0 and -0.0 are two numbers: a value comes back with the sign that it was sent with.
+func TestCorrectionKeepsTheSignOfZero(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	rows := []string{at("2025-01-01", "0.0"), at("2025-01-02", "-0.0")}
+	s.must(t, 200, "POST", "/upload", key, runWith("", rows...))
+	for _, c := range []struct {
+		name, validTime, value string
+		changes                bool
+		want                   string
+	}{
+		{"0.0 to 0", "2025-01-01", "0", false, "0.0"},
+		{"0.0 to -0.0", "2025-01-01", "-0.0", true, "-0.0"},
+		{"-0.0 to -0", "2025-01-01", "-0", false, "-0.0"},
+		{"-0.0 to 0.0", "2025-01-01", "0.0", true, "0.0"},
+		{"0.0 to what is too small for a float64", "2025-01-01", "-1e-999", true, "-0.0"},
+		{"-0.0 to null", "2025-01-01", "null", true, "null"},
+		{"null to -0.0", "2025-01-01", "-0.0", true, "-0.0"},
+		{"-0.0 as it was uploaded", "2025-01-02", "-0.0", false, "-0.0"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			body := corrections(fmt.Sprintf(`{"series_key":"load","valid_time":%q,"value":%s}`,
+				c.validTime, c.value))
+			text := s.must(t, 200, "PUT", "/values", key, body)
+			if changed := strings.Contains(text, "value_id"); changed != c.changes {
+				t.Errorf("PUT /values %s: %s, changed: %v, want %v", body, text, changed, c.changes)
+			}
+			path := "/values?start_valid=" + c.validTime + "T00:00:00Z&limit=1"
+			text = s.must(t, 200, "GET", path, key, "")
+			expectIn(t, "GET "+path, text, `"value":`+c.want)
+		})
 	}
 }
 
@@ -1822,6 +2359,93 @@ func TestTablesUnderATenantsViewsAreUpgradedAndNotDeleted(t *testing.T) {
 	}
 	mustExec(t, n.db, "DROP SCHEMA north CASCADE")
 	mustRun(t, 0, n.dsn, "", "delete", "tables", "-y")
+}
+
+// ---- Benchmarks
+
+// hourly is the time so many hours after 2025 has begun.
+func hourly(hours int) string {
+	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	return begin.Add(time.Duration(hours) * time.Hour).Format(time.RFC3339)
+}
+
+// mustForecasts uploads so many runs of so many hourly values of load, each known an hour later
+// than the one before, and returns their ids. All begin at the same valid_time.
+func (s *testServer) mustForecasts(t testing.TB, key string, runs, values int) []string {
+	t.Helper()
+	var rows []string
+	for i := range values {
+		rows = append(rows, at(hourly(i), "1.5"))
+	}
+	var ids []string
+	for i := range runs {
+		body := runWith(fmt.Sprintf(`"known_time":%q,`, hourly(i)), rows...)
+		text := s.must(t, 200, "POST", "/upload", key, body)
+		ids = append(ids, mustDecode[uploadAnswer](t, text).RunID)
+	}
+	return ids
+}
+
+// BenchmarkCorrection corrects one value of a series. S37 allows it five times the time of a quiet
+// series if the series is busy, which means that it has 200 runs of every valid_time.
+func BenchmarkCorrection(b *testing.B) {
+	for _, c := range []struct {
+		name string
+		runs int
+	}{{"quiet", 1}, {"busy", 200}} {
+		b.Run(c.name, func(b *testing.B) {
+			s, key := mustTenant(b)
+			const hours = 480
+			s.mustForecasts(b, key, c.runs, hours)
+			b.ResetTimer()
+			for i := range b.N {
+				s.must(b, 200, "PUT", "/values", key, corrections(fmt.Sprintf(
+					`{"series_key":"load","valid_time":%q,"value":%d}`, hourly(i%hours), 10+i)))
+			}
+		})
+	}
+}
+
+// BenchmarkCorrections10000 corrects 10,000 values in one request: of as many hours of which there
+// is one run; of as many hours of which there are 200 runs; of 50 hours as 200 runs have them. Or
+// one run gains 10,000 values.
+func BenchmarkCorrections10000(b *testing.B) {
+	for _, c := range []struct {
+		name                 string
+		runs, values         int
+		perRun, first, hours int // the runs that updates name, and the hours
+	}{
+		{"quiet", 1, maxUpdates, 0, 0, maxUpdates},
+		{"busy", 200, maxUpdates, 0, 0, maxUpdates},
+		{"named", 200, 480, 200, 100, maxUpdates / 200},
+		{"gained", 1, 480, 1, 1000, maxUpdates},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			s, key := mustTenant(b)
+			runs := s.mustForecasts(b, key, c.runs, c.values)
+			b.ResetTimer()
+			for n := range b.N {
+				first := c.first
+				if c.name == "gained" {
+					first += n * c.hours // each time other values
+				}
+				var entries []string
+				for i := range maxUpdates {
+					name := ""
+					if c.perRun > 0 {
+						name = fmt.Sprintf(`"run_id":%q,`, runs[i/c.hours])
+					}
+					entries = append(entries, fmt.Sprintf(
+						`{"series_key":"load",%s"valid_time":%q,"value":%d}`,
+						name, hourly(first+i%c.hours), 10+n))
+				}
+				text := s.must(b, 200, "PUT", "/values", key, corrections(entries...))
+				if changed := strings.Count(text, "value_id"); changed != maxUpdates {
+					b.Fatalf("%d values changed, want %d", changed, maxUpdates)
+				}
+			}
+		})
+	}
 }
 
 // ---- Parsers
