@@ -47,7 +47,7 @@ const (
 	healthTimeout     = 5 * time.Second  // for the database's answer to GET /healthz
 
 	// maxConnections are held at a time: with header and buffers each takes some 50 KiB. Those
-	// beyond are closed as soon as they come. A connection of HTTP/2 has at most maxStreams requests.
+	// beyond are closed as soon as they come. One of HTTP/2 has at most maxStreams requests.
 	maxConnections = 2000
 	maxStreams     = 50
 
@@ -71,8 +71,9 @@ const (
 	// What a request holds at least, for its buffers, and what its parts do once they are decoded,
 	// in bytes.
 	requestBytes   = 256 << 10
-	rowBytes       = 32
+	rowBytes       = 64 // twice, and what a growing list takes more
 	newSeriesBytes = 400
+	keyCopies      = 6 // of each key, as text and in JSON for the database and for the answer
 	updateBytes    = 1000
 )
 
@@ -766,9 +767,10 @@ type uploadRow struct {
 // uploadReader reads an upload row by row.
 type uploadReader struct {
 	upload
-	row    uploadRow // the one that is being read
-	ctx    context.Context
-	memory *claim
+	row      uploadRow // the one that is being read
+	keyBytes int       // the length of the keys of all series together
+	ctx      context.Context
+	memory   *claim
 }
 
 // addRow checks the row that was read, and adds it to the upload.
@@ -784,6 +786,9 @@ func (u *uploadReader) addRow() error {
 	if ref == (seriesRef{}) {
 		return invalid("value_key or series_id is required")
 	}
+	if u.points[ref] == nil {
+		u.keyBytes += len(ref.Key)
+	}
 	u.points[ref] = append(u.points[ref],
 		point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
 	u.rows++
@@ -793,7 +798,8 @@ func (u *uploadReader) addRow() error {
 	if u.rows > maxRows {
 		return invalid("value: expected at most %d rows in one upload", maxRows)
 	}
-	return u.memory.reach(u.ctx, requestBytes+int64(u.rows*rowBytes+len(u.points)*newSeriesBytes))
+	held := u.rows*rowBytes + len(u.points)*newSeriesBytes + u.keyBytes*keyCopies
+	return u.memory.reach(u.ctx, requestBytes+int64(held))
 }
 
 // checkTimes checks the times of a value. An end of 0 is none.

@@ -450,12 +450,13 @@ type shares struct {
 	mu       sync.Mutex
 	taken    int64
 	byTenant map[string]int64
-	given    chan struct{} // closed, and made anew, when something is given back
+	first    map[string]*claim // of each tenant the one that may take the rest of the share
+	given    chan struct{}     // closed, and made anew, when something is given back
 }
 
 func newShares(total, share int64) *shares {
 	return &shares{total: total, share: share, byTenant: map[string]int64{},
-		given: make(chan struct{})}
+		first: map[string]*claim{}, given: make(chan struct{})}
 }
 
 // most is what the caller's tenant may have. In open mode there is one tenant, which may have all.
@@ -467,11 +468,22 @@ func (s *shares) most(c Caller) int64 {
 }
 
 // tryTake takes a part for the caller's tenant if there is room for it, and otherwise returns a
-// channel that is closed when there may be.
-func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}) {
+// channel that is closed when there may be. Requests that grow, each by its claim, may all hold a
+// part and wait for more. So that one of them can always go on, the second half of a share is for
+// one claim at a time.
+func (s *shares) tryTake(c Caller, amount int64, by *claim) (ok bool, retry <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.taken+amount > s.total || s.byTenant[c.tenant]+amount > s.most(c) {
+	held := s.byTenant[c.tenant] + amount
+	if by != nil && held > s.most(c)/2 {
+		if s.first[c.tenant] == nil {
+			s.first[c.tenant] = by
+		}
+		if s.first[c.tenant] != by {
+			return false, s.given
+		}
+	}
+	if s.taken+amount > s.total || held > s.most(c) {
 		return false, s.given
 	}
 	s.taken += amount
@@ -480,14 +492,14 @@ func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}
 }
 
 // take takes a part for the caller's tenant, for which it waits until shareWait is over or ctx
-// ends. Whoever takes gives back.
-func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
-	ok, retry := s.tryTake(c, amount)
+// ends. Whoever takes gives back. by is the claim that grows, if one does.
+func (s *shares) take(ctx context.Context, c Caller, amount int64, by *claim) error {
+	ok, retry := s.tryTake(c, amount, by)
 	timeout := time.After(shareWait)
 	for !ok {
 		select {
 		case <-retry:
-			ok, retry = s.tryTake(c, amount)
+			ok, retry = s.tryTake(c, amount, by)
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-timeout:
@@ -498,9 +510,12 @@ func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
 }
 
 // give returns a part.
-func (s *shares) give(c Caller, amount int64) {
+func (s *shares) give(c Caller, amount int64, by *claim) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if by != nil && s.first[c.tenant] == by {
+		delete(s.first, c.tenant)
+	}
 	s.taken -= amount
 	s.byTenant[c.tenant] -= amount
 	if s.byTenant[c.tenant] == 0 {
@@ -530,7 +545,7 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 		return refuse(tooLarge, "The request takes more memory than one tenant may have.")
 	}
 	more := min(max(bytes-c.held, claimStep), c.of.most(c.caller)-c.held)
-	if err := c.of.take(ctx, c.caller, more); err != nil {
+	if err := c.of.take(ctx, c.caller, more, c); err != nil {
 		return err
 	}
 	c.held += more
@@ -539,7 +554,7 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 
 // release gives everything back.
 func (c *claim) release() {
-	c.of.give(c.caller, c.held)
+	c.of.give(c.caller, c.held, c)
 	c.held = 0
 }
 
@@ -583,8 +598,8 @@ var errBadDSN = errors.New("the DSN cannot be read: expected " +
 	"password) or key=value pairs")
 
 // openStore prepares a pool of at most so many connections that see schema alone; it does not
-// connect yet. timeout ends a statement on the database's side; 0 means never. What PostgreSQL warns
-// of is written to warnings. An error never holds any part of the DSN, as lib/pq's would.
+// connect yet. timeout ends a statement on the database's side; 0 means never. What PostgreSQL
+// warns of is written to warnings. An error never holds any part of the DSN, as lib/pq's would.
 func openStore(dsn, schema string, timeout time.Duration, connections int, warnings io.Writer) (
 	*store, error) {
 	if os.Getenv("PGSERVICE") != "" {
@@ -621,13 +636,13 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 // enter waits for a place to work on the database, and bounds that work in time. The returned
 // function leaves the place.
 func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), error) {
-	if err := s.places.take(ctx, c, 1); err != nil {
+	if err := s.places.take(ctx, c, 1, nil); err != nil {
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, statementTimeout)
 	leave := func() {
 		cancel()
-		s.places.give(c, 1)
+		s.places.give(c, 1, nil)
 	}
 	return ctx, leave, nil
 }
@@ -1343,6 +1358,7 @@ type version struct {
 	Known, Change         timestamp
 	ChangedBy, Annotation *string
 	Tags                  pq.StringArray
+	weight                int64 // bytes that each element holds: itself and its part of this
 }
 
 // supersedes is the rule of the house: of two elements with the same series, valid_time and
@@ -1355,14 +1371,31 @@ func (v *version) supersedes(w *version) bool {
 		cmp.Compare(v.Number, w.Number)) > 0
 }
 
+// Bytes that an element takes, and a copy of it while lists are merged; and that a version takes
+// beside its texts.
+const (
+	elementBytes = 2 * 32
+	versionBytes = 300
+)
+
+// bytes is how much memory v takes.
+func (v *version) bytes() int64 {
+	n := versionBytes
+	if v.Annotation != nil {
+		n += len(*v.Annotation)
+	}
+	for _, tag := range v.Tags {
+		n += len(tag)
+	}
+	return int64(n)
+}
+
 // element is one value of one version; a NULL value is NaN. Whoever is given one may keep it only
 // during the call.
 type element struct {
 	point
 	from *version // of an aggregate only its series counts
 }
-
-const elementBytes = 32 // that an element takes in memory
 
 // merger combines sorted blocks that arrive in the order of their first valid_time into one sorted
 // sequence. What a later block may still supersede or precede it holds in lists, each at least
@@ -1372,6 +1405,7 @@ type merger struct {
 	everyRun bool // only versions of one run supersede each other
 	keepAll  bool // keep every version, ordered by valid_time and version
 	lists    [][]element
+	bytes    int64 // that the lists take
 }
 
 // compare orders elements; 0 means that one supersedes the other.
@@ -1392,6 +1426,9 @@ func (m *merger) compare(a, b *element) int {
 
 // add takes over a block, which is sorted and without repetition.
 func (m *merger) add(block []element) {
+	for i := range block {
+		m.bytes += block[i].from.weight
+	}
 	m.lists = append(m.lists, block)
 	for i := len(m.lists) - 2; i >= 0; i-- {
 		if len(m.lists[i]) < 2*len(m.lists[i+1]) {
@@ -1414,23 +1451,15 @@ func (m *merger) merge(a, b []element) []element {
 			merged = append(merged, b[0])
 			b = b[1:]
 		case a[0].from.supersedes(b[0].from):
+			m.bytes -= b[0].from.weight
 			b = b[1:]
 		default:
+			m.bytes -= a[0].from.weight
 			a = a[1:]
 		}
 	}
 	merged = append(merged, a...)
 	return append(merged, b...)
-}
-
-// bytes is how much memory the lists take, and a copy of them that is being made.
-func (m *merger) bytes() int64 {
-	const elementBytes = 32
-	n := 0
-	for _, list := range m.lists {
-		n += len(list)
-	}
-	return int64(2 * n * elementBytes)
 }
 
 // flush emits, in order, the elements before bound, which no later block can touch.
@@ -1450,6 +1479,7 @@ func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 	}
 	m.lists = slices.DeleteFunc(m.lists, func(list []element) bool { return len(list) == 0 })
 	for i := range ready {
+		m.bytes -= ready[i].from.weight
 		if err := emit(&ready[i]); err != nil {
 			return err
 		}
@@ -1642,11 +1672,11 @@ func (b *blockReader) next(ctx context.Context, rows *sql.Rows) error {
 		return err
 	}
 	b.add(block)
-	if b.bytes() > maxMerge {
+	if b.bytes > maxMerge {
 		return invalid("too many versions of the same time to merge: ask for fewer runs, such as " +
 			"those of a narrower start_known and end_known")
 	}
-	return b.memory.reach(ctx, b.heldBefore+b.bytes())
+	return b.memory.reach(ctx, b.heldBefore+b.bytes)
 }
 
 // decode decodes the row at hand into a version and its elements, without those that were not known
@@ -1683,6 +1713,7 @@ func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 		}
 		block = append(block, element{p, v})
 	}
+	v.weight = elementBytes + v.bytes()/int64(max(1, len(block)))
 	return v, block, nil
 }
 
