@@ -28,6 +28,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -1118,4 +1119,169 @@ func (s *testServer) measure(t *testing.T) footprint {
 		t.Fatal(err)
 	}
 	return footprint{runtime.NumGoroutine(), n, memory.HeapAlloc}
+}
+
+// ---- Neighbours: what one tenant does to the others
+
+// Within a bubble of synctest time passes at once when everyone waits, so shareWait costs nothing.
+
+func TestSharesAreDividedAmongTenants(t *testing.T) { // S33
+	t.Parallel()
+	a, b, c := Caller{tenant: "a"}, Caller{tenant: "b"}, Caller{tenant: "c"}
+	everyone := Caller{tenant: openTenant, open: true}
+	for _, test := range []struct {
+		name string
+		run  func(t *testing.T, s *shares) // of 10, of which each tenant may have 4
+	}{
+		{"a tenant gets its share", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 1, nil)
+			expectTaken(t, s, a, 3, nil)
+			s.give(a, 4)
+		}},
+		{"a tenant gets no more than its share", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			expectTaken(t, s, a, 1, busy)
+			expectTaken(t, s, b, 4, nil)
+			s.give(a, 4)
+			s.give(b, 4)
+		}},
+		{"all tenants get no more than there is", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			expectTaken(t, s, b, 4, nil)
+			expectTaken(t, s, c, 3, busy)
+			expectTaken(t, s, c, 2, nil)
+			s.give(a, 4)
+			s.give(b, 4)
+			s.give(c, 2)
+		}},
+		{"in open mode the only tenant gets all", func(t *testing.T, s *shares) {
+			expectTaken(t, s, everyone, 10, nil)
+			expectTaken(t, s, everyone, 1, busy)
+			s.give(everyone, 10)
+		}},
+		{"more than a share is refused at once", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 5, tooLarge)
+			expectTaken(t, s, everyone, 11, tooLarge)
+		}},
+		{"whoever waits gets what is given back", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			go func() {
+				time.Sleep(shareWait / 2)
+				s.give(a, 1)
+				time.Sleep(shareWait / 4)
+				s.give(a, 3)
+			}()
+			begin := time.Now()
+			expectTaken(t, s, a, 4, nil)
+			if waited := time.Since(begin); waited != shareWait/2+shareWait/4 {
+				t.Errorf("waited %s", waited)
+			}
+			s.give(a, 4)
+		}},
+		{"all who wait get their part", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			go func() {
+				time.Sleep(time.Second)
+				s.give(a, 4)
+			}()
+			together(4, func(int) { expectTaken(t, s, a, 1, nil) })
+			s.give(a, 4)
+		}},
+		{"a request that has ended waits no more", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			begin := time.Now()
+			err := s.take(ctx, a, 1)
+			if waited := time.Since(begin); err != ctx.Err() || err == nil || waited != time.Second {
+				t.Errorf("%v after %s", err, waited)
+			}
+			s.give(a, 4)
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newShares(10, 4)
+				test.run(t, s)
+				expectNothingTaken(t, s)
+			})
+		})
+	}
+}
+
+// expectTaken takes a part, for which the outcome must be the wanted kind of refusal, or none.
+// Whoever is told that the server is busy must have waited, and whoever asks for too much must not.
+func expectTaken(t *testing.T, s *shares, c Caller, amount int64, want any) {
+	t.Helper()
+	begin := time.Now()
+	got := kindOf(s.take(t.Context(), c, amount))
+	waited := time.Since(begin)
+	if got != want {
+		t.Errorf("tenant %s takes %d: %v, want %v", c.tenant, amount, got, want)
+	}
+	if (want == busy) != (waited == shareWait) || want == tooLarge && waited > 0 {
+		t.Errorf("tenant %s takes %d after %s: %v", c.tenant, amount, waited, got)
+	}
+}
+
+// expectNothingTaken reports what is still taken, and tenants that are still remembered.
+func expectNothingTaken(t *testing.T, s *shares) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.taken != 0 || len(s.byTenant) != 0 {
+		t.Errorf("%d is still taken, by tenant: %v", s.taken, s.byTenant)
+	}
+}
+
+func TestClaimGrowsWithinItsTenantsShare(t *testing.T) { // S34
+	t.Parallel()
+	const share = 4 * claimStep
+	a := Caller{tenant: "a"}
+	for _, test := range []struct {
+		name               string
+		other, first, then int64 // bytes of another request; of this one, before and afterwards
+		want               any   // kind of refusal
+		held               int64 // after all
+	}{
+		{"nothing", 0, 0, 0, nil, 0},
+		{"one byte takes a step", 0, 0, 1, nil, claimStep},
+		{"a whole step", 0, 1, claimStep, nil, claimStep},
+		{"one byte more than a step", 0, 1, claimStep + 1, nil, 2 * claimStep},
+		{"less than before", 0, 2 * claimStep, 1, nil, 2 * claimStep},
+		{"the share", 0, 1, share, nil, share},
+		{"more than the share at once", 0, 0, share + 1, tooLarge, 0},
+		{"more than the share at last", 0, share, share + 1, tooLarge, share},
+		{"what is left of the share", 2 * claimStep, claimStep, 2 * claimStep, nil, 2 * claimStep},
+		{"more than is left", 2 * claimStep, claimStep, 3 * claimStep, busy, claimStep},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newShares(2*share, share)
+				other := &claim{of: s, caller: a}
+				c := &claim{of: s, caller: a}
+				if other.reach(t.Context(), test.other) != nil || c.reach(t.Context(), test.first) != nil {
+					t.Fatal("the first claims are refused")
+				}
+				got := kindOf(c.reach(t.Context(), test.then))
+				if got != test.want || c.held != test.held {
+					t.Errorf("%v, and holds %d; want %v and %d", got, c.held, test.want, test.held)
+				}
+				c.release()
+				other.release()
+				expectNothingTaken(t, s)
+			})
+		})
+	}
+}
+
+// kindOf is the kind of a refusal, and nil of no error.
+func kindOf(err error) any {
+	if refused, ok := errors.AsType[*refusal](err); ok {
+		return refused.kind
+	}
+	if err != nil {
+		return err
+	}
+	return nil
 }
