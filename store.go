@@ -431,13 +431,20 @@ func newShares(total, share int64) *shares {
 		given: make(chan struct{})}
 }
 
+// most is what the caller's tenant may have. In open mode there is one tenant, and it may take all.
+func (s *shares) most(c Caller) int64 {
+	if c.open {
+		return s.total
+	}
+	return s.share
+}
+
 // tryTake takes a part for the caller's tenant if there is room for it, and otherwise returns a
-// channel that is closed when there may be. In open mode there is one tenant, and it may take all.
+// channel that is closed when there may be.
 func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	mayTakeMore := c.open || s.byTenant[c.tenant]+amount <= s.share
-	if s.taken+amount > s.total || !mayTakeMore {
+	if s.taken+amount > s.total || s.byTenant[c.tenant]+amount > s.most(c) {
 		return false, s.given
 	}
 	s.taken += amount
@@ -445,11 +452,13 @@ func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}
 	return true, nil
 }
 
+var errTooMuch = refuse(tooLarge, "The request takes more memory than one tenant may have.")
+
 // take takes a part for the caller's tenant, for which it waits until shareWait is over or ctx ends.
 // Whoever takes gives back.
 func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
-	if amount > s.total || !c.open && amount > s.share {
-		return refuse(tooLarge, "The request takes more memory than one tenant may have.")
+	if amount > s.most(c) {
+		return errTooMuch
 	}
 	timeout := time.After(shareWait)
 	for {
@@ -495,6 +504,9 @@ const claimStep = 256 << 10
 func (c *claim) reach(ctx context.Context, bytes int64) error {
 	if bytes <= c.held {
 		return nil
+	}
+	if bytes > c.of.most(c.caller) {
+		return errTooMuch // to wait would be in vain
 	}
 	steps := (bytes - c.held + claimStep - 1) / claimStep
 	if err := c.of.take(ctx, c.caller, steps*claimStep); err != nil {
