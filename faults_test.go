@@ -10,10 +10,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"database/sql"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand"
 	"net"
 	"net/http"
@@ -1284,4 +1287,399 @@ func kindOf(err error) any {
 		return err
 	}
 	return nil
+}
+
+// insider is a server as `timedb api` starts it, over TLS, whose places and memory can be counted.
+type insider struct {
+	*testServer
+	server *server
+}
+
+// mustInsider starts a server on a database of its own: with users, or else in open mode.
+func mustInsider(t *testing.T, withUsers bool) insider {
+	t.Helper()
+	dsn := mustDatabase(t)
+	var users []string
+	if withUsers {
+		users = []string{"--with-users"}
+	}
+	mustCreateTables(t, dsn, users...)
+	log, out := &logBuffer{}, &logBuffer{}
+	open := func(timeout time.Duration, connections int) *store {
+		st, err := openStore(asAppRole(dsn), "public", timeout, connections)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { st.db.Close() })
+		return st
+	}
+	cert, private := mustCertificate(t)
+	host, port := "127.0.0.1", 0
+	auth := &authenticator{keys: open(authTimeout, lookupPool), host: host}
+	logger := slog.New(slog.NewTextHandler(log, nil))
+	x := insider{server: newServer(open(statementTimeout, poolSize), open(healthTimeout, 1), auth, logger)}
+	c := &cli{stdout: out, stderr: log}
+	options := apiOptions{host: &host, port: &port, tlsCert: &cert, tlsKey: &private}
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- c.serve(ctx, x.server, options, logger) }()
+	trusting := &tls.Config{InsecureSkipVerify: true} // it is about neighbours, not about TLS
+	x.testServer = &testServer{dsn: dsn, db: mustOpen(t, dsn), log: log, client: &http.Client{
+		Transport: &http.Transport{TLSClientConfig: trusting, MaxIdleConnsPerHost: 100}}}
+	t.Cleanup(func() {
+		stop()
+		x.client.CloseIdleConnections()
+		if err := <-ended; err != nil {
+			t.Errorf("the server ended with %v", err)
+		}
+	})
+	waitUntil(t, "the server serves", func() bool { return servesLine.MatchString(out.String()) })
+	x.url = servesLine.FindStringSubmatch(out.String())[1]
+	return x
+}
+
+// dialTLS opens a connection over TLS on which the given protocol is spoken: h2 or http/1.1.
+func (s *testServer) dialTLS(address, protocol string) (*tls.Conn, error) {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	conn.(*net.TCPConn).SetReadBuffer(4 << 10) // so that the server soon notices who does not read
+	return tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{protocol}}), nil
+}
+
+// heldBy are the places and the bytes that a tenant holds.
+func (x insider) heldBy(tenant string) (places, bytes int64) {
+	count := func(s *shares) int64 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.byTenant[tenant]
+	}
+	return count(x.server.store.places), count(x.server.memory)
+}
+
+// waitUntilAllIsFree waits until no request holds a place or memory.
+func (x insider) waitUntilAllIsFree(t *testing.T) {
+	t.Helper()
+	for _, s := range []*shares{x.server.store.places, x.server.memory} {
+		waitUntil(t, "nothing is taken", func() bool {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.taken == 0 && len(s.byTenant) == 0
+		})
+	}
+}
+
+// greedy is a tenant that takes what it can get.
+type greedy struct {
+	insider
+	tenant, key string
+	ctx         context.Context // ends with the load
+	requests    sync.WaitGroup
+	mu          sync.Mutex
+	conns       []net.Conn
+}
+
+// mustConnect opens a connection that is closed when the load ends.
+func (g *greedy) mustConnect(t *testing.T, protocol string) net.Conn {
+	t.Helper()
+	conn, err := g.dialTLS(strings.TrimPrefix(g.url, "https://"), protocol)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.conns = append(g.conns, conn)
+	return conn
+}
+
+// stallUploads begins n uploads of so many bytes, and says no more.
+func (g *greedy) stallUploads(t *testing.T, n, bytes int) {
+	row := rowOf("stalled") + ","
+	body := `{"value_rows":[` + strings.Repeat(row, bytes/len(row)+1)
+	for range n {
+		fmt.Fprintf(g.mustConnect(t, "http/1.1"), "POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n"+
+			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", g.key, maxBody, body)
+	}
+}
+
+// readNothing asks for something n times on connections of their own, and reads no answer.
+func (g *greedy) readNothing(t *testing.T, n int, path string) {
+	for range n {
+		io.WriteString(g.mustConnect(t, "http/1.1"), rawGet(path, g.key))
+	}
+}
+
+// openNoWindow asks n times on one connection of HTTP/2 whose windows are zero, so that no answer
+// can be sent.
+func (g *greedy) openNoWindow(t *testing.T, n int, path string) {
+	conn := g.mustConnect(t, "h2")
+	io.WriteString(conn, http2Begin)
+	for i := range n {
+		conn.Write(http2Headers(2*i+1, true, "GET", path, g.key))
+	}
+	go io.Copy(io.Discard, conn) // headers and settings
+}
+
+// http2Begin is what a client says first (RFC 9113, 3.4), with SETTINGS_INITIAL_WINDOW_SIZE 0.
+const http2Begin = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" +
+	"\x00\x00\x06\x04\x00\x00\x00\x00\x00" + "\x00\x04\x00\x00\x00\x00"
+
+// http2Frame is a frame of HTTP/2 (RFC 9113, 4.1).
+func http2Frame(kind, flags byte, stream int, payload []byte) []byte {
+	n := len(payload)
+	frame := []byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags}
+	frame = binary.BigEndian.AppendUint32(frame, uint32(stream))
+	return append(frame, payload...)
+}
+
+// http2Headers is a HEADERS frame in which every field is a literal (RFC 7541, 6.2.2) without
+// Huffman codes. With END_STREAM it is the whole request.
+func http2Headers(stream int, endStream bool, method, path, key string) []byte {
+	var block []byte
+	for _, field := range [][2]string{
+		{":method", method}, {":scheme", "https"}, {":path", path}, {":authority", "x"},
+		{"x-api-key", key}, {"content-type", "application/json"}, {"accept-encoding", "gzip"},
+	} {
+		block = append(block, 0, byte(len(field[0])))
+		block = append(block, field[0]...)
+		block = append(block, byte(len(field[1])))
+		block = append(block, field[1]...)
+	}
+	flags := byte(0x4) // END_HEADERS
+	if endStream {
+		flags |= 0x1
+	}
+	return http2Frame(1, flags, stream, block)
+}
+
+// repeat has n clients that send a request again and again until the load ends.
+func (g *greedy) repeat(n int, method, path, body string) {
+	for range n {
+		g.requests.Go(func() {
+			for g.ctx.Err() == nil {
+				r, _ := http.NewRequestWithContext(g.ctx, method, g.url+path, strings.NewReader(body))
+				r.Header.Set("X-API-Key", g.key)
+				r.Header.Set("Content-Type", "application/json")
+				resp, err := g.client.Do(r)
+				if err == nil {
+					io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+				}
+			}
+		})
+	}
+}
+
+// lockSeries holds the key of a series that is not stored yet, until the load ends.
+func (g *greedy) lockSeries(t *testing.T, key string) {
+	tx, err := g.db.BeginTx(g.ctx, nil) // which is rolled back with ctx
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = tx.Exec("INSERT INTO series_table (tenant_id, series_key, unit) VALUES ($1, $2, 'MW')",
+		g.tenant, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+const busyValues = 480 // of each run of the busy series
+
+// busyTime is the valid_time of a value of a run of the busy series. Every run begins at the same
+// time, and differs in the rest.
+func busyTime(run, i int) string {
+	valid := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC).Add(time.Duration(i) * 30 * time.Minute)
+	if i > 0 {
+		valid = valid.Add(time.Duration(run) * time.Second)
+	}
+	return valid.Format(time.RFC3339)
+}
+
+// mustBusySeries uploads runs of one series that overlap.
+func (s *testServer) mustBusySeries(t *testing.T, key string, runs int) {
+	t.Helper()
+	const clients = 4
+	together(clients, func(client int) {
+		for run := client; run < runs; run += clients {
+			body := []byte("valid_time,value_key,value\n")
+			for i := range busyValues {
+				body = fmt.Appendf(body, "%s,busy,%d\n", busyTime(run, i), run)
+			}
+			const path = "/upload?run_start_time=2025-01-01&known_time=2025-01-01"
+			resp, text, err := s.do("POST", path, key, string(body), "Content-Type: text/csv")
+			if err != nil || resp.StatusCode != 200 {
+				t.Errorf("an upload: %v %v %s", err, resp, text)
+			}
+		}
+	})
+}
+
+// manyCorrections is a PUT of as many updates of the busy series as there may be.
+func manyCorrections() string {
+	var updates []string
+	for i := range maxUpdates {
+		updates = append(updates, fmt.Sprintf(`{"valid_time":%q,"series_key":"busy","value":%d}`,
+			busyTime(i/busyValues, i%busyValues), rand.Int()))
+	}
+	return `{"updates":[` + strings.Join(updates, ",") + `]}`
+}
+
+const (
+	longAnswer = "/values?series_key=long&detail=true" // some 9 MB
+	// These compute much and answer little.
+	cheapFirst  = "/values?series_key=busy&limit=1&as_of=2100-01-01"
+	cheapLead   = "/values?series_key=busy&limit=1&lead=PT1H"
+	cheapBucket = "/values?series_key=busy&bucket=P30D&agg=mean"
+)
+
+// load is what greedy tenants do to a server.
+type load struct {
+	name    string
+	greedy  []string // tenants
+	places  int64    // that each comes to hold, at least
+	bytes   int64    // likewise
+	refused bool     // what else the tenant asks for waits, and is refused
+	begin   func(t *testing.T, g *greedy)
+}
+
+func TestFaultGreedyTenantsLeaveTheOthersTheirShare(t *testing.T) { // S23, S33
+	t.Parallel()
+	var waiting sync.WaitGroup // loads that wait take no processor time, so they run at once
+	for _, c := range []load{
+		{"stalled uploads", []string{tenantA}, 0, 40 << 19, false, func(t *testing.T, g *greedy) {
+			g.stallUploads(t, 40, 1<<20+1)
+		}},
+		{"stalled uploads that take all of its memory", []string{tenantA}, 0, tenantMemory, true,
+			func(t *testing.T, g *greedy) {
+				g.stallUploads(t, tenantMemory/claimStep+10, 1)
+			}},
+		{"answers that nobody reads", []string{tenantA}, tenantPlaces, 0, true,
+			func(t *testing.T, g *greedy) {
+				g.readNothing(t, 40, longAnswer)
+			}},
+		{"streams of HTTP/2 with a window of zero", []string{tenantA}, tenantPlaces, 0, true,
+			func(t *testing.T, g *greedy) {
+				g.openNoWindow(t, 40, longAnswer)
+			}},
+		{"corrections of a busy series", []string{tenantA}, 0, tenantMemory / 2, false,
+			func(t *testing.T, g *greedy) {
+				g.mustBusySeries(t, g.key, 200)
+				g.repeat(16, "PUT", "/values", manyCorrections())
+			}},
+		{"reads that compute much and answer little", []string{tenantA}, tenantPlaces, 0, false,
+			func(t *testing.T, g *greedy) {
+				g.mustBusySeries(t, g.key, 200)
+				g.repeat(9, "GET", cheapFirst, "")
+				g.repeat(9, "GET", cheapLead, "")
+				g.repeat(8, "GET", cheapBucket, "")
+			}},
+		{"new series that wait for a lock", []string{tenantA}, tenantPlaces, 0, true,
+			func(t *testing.T, g *greedy) {
+				g.lockSeries(t, "locked")
+				g.repeat(30, "POST", "/series", `{"name":"locked"}`)
+			}},
+		{"all of the memory and places of two tenants", []string{tenantA, nobody}, tenantPlaces, tenantMemory,
+			true, func(t *testing.T, g *greedy) {
+				g.readNothing(t, tenantPlaces, longAnswer)
+				g.stallUploads(t, tenantMemory/claimStep, 1)
+			}},
+	} {
+		run := func() { t.Run(c.name, c.run) }
+		if c.refused {
+			waiting.Go(run)
+		} else {
+			run()
+		}
+	}
+	waiting.Wait()
+}
+
+// run has the load take hold of a server, looks how others fare, and ends the load.
+func (l *load) run(t *testing.T) {
+	x := mustInsider(t, true)
+	other := x.mustUser(t, tenantB, "b@example.com")
+	x.mustUpload(t, other, oneValue)
+	ctx, end := context.WithCancel(context.Background())
+	defer end()
+	var all []*greedy
+	for _, tenant := range l.greedy {
+		g := &greedy{insider: x, tenant: tenant, ctx: ctx}
+		g.key = x.mustUser(t, tenant, "greedy@example.com")
+		g.mustUploadLong(t)
+		all = append(all, g)
+	}
+	for _, g := range all {
+		l.begin(t, g)
+	}
+	for _, g := range all {
+		waitUntil(t, "the load takes hold", func() bool {
+			places, bytes := g.heldBy(g.tenant)
+			return places >= l.places && bytes >= l.bytes
+		})
+	}
+	for range *faults {
+		x.checkLoad(t, all, other, l.refused)
+	}
+	end()
+	for _, g := range all {
+		for _, conn := range g.conns {
+			conn.Close()
+		}
+		g.requests.Wait()
+	}
+	x.waitUntilAllIsFree(t)
+	for _, g := range all {
+		x.must(t, 200, "GET", "/runs", g.key, "")
+	}
+}
+
+// mustUploadLong uploads the series long.
+func (g *greedy) mustUploadLong(t *testing.T) {
+	t.Helper()
+	body := []byte("valid_time,value_key,value\n")
+	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	for i := range 30_000 {
+		body = fmt.Appendf(body, "%s,long,1\n", begin.Add(time.Duration(i)*time.Minute).Format(time.RFC3339))
+	}
+	g.must(t, 200, "POST", "/upload?run_start_time=2025-01-01", g.key, string(body),
+		"Content-Type: text/csv")
+}
+
+// checkLoad checks, while the greedy hold what they hold, that the other tenant is served soon, and
+// if so wanted that a further request of the greedy is not.
+func (x insider) checkLoad(t *testing.T, all []*greedy, other string, refused bool) {
+	t.Helper()
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	if refused {
+		for _, g := range all {
+			waiting.Go(func() { x.expectBusy(t, g.key) })
+		}
+	}
+	correction := fmt.Sprintf(`{"updates":[{"valid_time":"2025-01-01","series_key":"load","value":%d}]}`,
+		rand.Int())
+	for _, r := range []struct{ name, method, path, body string }{
+		{"a small read", "GET", aRead, ""},
+		{"a bucket", "GET", aRead + "&bucket=P1D&agg=mean", ""},
+		{"a lead", "GET", aRead + "&lead=PT0H", ""},
+		{"a correction", "PUT", "/values", correction},
+		{"an upload", "POST", "/upload", runWith("", at("2025-01-02", "1"))},
+	} {
+		begin := time.Now()
+		answer := x.answerOf(t, r.method, r.path, other, r.body)
+		took := time.Since(begin)
+		t.Logf("%s: %s", r.name, took.Round(time.Millisecond))
+		if !strings.HasPrefix(answer, "200 ") || took > 3*time.Second {
+			t.Errorf("%s of another tenant: %.200s after %s", r.name, answer, took)
+		}
+	}
+}
+
+// expectBusy sends a read that must wait for its share, and then be told to come again.
+func (x insider) expectBusy(t *testing.T, key string) {
+	begin := time.Now()
+	answer := x.answerOf(t, "GET", aRead, key, "")
+	took := time.Since(begin)
+	if !strings.HasPrefix(answer, "503 ") || took < shareWait || took > shareWait+3*time.Second {
+		t.Errorf("a further request of a greedy tenant: %.200s after %s", answer, took)
+	}
 }
