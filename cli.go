@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -548,6 +549,9 @@ func (c *cli) api(ctx context.Context, args []string) error {
 	}
 	if (*o.tlsCert == "") != (*o.tlsKey == "") {
 		return wrongUsage("--tls-cert and --tls-key: expected both or none")
+	}
+	if c.env("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
 	}
 	log := slog.New(slog.NewTextHandler(c.stderr, nil))
 	st, err := c.open(db, statementTimeout, poolSize)

@@ -63,6 +63,9 @@ const (
 	// merged and answers that are not sent yet. A tenant has a quarter of it.
 	memoryTotal  = 320 << 20
 	tenantMemory = memoryTotal / 4
+	// memoryLimit is from where on Go collects garbage at any price. It leaves room beside
+	// memoryTotal for what is not counted, and for some garbage.
+	memoryLimit = 480 << 20
 	// What a request holds at least, what a body does for its buffers, and what its parts do once
 	// they are decoded, in bytes.
 	requestBytes   = 64 << 10
