@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS runs_table (
     run_start_time  timestamptz NOT NULL,
     run_finish_time timestamptz,
     known_time      timestamptz NOT NULL,
-    run_params      jsonb       CHECK (jsonb_typeof(run_params) = 'object'),
+    run_params      json        CHECK (json_typeof(run_params) = 'object'),
     rows_inserted   integer     NOT NULL,
     request_digest  bytea       NOT NULL CHECK (octet_length(request_digest) = 32),  -- tells a retry from another request
     changed_by      text,

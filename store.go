@@ -1109,7 +1109,7 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time,
 		       known_time, run_params, rows_inserted, request_digest, changed_by, inserted_at)
 		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3, $4::timestamptz,
-		       $5::timestamptz, coalesce($6::timestamptz, now), nullif($7, '')::jsonb, $8::integer,
+		       $5::timestamptz, coalesce($6::timestamptz, now), nullif($7, '')::json, $8::integer,
 		       $9::bytea, nullif($10, ''), now
 		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
