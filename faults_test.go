@@ -293,10 +293,18 @@ type program struct {
 }
 
 // mustProgram starts `timedb api` on a port of 127.0.0.1, and waits until it serves.
-func mustProgram(t *testing.T, dsn string, port int) *program {
+func mustProgram(t *testing.T, dsn string, port int, args ...string) *program {
 	t.Helper()
-	p := &program{exec.Command(os.Args[0], "api", "--port", strconv.Itoa(port)), &logBuffer{}}
+	return mustProgramWith(t, nil, dsn, port, args...)
+}
+
+// mustProgramWith does so with some more environment.
+func mustProgramWith(t *testing.T, env []string, dsn string, port int, args ...string) *program {
+	t.Helper()
+	args = append([]string{"api", "--port", strconv.Itoa(port)}, args...)
+	p := &program{exec.Command(os.Args[0], args...), &logBuffer{}}
 	p.cmd.Env = append(os.Environ(), "TEST_RUNS_THE_PROGRAM=1", "TIMEDB_DSN="+dsn)
+	p.cmd.Env = append(p.cmd.Env, env...)
 	out := &logBuffer{}
 	p.cmd.Stdout, p.cmd.Stderr = out, p.log
 	if err := p.cmd.Start(); err != nil {
@@ -1681,5 +1689,372 @@ func (x insider) expectBusy(t *testing.T, key string) {
 	took := time.Since(begin)
 	if !strings.HasPrefix(answer, "503 ") || took < shareWait || took > shareWait+3*time.Second {
 		t.Errorf("a further request of a greedy tenant: %.200s after %s", answer, took)
+	}
+}
+
+// peak is the most memory that the program has had at a time, in MiB.
+func (p *program) peak(t *testing.T) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		t.Skipf("how much memory a process takes cannot be read here: %v", err)
+	}
+	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status)
+	if found == nil {
+		t.Skip("this system does not tell how much memory a process took at most")
+	}
+	kilobytes, _ := strconv.Atoi(string(found[1]))
+	return kilobytes >> 10
+}
+
+const (
+	hostileRequests = 16  // of each kind at once
+	mostMemory      = 600 // MiB
+)
+
+// attack is what hostile clients of two tenants send, all at once.
+type attack struct {
+	name    string
+	prepare func(t *testing.T, h *hostile) // or nil
+	attack  func(t *testing.T, h *hostile)
+}
+
+// hostile are clients that mean harm.
+type hostile struct {
+	*testServer
+	keys []string // of the tenants
+
+	mu       sync.Mutex
+	statuses map[int]int // how many answers there were of each
+}
+
+// send sends one request and counts its answer. Only some answers are right.
+func (h *hostile) send(t *testing.T, i int, method, path, body string, header ...string) {
+	resp, text, err := h.do(method, path, h.keys[i%len(h.keys)], body, header...)
+	if err != nil {
+		t.Logf("%s %s: %v", method, path, err)
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.statuses[resp.StatusCode]++
+	switch resp.StatusCode {
+	case 200, 413, 422, 503:
+	default:
+		t.Errorf("%s %s: %d %.300s", method, path, resp.StatusCode, text)
+	}
+}
+
+// sendAll sends one request many times at once.
+func (h *hostile) sendAll(t *testing.T, method, path, body string, header ...string) {
+	together(hostileRequests, func(i int) { h.send(t, i, method, path, body, header...) })
+}
+
+// longElements are requests in which one element of the body is nearly as long as the body may be.
+func longElements() []requestCase {
+	long := strings.Repeat("x", maxBody-1000)
+	digits, spaces := strings.ReplaceAll(long, "x", "1"), strings.ReplaceAll(long, "x", " ")
+	row := func(members string) string {
+		return runWith("", `{"valid_time":"2025-01-01",`+members+`}`)
+	}
+	note := `{"updates":[{"valid_time":"2025-01-01","series_key":"x","annotation":"` + long + `"}]}`
+	return []requestCase{
+		{name: "a member's name", method: "POST", path: "/upload", body: `{"` + long + `":1}`},
+		{name: "a value_key", method: "POST", path: "/upload",
+			body: row(`"value":1,"value_key":"` + long + `"`)},
+		{name: "a number", method: "POST", path: "/upload", body: row(`"value_key":"x","value":` + digits)},
+		{name: "white space", method: "POST", path: "/upload",
+			body: row(`"value_key":"x","value":1` + spaces)},
+		{name: "a series' name", method: "POST", path: "/series", body: `{"name":"` + long + `"}`},
+		{name: "an annotation", method: "PUT", path: "/values", body: note},
+	}
+}
+
+const (
+	csvUpload = "/upload?run_start_time=2025-01-01"
+	isCSV     = "Content-Type: text/csv"
+	isGzip    = "Content-Encoding: gzip"
+)
+
+func attacks() []attack {
+	return []attack{
+		{"elements of 64 MiB", nil, func(t *testing.T, h *hostile) {
+			for _, c := range longElements() {
+				h.sendAll(t, c.method, c.path, c.body)
+				h.sendAll(t, c.method, c.path, gzipped(c.body), isGzip)
+			}
+		}},
+		{"run_params that could expand", func(t *testing.T, h *hostile) {
+			numbers := strings.Repeat("1e131071,", (maxObject-20)/len("1e131071,"))
+			params := `"run_params":{"a":[` + strings.TrimSuffix(numbers, ",") + `]},`
+			h.sendAll(t, "POST", "/upload", runWith(params, at("2025-01-01", "1")))
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "GET", "/runs", "")
+		}},
+		{"lists of 23 MB that nobody reads", func(t *testing.T, h *hostile) {
+			for _, tenant := range hostileTenants {
+				mustExec(t, h.db, `INSERT INTO series_table (tenant_id, series_key, unit)
+					SELECT $1, repeat('long ', 80) || i, 'MW' FROM generate_series(1, 50000) AS i`, tenant)
+			}
+		}, func(t *testing.T, h *hostile) {
+			h.connect(t, 40, func(key string) string { return rawGet("/list_timeseries", key) })
+		}},
+		{"stalled gzip bodies", nil, func(t *testing.T, h *hostile) {
+			row := rowOf("stalled") + ","
+			packed := gzipped(`{"value_rows":[` + strings.Repeat(row, (1<<20)/len(row)))
+			h.connect(t, 300, func(key string) string {
+				return fmt.Sprintf("POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n"+
+					"Content-Type: application/json\r\n%s\r\nContent-Length: %d\r\n\r\n%s",
+					key, isGzip, len(packed)+1, packed)
+			})
+		}},
+		{"as many series as there may be, with long keys", nil, func(t *testing.T, h *hostile) {
+			body := []byte("valid_time,value_key,value\n")
+			for i := range maxSeries {
+				body = fmt.Appendf(body, "2025-01-01,%0480d,1\n", i)
+			}
+			h.sendAll(t, "POST", csvUpload, gzipped(string(body)), isCSV, isGzip)
+		}},
+		{"as many rows as there may be", nil, func(t *testing.T, h *hostile) {
+			body := []byte("valid_time,value_key,value\n")
+			begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+			for i := range maxRows {
+				body = begin.Add(time.Duration(i)*time.Minute).AppendFormat(body, time.RFC3339)
+				body = append(body, ",a,1\n"...)
+			}
+			h.sendAll(t, "POST", csvUpload, gzipped(string(body)), isCSV, isGzip)
+		}},
+		{"corrections with long tags", func(t *testing.T, h *hostile) {
+			h.mustUploadEnds(t)
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "PUT", "/values", gzipped(longTags(0)), isGzip)
+		}},
+		{"reads of values with long tags", func(t *testing.T, h *hostile) {
+			h.mustUploadEnds(t)
+			for round := range 4 {
+				for i := range h.keys {
+					h.send(t, i, "PUT", "/values", longTags(round))
+				}
+			}
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "GET", "/values?all_versions=true&limit=1", "")
+		}},
+		{"runs that begin at one time", func(t *testing.T, h *hostile) {
+			for _, key := range h.keys {
+				h.mustBusySeries(t, key, 400)
+			}
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "GET", "/values?limit=1", "")
+		}},
+	}
+}
+
+const manyEnds = 200
+
+// endOf is the valid_time_end of one of the values that mustUploadEnds uploads.
+func endOf(i int) string {
+	return time.Date(2025, 1, 2, 0, i, 0, 0, time.UTC).Format(time.RFC3339)
+}
+
+// mustUploadEnds uploads values that differ in their valid_time_end alone.
+func (h *hostile) mustUploadEnds(t *testing.T) {
+	t.Helper()
+	var rows []string
+	for i := range manyEnds {
+		rows = append(rows, at("2025-01-01", "1", `,"valid_time_end":"`+endOf(i)+`"`))
+	}
+	for _, key := range h.keys {
+		h.must(t, 200, "POST", "/upload", key, runWith("", rows...))
+	}
+}
+
+// longTags corrects these values: each gets tags of some 50 KB.
+func longTags(round int) string {
+	var tags, updates []string
+	for i := range maxTags {
+		tags = append(tags, fmt.Sprintf(`"%0480d %d"`, i, round))
+	}
+	for i := range manyEnds {
+		updates = append(updates, fmt.Sprintf(
+			`{"valid_time":"2025-01-01","valid_time_end":%q,"series_key":"load","value":%d,"tags":[%s]}`,
+			endOf(i), round, strings.Join(tags, ",")))
+	}
+	return `{"updates":[` + strings.Join(updates, ",") + `]}`
+}
+
+// connect opens connections on which it says something and reads nothing, for two seconds.
+func (h *hostile) connect(t *testing.T, n int, request func(key string) string) {
+	t.Helper()
+	for i := range n {
+		conn := h.mustDial(t)
+		defer conn.Close()
+		conn.SetWriteDeadline(time.Now().Add(time.Second)) // the server may not read it
+		io.WriteString(conn, request(h.keys[i%len(h.keys)]))
+	}
+	time.Sleep(2 * time.Second) // how much the server takes meanwhile is what is measured
+}
+
+var hostileTenants = []string{tenantA, nobody}
+
+func TestFaultMemoryStaysBounded(t *testing.T) { // S34
+	t.Parallel()
+	for _, a := range attacks() {
+		t.Run(a.name, a.run)
+	}
+}
+
+// run attacks a server, while a good client goes on.
+func (a *attack) run(t *testing.T) {
+	dsn, port := mustDatabase(t), freePort(t)
+	mustCreateTables(t, dsn, "--with-users")
+	h := &hostile{testServer: serverAt(t, dsn, port), statuses: map[int]int{}}
+	for _, tenant := range hostileTenants {
+		h.keys = append(h.keys, h.mustUser(t, tenant, "hostile@example.com"))
+	}
+	good := h.mustUser(t, tenantB, "good@example.com")
+	if a.prepare != nil {
+		p := mustProgram(t, asAppRole(dsn), port)
+		a.prepare(t, h)
+		p.kill()
+		clear(h.statuses)
+	}
+	// Much garbage may gather before Go collects it by itself.
+	p := mustProgramWith(t, []string{"GOGC=400"}, asAppRole(dsn), port)
+	ctx, end := context.WithCancel(context.Background())
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		for ctx.Err() == nil {
+			h.expectOK(t, "GET", "/values", good, "")
+			time.Sleep(50 * time.Millisecond) // the pace of a good client
+		}
+	})
+	for range *faults {
+		a.attack(t, h)
+	}
+	end()
+	beside.Wait()
+	peak := p.peak(t)
+	t.Logf("%d MiB at most; answers by status: %v", peak, h.statuses)
+	if peak >= mostMemory {
+		t.Errorf("the server took %d MiB", peak)
+	}
+}
+
+// mustFill stores series and runs of tenantA: each run with run_params of 2 KB.
+func (s *testServer) mustFill(t *testing.T, series, runs int) {
+	t.Helper()
+	mustExec(t, s.db, `INSERT INTO series_table (tenant_id, series_key, unit)
+		SELECT $1, repeat('long ', 20) || i, 'MW' FROM generate_series(1, $2) AS i
+		ON CONFLICT DO NOTHING`, tenantA, series)
+	mustExec(t, s.db, `INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time,
+		       known_time, run_params, rows_inserted, request_digest)
+		SELECT $1, gen_random_uuid(), 'w', now(), now(),
+		       json_build_object('long', repeat('long ', 400)), 0, sha256('')
+		FROM generate_series(1, $2)`, tenantA, runs)
+}
+
+func TestListsStreamWithoutGrowingMemory(t *testing.T) { // S35
+	t.Parallel()
+	dsn, port := mustDatabase(t), freePort(t)
+	mustCreateTables(t, dsn, "--with-users")
+	s := serverAt(t, dsn, port)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	p := mustProgram(t, asAppRole(dsn), port)
+	measure := func(series, runs int) (peak int) {
+		list := mustDecode[map[string]any](t, s.must(t, 200, "GET", "/list_timeseries", key, ""))
+		shown := mustDecode[struct {
+			Count int
+			Data  []any
+		}](t, s.must(t, 200, "GET", "/runs?limit=10000", key, ""))
+		if len(list) != series || len(shown.Data) != runs || shown.Count != runs {
+			t.Errorf("%d series and %d runs, count %d; want %d and %d",
+				len(list), len(shown.Data), shown.Count, series, runs)
+		}
+		return p.peak(t)
+	}
+	s.mustFill(t, 10_000, 1000)
+	before := measure(10_000, 1000)
+	s.mustFill(t, 100_000, 9000)
+	after := measure(100_000, 10_000)
+	t.Logf("%d MiB, then %d MiB", before, after)
+	if after > before+8 { // the answers grow by 20 MB each
+		t.Errorf("the server took %d MiB for a tenth of the lists, and %d MiB for all", before, after)
+	}
+}
+
+func TestWhoLeavesWaitsNoMore(t *testing.T) { // S33
+	t.Parallel()
+	x := mustInsider(t, true)
+	key := x.mustUser(t, tenantA, "a@example.com")
+	unlock := x.mustLock(t, "values_table")
+	ctx, hangUp := context.WithCancel(context.Background())
+	defer hangUp()
+	working := &greedy{insider: x, key: key, ctx: ctx}
+	working.repeat(tenantPlaces, "GET", "/values", "")
+	x.waitForLockWaits(t, "values_table", tenantPlaces)
+	leaves, leave := context.WithCancel(ctx)
+	waiting := &greedy{insider: x, key: key, ctx: leaves}
+	waiting.repeat(1, "GET", "/values", "")
+	requests := func(n int64) func() bool {
+		return func() bool {
+			_, bytes := x.heldBy(tenantA)
+			return bytes == n*claimStep
+		}
+	}
+	waitUntil(t, "one more request is there", requests(tenantPlaces+1))
+	begin := time.Now()
+	leave()
+	waitUntil(t, "it is gone", requests(tenantPlaces))
+	if took := time.Since(begin); took > shareWait/2 {
+		t.Errorf("a request whose client has left goes on to wait for %s", took)
+	}
+	hangUp()
+	unlock()
+	working.requests.Wait()
+	waiting.requests.Wait()
+	x.waitUntilAllIsFree(t)
+}
+
+func TestInOpenModeOneTenantMayHaveEveryPlace(t *testing.T) { // S33
+	t.Parallel()
+	x := mustInsider(t, false)
+	unlock := x.mustLock(t, "values_table")
+	ctx, hangUp := context.WithCancel(context.Background())
+	defer hangUp()
+	everyone := &greedy{insider: x, ctx: ctx}
+	everyone.repeat(totalPlaces+1, "GET", "/values", "")
+	x.waitForLockWaits(t, "values_table", totalPlaces)
+	if places, _ := x.heldBy(openTenant); places != totalPlaces {
+		t.Errorf("%d places are taken, want %d", places, totalPlaces)
+	}
+	hangUp()
+	unlock()
+	everyone.requests.Wait()
+	x.waitUntilAllIsFree(t)
+}
+
+func TestTenantAloneWaitsRatherThanFails(t *testing.T) { // S33
+	t.Parallel()
+	x := mustInsider(t, true)
+	key := x.mustUser(t, tenantA, "a@example.com")
+	x.mustBusySeries(t, key, 50)
+	jsonRows, csvRows := uploadBodies(100_000)
+	corrections := manyCorrections()
+	for _, c := range []struct{ name, method, path, body, kind string }{
+		{"uploads of JSON", "POST", "/upload", jsonRows, "application/json"},
+		{"uploads of CSV", "POST", csvUpload, csvRows, "text/csv"},
+		{"corrections", "PUT", "/values", corrections, "application/json"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			begin := time.Now()
+			together(8, func(i int) {
+				resp, text, err := x.do(c.method, c.path, key, c.body, "Content-Type: "+c.kind)
+				if err != nil || resp.StatusCode != 200 {
+					t.Errorf("client %d: %v %v %.300s", i, err, resp, text)
+				}
+			})
+			t.Logf("eight at once took %s", time.Since(begin).Round(time.Millisecond))
+			x.waitUntilAllIsFree(t)
+		})
 	}
 }
