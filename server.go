@@ -70,8 +70,9 @@ const (
 	// they are decoded, in bytes.
 	requestBytes   = 64 << 10
 	bodyBytes      = 256 << 10
-	rowBytes       = 32
+	rowBytes       = 64 // twice, and what a growing list takes more
 	newSeriesBytes = 400
+	keyCopies      = 6 // of each key, as text and in JSON for the database and for the answer
 	updateBytes    = 1000
 
 	defaultUnit = "dimensionless"
@@ -829,9 +830,11 @@ type uploadRow struct {
 // uploadReader reads an upload row by row.
 type uploadReader struct {
 	upload
-	row    uploadRow // the one that is being read
-	ctx    context.Context
-	memory *claim
+	row uploadRow // the one that is being read
+	// keyBytes is how long the keys of all series are together.
+	keyBytes int
+	ctx      context.Context
+	memory   *claim
 }
 
 // addRow checks the row that was read, and adds it to the upload.
@@ -847,6 +850,9 @@ func (u *uploadReader) addRow() error {
 	if ref == (seriesRef{}) {
 		return invalid("value_key or series_id is required")
 	}
+	if u.points[ref] == nil {
+		u.keyBytes += len(ref.Key)
+	}
 	u.points[ref] = append(u.points[ref],
 		point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
 	u.rows++
@@ -856,7 +862,8 @@ func (u *uploadReader) addRow() error {
 	if u.rows > maxRows {
 		return invalid("value: expected at most %d rows in one upload", maxRows)
 	}
-	return u.memory.reach(u.ctx, bodyBytes+int64(u.rows*rowBytes+len(u.points)*newSeriesBytes))
+	held := u.rows*rowBytes + len(u.points)*newSeriesBytes + u.keyBytes*keyCopies
+	return u.memory.reach(u.ctx, bodyBytes+int64(held))
 }
 
 // checkTimes checks the times of a value. An end of 0 is none.

@@ -1344,6 +1344,7 @@ type version struct {
 	Known, Change         timestamp
 	ChangedBy, Annotation *string
 	Tags                  pq.StringArray
+	weight                int64 // bytes that each of its elements holds: itself, and its part of this
 }
 
 // supersedes is the rule of the house: of two elements with the same series, valid_time and
@@ -1356,6 +1357,18 @@ func (v *version) supersedes(w *version) bool {
 		cmp.Compare(v.Number, w.Number)) > 0
 }
 
+// bytes is how much memory v takes.
+func (v *version) bytes() int64 {
+	n := versionBytes
+	if v.Annotation != nil {
+		n += len(*v.Annotation)
+	}
+	for _, tag := range v.Tags {
+		n += len(tag)
+	}
+	return int64(n)
+}
+
 // element is one value of one version; a NULL value is NaN. Whoever is given one may keep it only
 // during the call.
 type element struct {
@@ -1363,7 +1376,10 @@ type element struct {
 	from *version // of an aggregate only its series counts
 }
 
-const elementBytes = 32 // that an element takes in memory
+const (
+	elementBytes = 2 * 32 // that an element takes, and a copy of it while lists are merged
+	versionBytes = 300    // that a version takes beside its texts
+)
 
 // merger combines sorted blocks that arrive in the order of their first valid_time into one sorted
 // sequence. What a later block may still supersede or precede it holds in lists, each at least
@@ -1373,6 +1389,7 @@ type merger struct {
 	everyRun bool // only versions of one run supersede each other
 	keepAll  bool // keep every version, ordered by valid_time and version
 	lists    [][]element
+	bytes    int64 // that the lists take
 }
 
 // compare orders elements; 0 means that one supersedes the other.
@@ -1393,6 +1410,9 @@ func (m *merger) compare(a, b *element) int {
 
 // add takes over a block, which is sorted and without repetition.
 func (m *merger) add(block []element) {
+	for i := range block {
+		m.bytes += block[i].from.weight
+	}
 	m.lists = append(m.lists, block)
 	for i := len(m.lists) - 2; i >= 0; i-- {
 		if len(m.lists[i]) < 2*len(m.lists[i+1]) {
@@ -1415,23 +1435,15 @@ func (m *merger) merge(a, b []element) []element {
 			merged = append(merged, b[0])
 			b = b[1:]
 		case a[0].from.supersedes(b[0].from):
+			m.bytes -= b[0].from.weight
 			b = b[1:]
 		default:
+			m.bytes -= a[0].from.weight
 			a = a[1:]
 		}
 	}
 	merged = append(merged, a...)
 	return append(merged, b...)
-}
-
-// bytes is how much memory the lists take, and a copy of them that is being made.
-func (m *merger) bytes() int64 {
-	const elementBytes = 32
-	n := 0
-	for _, list := range m.lists {
-		n += len(list)
-	}
-	return int64(2 * n * elementBytes)
 }
 
 // flush emits, in order, the elements before bound, which no later block can touch.
@@ -1450,6 +1462,7 @@ func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 	}
 	m.lists = slices.DeleteFunc(m.lists, func(list []element) bool { return len(list) == 0 })
 	for i := range ready {
+		m.bytes -= ready[i].from.weight
 		if err := emit(&ready[i]); err != nil {
 			return err
 		}
@@ -1635,7 +1648,7 @@ func (b *blockReader) next(ctx context.Context, rows *sql.Rows) error {
 
 // claimMemory counts what is being merged as the request's.
 func (b *blockReader) claimMemory(ctx context.Context) error {
-	err := b.memory.reach(ctx, b.bytes())
+	err := b.memory.reach(ctx, b.bytes)
 	var refused *refusal
 	if errors.As(err, &refused) && refused.kind == tooLarge {
 		return invalid("too many versions of the same time at once: ask for fewer runs, such as " +
@@ -1682,6 +1695,7 @@ func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 		}
 		block = append(block, element{p, v})
 	}
+	v.weight = elementBytes + v.bytes()/int64(max(1, len(block)))
 	return v, block, nil
 }
 
