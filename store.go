@@ -423,12 +423,13 @@ type shares struct {
 	mu       sync.Mutex
 	taken    int64
 	byTenant map[string]int64
-	given    chan struct{} // closed, and made anew, when something is given back
+	first    map[string]*claim // of each tenant the one that may take the rest of the share
+	given    chan struct{}     // closed, and made anew, when something is given back
 }
 
 func newShares(total, share int64) *shares {
 	return &shares{total: total, share: share, byTenant: map[string]int64{},
-		given: make(chan struct{})}
+		first: map[string]*claim{}, given: make(chan struct{})}
 }
 
 // most is what the caller's tenant may have. In open mode there is one tenant, and it may take all.
@@ -441,10 +442,22 @@ func (s *shares) most(c Caller) int64 {
 
 // tryTake takes a part for the caller's tenant if there is room for it, and otherwise returns a
 // channel that is closed when there may be.
-func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}) {
+//
+// Requests that grow, each by its claim, may all hold a part and wait for more. So that one of them
+// can always go on, the second half of a share is for one claim at a time.
+func (s *shares) tryTake(c Caller, amount int64, by *claim) (ok bool, retry <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.taken+amount > s.total || s.byTenant[c.tenant]+amount > s.most(c) {
+	most := s.most(c)
+	if by != nil && s.byTenant[c.tenant]+amount > most/2 {
+		if s.first[c.tenant] == nil {
+			s.first[c.tenant] = by
+		}
+		if s.first[c.tenant] != by {
+			return false, s.given
+		}
+	}
+	if s.taken+amount > s.total || s.byTenant[c.tenant]+amount > most {
 		return false, s.given
 	}
 	s.taken += amount
@@ -455,14 +468,14 @@ func (s *shares) tryTake(c Caller, amount int64) (ok bool, retry <-chan struct{}
 var errTooMuch = refuse(tooLarge, "The request takes more memory than one tenant may have.")
 
 // take takes a part for the caller's tenant, for which it waits until shareWait is over or ctx ends.
-// Whoever takes gives back.
-func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
+// Whoever takes gives back. by is the claim that grows, if there is one.
+func (s *shares) take(ctx context.Context, c Caller, amount int64, by *claim) error {
 	if amount > s.most(c) {
 		return errTooMuch
 	}
 	timeout := time.After(shareWait)
 	for {
-		ok, retry := s.tryTake(c, amount)
+		ok, retry := s.tryTake(c, amount, by)
 		if ok {
 			return nil
 		}
@@ -477,9 +490,12 @@ func (s *shares) take(ctx context.Context, c Caller, amount int64) error {
 }
 
 // give returns a part.
-func (s *shares) give(c Caller, amount int64) {
+func (s *shares) give(c Caller, amount int64, by *claim) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if by != nil && s.first[c.tenant] == by {
+		delete(s.first, c.tenant)
+	}
 	s.taken -= amount
 	s.byTenant[c.tenant] -= amount
 	if s.byTenant[c.tenant] == 0 {
@@ -509,7 +525,7 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 		return errTooMuch // to wait would be in vain
 	}
 	steps := (bytes - c.held + claimStep - 1) / claimStep
-	if err := c.of.take(ctx, c.caller, steps*claimStep); err != nil {
+	if err := c.of.take(ctx, c.caller, steps*claimStep, c); err != nil {
 		return err
 	}
 	c.held += steps * claimStep
@@ -518,7 +534,7 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 
 // release gives everything back.
 func (c *claim) release() {
-	c.of.give(c.caller, c.held)
+	c.of.give(c.caller, c.held, c)
 	c.held = 0
 }
 
@@ -595,13 +611,13 @@ func openStore(dsn, schema string, timeout time.Duration, connections int) (*sto
 // enter waits for a place to work on the database, and bounds that work in time. The returned
 // function leaves the place.
 func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), error) {
-	if err := s.places.take(ctx, c, 1); err != nil {
+	if err := s.places.take(ctx, c, 1, nil); err != nil {
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, statementTimeout)
 	leave := func() {
 		cancel()
-		s.places.give(c, 1)
+		s.places.give(c, 1, nil)
 	}
 	return ctx, leave, nil
 }
