@@ -1460,13 +1460,17 @@ func http2Headers(stream int, endStream bool, method, path, key string) []byte {
 }
 
 // repeat has n clients that send a request again and again until the load ends.
-func (g *greedy) repeat(n int, method, path, body string) {
+func (g *greedy) repeat(n int, method, path, body string, header ...string) {
 	for range n {
 		g.requests.Go(func() {
 			for g.ctx.Err() == nil {
 				r, _ := http.NewRequestWithContext(g.ctx, method, g.url+path, strings.NewReader(body))
 				r.Header.Set("X-API-Key", g.key)
 				r.Header.Set("Content-Type", "application/json")
+				for _, line := range header {
+					name, value, _ := strings.Cut(line, ": ")
+					r.Header.Set(name, value)
+				}
 				resp, err := g.client.Do(r)
 				if err == nil {
 					io.Copy(io.Discard, resp.Body)
@@ -1579,6 +1583,12 @@ func TestFaultGreedyTenantsLeaveTheOthersTheirShare(t *testing.T) { // S23, S33
 				g.repeat(9, "GET", cheapFirst, "")
 				g.repeat(9, "GET", cheapLead, "")
 				g.repeat(8, "GET", cheapBucket, "")
+			}},
+		{"uploads that are decoded all the time", []string{tenantA}, 0, 20 * claimStep, false,
+			func(t *testing.T, g *greedy) {
+				row := rowOf("long") + ","
+				body := gzipped(`{"value_rows":[` + strings.Repeat(row, (1<<20)/len(row))) // and no end
+				g.repeat(300, "POST", "/upload", body, isGzip)
 			}},
 		{"new series that wait for a lock", []string{tenantA}, tenantPlaces, 0, true,
 			func(t *testing.T, g *greedy) {
@@ -1707,9 +1717,7 @@ func (p *program) peak(t *testing.T) int {
 	return kilobytes >> 10
 }
 
-const (
-	mostMemory = 600 // MiB
-)
+const mostMemory = 600 // MiB
 
 // attack is what hostile clients of two tenants send, all at once.
 type attack struct {
@@ -1889,6 +1897,7 @@ func (h *hostile) connect(t *testing.T, n int, request func(key string) string) 
 		defer conn.Close()
 		conn.SetWriteDeadline(time.Now().Add(time.Second)) // the server may not read it
 		io.WriteString(conn, request(h.keys[i%len(h.keys)]))
+		time.Sleep(5 * time.Millisecond) // it is about what is held, not about a burst
 	}
 	time.Sleep(2 * time.Second) // how much the server takes meanwhile is what is measured
 }
