@@ -1286,6 +1286,26 @@ func TestClaimGrowsWithinItsTenantsShare(t *testing.T) { // S34
 	}
 }
 
+func TestClaimsThatGrowTogetherDoNotWaitForEachOther(t *testing.T) { // S33
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const clients, steps = 8, 4
+		s := newShares(1<<40, clients*steps*claimStep/2) // the share is enough for half of them
+		together(clients, func(i int) {
+			c := &claim{of: s, caller: Caller{tenant: "a"}}
+			defer c.release()
+			for n := range int64(steps) {
+				if err := c.reach(t.Context(), (n+1)*claimStep); err != nil {
+					t.Errorf("client %d, step %d: %v", i, n, err)
+					return
+				}
+				time.Sleep(100 * time.Millisecond) // a body arrives piece by piece
+			}
+		})
+		expectNothingTaken(t, s)
+	})
+}
+
 // kindOf is the kind of a refusal, and nil of no error.
 func kindOf(err error) any {
 	if refused, ok := errors.AsType[*refusal](err); ok {
