@@ -10,10 +10,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"database/sql"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand"
 	"net"
 	"net/http"
@@ -28,6 +31,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -289,10 +293,18 @@ type program struct {
 }
 
 // mustProgram starts `timedb api` on a port of 127.0.0.1, and waits until it serves.
-func mustProgram(t *testing.T, dsn string, port int) *program {
+func mustProgram(t *testing.T, dsn string, port int, args ...string) *program {
 	t.Helper()
-	p := &program{exec.Command(os.Args[0], "api", "--port", strconv.Itoa(port)), &logBuffer{}}
+	return mustProgramWith(t, nil, dsn, port, args...)
+}
+
+// mustProgramWith does so with some more environment.
+func mustProgramWith(t *testing.T, env []string, dsn string, port int, args ...string) *program {
+	t.Helper()
+	args = append([]string{"api", "--port", strconv.Itoa(port)}, args...)
+	p := &program{exec.Command(os.Args[0], args...), &logBuffer{}}
 	p.cmd.Env = append(os.Environ(), "TEST_RUNS_THE_PROGRAM=1", "TIMEDB_DSN="+dsn)
+	p.cmd.Env = append(p.cmd.Env, env...)
 	out := &logBuffer{}
 	p.cmd.Stdout, p.cmd.Stderr = out, p.log
 	if err := p.cmd.Start(); err != nil {
@@ -1118,4 +1130,957 @@ func (s *testServer) measure(t *testing.T) footprint {
 		t.Fatal(err)
 	}
 	return footprint{runtime.NumGoroutine(), n, memory.HeapAlloc}
+}
+
+// ---- Neighbours: what one tenant does to the others
+
+// Within a bubble of synctest time passes at once when everyone waits, so shareWait costs nothing.
+
+func TestSharesAreDividedAmongTenants(t *testing.T) { // S33
+	t.Parallel()
+	a, b, c := Caller{tenant: "a"}, Caller{tenant: "b"}, Caller{tenant: "c"}
+	everyone := Caller{tenant: openTenant, open: true}
+	for _, test := range []struct {
+		name string
+		run  func(t *testing.T, s *shares) // of 10, of which each tenant may have 4
+	}{
+		{"a tenant gets its share", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 1, nil)
+			expectTaken(t, s, a, 3, nil)
+			s.give(a, 4, nil)
+		}},
+		{"a tenant gets no more than its share", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			expectTaken(t, s, a, 1, busy)
+			expectTaken(t, s, b, 4, nil)
+			s.give(a, 4, nil)
+			s.give(b, 4, nil)
+		}},
+		{"all tenants get no more than there is", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			expectTaken(t, s, b, 4, nil)
+			expectTaken(t, s, c, 3, busy)
+			expectTaken(t, s, c, 2, nil)
+			s.give(a, 4, nil)
+			s.give(b, 4, nil)
+			s.give(c, 2, nil)
+		}},
+		{"in open mode the only tenant gets all", func(t *testing.T, s *shares) {
+			expectTaken(t, s, everyone, 10, nil)
+			expectTaken(t, s, everyone, 1, busy)
+			s.give(everyone, 10, nil)
+		}},
+		{"whoever waits gets what is given back", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			go func() {
+				time.Sleep(shareWait / 2)
+				s.give(a, 1, nil)
+				time.Sleep(shareWait / 4)
+				s.give(a, 3, nil)
+			}()
+			begin := time.Now()
+			expectTaken(t, s, a, 4, nil)
+			if waited := time.Since(begin); waited != shareWait/2+shareWait/4 {
+				t.Errorf("waited %s", waited)
+			}
+			s.give(a, 4, nil)
+		}},
+		{"all who wait get their part", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			go func() {
+				time.Sleep(time.Second)
+				s.give(a, 4, nil)
+			}()
+			together(4, func(int) { expectTaken(t, s, a, 1, nil) })
+			s.give(a, 4, nil)
+		}},
+		{"a request that has ended waits no more", func(t *testing.T, s *shares) {
+			expectTaken(t, s, a, 4, nil)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			begin := time.Now()
+			err := s.take(ctx, a, 1, nil)
+			if waited := time.Since(begin); err != ctx.Err() || err == nil || waited != time.Second {
+				t.Errorf("%v after %s", err, waited)
+			}
+			s.give(a, 4, nil)
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newShares(10, 4)
+				test.run(t, s)
+				expectNothingTaken(t, s)
+			})
+		})
+	}
+}
+
+// expectTaken takes a part, for which the outcome must be the wanted kind of refusal, or none.
+// Whoever is told that the server is busy must have waited, and whoever asks for too much must not.
+func expectTaken(t *testing.T, s *shares, c Caller, amount int64, want any) {
+	t.Helper()
+	begin := time.Now()
+	got := kindOf(s.take(t.Context(), c, amount, nil))
+	waited := time.Since(begin)
+	if got != want {
+		t.Errorf("tenant %s takes %d: %v, want %v", c.tenant, amount, got, want)
+	}
+	if (want == busy) != (waited == shareWait) || want == tooLarge && waited > 0 {
+		t.Errorf("tenant %s takes %d after %s: %v", c.tenant, amount, waited, got)
+	}
+}
+
+// expectNothingTaken reports what is still taken, and tenants that are still remembered.
+func expectNothingTaken(t *testing.T, s *shares) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.taken != 0 || len(s.byTenant) != 0 || len(s.first) != 0 {
+		t.Errorf("%d is still taken, by tenant: %v", s.taken, s.byTenant)
+	}
+}
+
+func TestClaimGrowsWithinItsTenantsShare(t *testing.T) { // S34
+	t.Parallel()
+	const share = 4 * claimStep
+	a := Caller{tenant: "a"}
+	for _, test := range []struct {
+		name               string
+		other, first, then int64 // bytes of another request; of this one, before and afterwards
+		want               any   // kind of refusal
+		held               int64 // after all
+	}{
+		{"nothing", 0, 0, 0, nil, 0},
+		{"one byte takes a step", 0, 0, 1, nil, claimStep},
+		{"a whole step", 0, 1, claimStep, nil, claimStep},
+		{"one byte more than a step", 0, 1, claimStep + 1, nil, 2 * claimStep},
+		{"less than before", 0, 2 * claimStep, 1, nil, 2 * claimStep},
+		{"the share", 0, 1, share, nil, share},
+		{"more than the share at once", 0, 0, share + 1, tooLarge, 0},
+		{"more than the share at last", 0, share, share + 1, tooLarge, share},
+		{"what is left of the share", 2 * claimStep, claimStep, 2 * claimStep, nil, 2 * claimStep},
+		{"more than is left", 2 * claimStep, claimStep, 3 * claimStep, busy, claimStep},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newShares(2*share, share)
+				other := &claim{of: s, caller: a}
+				c := &claim{of: s, caller: a}
+				if other.reach(t.Context(), test.other) != nil || c.reach(t.Context(), test.first) != nil {
+					t.Fatal("the first claims are refused")
+				}
+				got := kindOf(c.reach(t.Context(), test.then))
+				if got != test.want || c.held != test.held {
+					t.Errorf("%v, and holds %d; want %v and %d", got, c.held, test.want, test.held)
+				}
+				c.release()
+				other.release()
+				expectNothingTaken(t, s)
+			})
+		})
+	}
+}
+
+func TestClaimsThatGrowTogetherDoNotWaitForEachOther(t *testing.T) { // S33
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const clients, steps = 8, 4
+		s := newShares(1<<40, clients*steps*claimStep/2) // the share is enough for half of them
+		together(clients, func(i int) {
+			c := &claim{of: s, caller: Caller{tenant: "a"}}
+			defer c.release()
+			for n := range int64(steps) {
+				if err := c.reach(t.Context(), (n+1)*claimStep); err != nil {
+					t.Errorf("client %d, step %d: %v", i, n, err)
+					return
+				}
+				time.Sleep(100 * time.Millisecond) // a body arrives piece by piece
+			}
+		})
+		expectNothingTaken(t, s)
+	})
+}
+
+// kindOf is the kind of a refusal, and nil of no error.
+func kindOf(err error) any {
+	if refused, ok := errors.AsType[*refusal](err); ok {
+		return refused.kind
+	}
+	if err != nil {
+		return err
+	}
+	return nil
+}
+
+// insider is a server as `timedb api` starts it, over TLS, whose places and memory can be counted.
+type insider struct {
+	*testServer
+	server *server
+}
+
+// mustInsider starts a server on a database of its own: with users, or else in open mode.
+func mustInsider(t *testing.T, withUsers bool) insider {
+	t.Helper()
+	dsn := mustDatabase(t)
+	var users []string
+	if withUsers {
+		users = []string{"--with-users"}
+	}
+	mustCreateTables(t, dsn, users...)
+	log, out := &logBuffer{}, &logBuffer{}
+	open := func(timeout time.Duration, connections int) *store {
+		st, err := openStore(asAppRole(dsn), "public", timeout, connections, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { st.db.Close() })
+		return st
+	}
+	cert, private := mustCertificate(t)
+	host, port := "127.0.0.1", 0
+	auth := &authenticator{keys: open(authTimeout, lookupPool), host: host}
+	logger := slog.New(slog.NewTextHandler(log, nil))
+	x := insider{server: newServer(open(statementTimeout, poolSize), open(healthTimeout, 1), auth, logger)}
+	c := &cli{stdout: out, stderr: log}
+	options := apiOptions{host: host, port: port, tlsCert: cert, tlsKey: private}
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- c.serve(ctx, x.server, options, logger) }()
+	trusting := &tls.Config{InsecureSkipVerify: true} // it is about neighbours, not about TLS
+	x.testServer = &testServer{dsn: dsn, db: mustOpen(t, dsn), log: log, client: &http.Client{
+		Transport: &http.Transport{TLSClientConfig: trusting, MaxIdleConnsPerHost: 100}}}
+	t.Cleanup(func() {
+		stop()
+		x.client.CloseIdleConnections()
+		if err := <-ended; err != nil {
+			t.Errorf("the server ended with %v", err)
+		}
+	})
+	waitUntil(t, "the server serves", func() bool { return servesLine.MatchString(out.String()) })
+	x.url = servesLine.FindStringSubmatch(out.String())[1]
+	return x
+}
+
+// dialTLS opens a connection over TLS on which the given protocol is spoken: h2 or http/1.1.
+func (s *testServer) dialTLS(address, protocol string) (*tls.Conn, error) {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	conn.(*net.TCPConn).SetReadBuffer(4 << 10) // so that the server soon notices who does not read
+	return tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{protocol}}), nil
+}
+
+// heldBy are the places and the bytes that a tenant holds.
+func (x insider) heldBy(tenant string) (places, bytes int64) {
+	count := func(s *shares) int64 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.byTenant[tenant]
+	}
+	return count(x.server.store.places), count(x.server.memory)
+}
+
+// waitUntilAllIsFree waits until no request holds a place or memory.
+func (x insider) waitUntilAllIsFree(t *testing.T) {
+	t.Helper()
+	for _, s := range []*shares{x.server.store.places, x.server.memory} {
+		waitUntil(t, "nothing is taken", func() bool {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.taken == 0 && len(s.byTenant) == 0 && len(s.first) == 0
+		})
+	}
+}
+
+// greedy is a tenant that takes what it can get.
+type greedy struct {
+	insider
+	tenant, key string
+	ctx         context.Context // ends with the load
+	requests    sync.WaitGroup
+	conns       []net.Conn
+}
+
+// mustConnect opens a connection that is closed when the load ends.
+func (g *greedy) mustConnect(t *testing.T, protocol string) net.Conn {
+	t.Helper()
+	conn, err := g.dialTLS(strings.TrimPrefix(g.url, "https://"), protocol)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.conns = append(g.conns, conn)
+	return conn
+}
+
+// stallUploads begins n uploads of so many bytes, and says no more.
+func (g *greedy) stallUploads(t *testing.T, n, bytes int) {
+	row := rowOf("stalled") + ","
+	body := `{"value_rows":[` + strings.Repeat(row, bytes/len(row)+1)
+	for range n {
+		fmt.Fprintf(g.mustConnect(t, "http/1.1"), "POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n"+
+			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", g.key, maxBody, body)
+	}
+}
+
+// readNothing asks for something n times on connections of their own, and reads no answer.
+func (g *greedy) readNothing(t *testing.T, n int, path string) {
+	for range n {
+		io.WriteString(g.mustConnect(t, "http/1.1"), rawGet(path, g.key))
+	}
+}
+
+// openNoWindow asks n times on one connection of HTTP/2 whose windows are zero, so that no answer
+// can be sent.
+func (g *greedy) openNoWindow(t *testing.T, n int, path string) {
+	conn := g.mustConnect(t, "h2")
+	io.WriteString(conn, http2Begin)
+	for i := range n {
+		conn.Write(http2Headers(2*i+1, true, "GET", path, g.key))
+	}
+	go io.Copy(io.Discard, conn) // headers and settings
+}
+
+// http2Begin is what a client says first (RFC 9113, 3.4), with SETTINGS_INITIAL_WINDOW_SIZE 0.
+const http2Begin = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" +
+	"\x00\x00\x06\x04\x00\x00\x00\x00\x00" + "\x00\x04\x00\x00\x00\x00"
+
+// http2Frame is a frame of HTTP/2 (RFC 9113, 4.1).
+func http2Frame(kind, flags byte, stream int, payload []byte) []byte {
+	n := len(payload)
+	frame := []byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags}
+	frame = binary.BigEndian.AppendUint32(frame, uint32(stream))
+	return append(frame, payload...)
+}
+
+// http2Headers is a HEADERS frame in which every field is a literal (RFC 7541, 6.2.2) without
+// Huffman codes. With END_STREAM it is the whole request.
+func http2Headers(stream int, endStream bool, method, path, key string) []byte {
+	var block []byte
+	for _, field := range [][2]string{
+		{":method", method}, {":scheme", "https"}, {":path", path}, {":authority", "x"},
+		{"x-api-key", key}, {"content-type", "application/json"}, {"accept-encoding", "gzip"},
+	} {
+		block = append(block, 0, byte(len(field[0])))
+		block = append(block, field[0]...)
+		block = append(block, byte(len(field[1])))
+		block = append(block, field[1]...)
+	}
+	flags := byte(0x4) // END_HEADERS
+	if endStream {
+		flags |= 0x1
+	}
+	return http2Frame(1, flags, stream, block)
+}
+
+// repeat has n clients that send a request again and again until the load ends.
+func (g *greedy) repeat(n int, method, path, body string, header ...string) {
+	for range n {
+		g.requests.Go(func() {
+			for g.ctx.Err() == nil {
+				r, _ := http.NewRequestWithContext(g.ctx, method, g.url+path, strings.NewReader(body))
+				r.Header.Set("X-API-Key", g.key)
+				r.Header.Set("Content-Type", "application/json")
+				for _, line := range header {
+					name, value, _ := strings.Cut(line, ": ")
+					r.Header.Set(name, value)
+				}
+				resp, err := g.client.Do(r)
+				if err == nil {
+					io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+				}
+			}
+		})
+	}
+}
+
+// lockSeries holds the key of a series that is not stored yet, until the load ends.
+func (g *greedy) lockSeries(t *testing.T, key string) {
+	tx, err := g.db.BeginTx(g.ctx, nil) // which is rolled back with ctx
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = tx.Exec("INSERT INTO series_table (tenant_id, series_key, unit) VALUES ($1, $2, 'MW')",
+		g.tenant, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+const busyValues = 480 // of each run of the busy series
+
+// busyTime is the valid_time of a value of a run of the busy series. Every run begins at the same
+// time, and differs in the rest.
+func busyTime(run, i int) string {
+	valid := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC).Add(time.Duration(i) * 30 * time.Minute)
+	if i > 0 {
+		valid = valid.Add(time.Duration(run) * time.Second)
+	}
+	return valid.Format(time.RFC3339)
+}
+
+// mustBusySeries uploads runs of one series that overlap.
+func (s *testServer) mustBusySeries(t *testing.T, key string, runs int) {
+	t.Helper()
+	const clients = 4
+	together(clients, func(client int) {
+		for run := client; run < runs; run += clients {
+			body := []byte("valid_time,value_key,value\n")
+			for i := range busyValues {
+				body = fmt.Appendf(body, "%s,busy,%d\n", busyTime(run, i), run)
+			}
+			const path = "/upload?run_start_time=2025-01-01&known_time=2025-01-01"
+			resp, text, err := s.do("POST", path, key, string(body), "Content-Type: text/csv")
+			if err != nil || resp.StatusCode != 200 {
+				t.Errorf("an upload: %v %v %s", err, resp, text)
+			}
+		}
+	})
+}
+
+// manyCorrections is a PUT of as many updates of the busy series as there may be.
+func manyCorrections() string {
+	var updates []string
+	for i := range maxUpdates {
+		updates = append(updates, fmt.Sprintf(`{"valid_time":%q,"series_key":"busy","value":%d}`,
+			busyTime(i/busyValues, i%busyValues), rand.Int()))
+	}
+	return `{"updates":[` + strings.Join(updates, ",") + `]}`
+}
+
+const (
+	longAnswer = "/values?series_key=long&detail=true" // some 9 MB
+	// These compute much and answer little.
+	cheapFirst  = "/values?series_key=busy&limit=1&as_of=2100-01-01"
+	cheapLead   = "/values?series_key=busy&limit=1&lead=PT1H"
+	cheapBucket = "/values?series_key=busy&bucket=P30D&agg=mean"
+)
+
+// load is what greedy tenants do to a server.
+type load struct {
+	name    string
+	greedy  []string // tenants
+	places  int64    // that each comes to hold, at least
+	bytes   int64    // likewise
+	refused bool     // what else the tenant asks for waits, and is refused
+	begin   func(t *testing.T, g *greedy)
+}
+
+func TestFaultGreedyTenantsLeaveTheOthersTheirShare(t *testing.T) { // S23, S33
+	t.Parallel()
+	var waiting sync.WaitGroup // loads that wait take no processor time, so they run at once
+	for _, c := range []load{
+		{"stalled uploads", []string{tenantA}, 0, 40 << 19, false, func(t *testing.T, g *greedy) {
+			g.stallUploads(t, 40, 1<<20+1)
+		}},
+		{"stalled uploads that take all of its memory", []string{tenantA}, 0, tenantMemory / 2, true,
+			func(t *testing.T, g *greedy) {
+				g.stallUploads(t, tenantMemory/claimStep+10, 1)
+			}},
+		{"answers that nobody reads", []string{tenantA}, tenantPlaces, 0, true,
+			func(t *testing.T, g *greedy) {
+				g.readNothing(t, 40, longAnswer)
+			}},
+		{"streams of HTTP/2 with a window of zero", []string{tenantA}, tenantPlaces, 0, true,
+			func(t *testing.T, g *greedy) {
+				g.openNoWindow(t, 40, longAnswer)
+			}},
+		{"corrections of a busy series", []string{tenantA}, 0, tenantMemory / 2, false,
+			func(t *testing.T, g *greedy) {
+				g.mustBusySeries(t, g.key, 200)
+				g.repeat(16, "PUT", "/values", manyCorrections())
+			}},
+		{"reads that compute much and answer little", []string{tenantA}, tenantPlaces, 0, false,
+			func(t *testing.T, g *greedy) {
+				g.mustBusySeries(t, g.key, 200)
+				g.repeat(9, "GET", cheapFirst, "")
+				g.repeat(9, "GET", cheapLead, "")
+				g.repeat(8, "GET", cheapBucket, "")
+			}},
+		{"uploads that are decoded all the time", []string{tenantA}, 0, 20 * claimStep, false,
+			func(t *testing.T, g *greedy) {
+				row := rowOf("long") + ","
+				body := gzipped(`{"value_rows":[` + strings.Repeat(row, (1<<20)/len(row))) // and no end
+				g.repeat(300, "POST", "/upload", body, isGzip)
+			}},
+		{"new series that wait for a lock", []string{tenantA}, tenantPlaces, 0, true,
+			func(t *testing.T, g *greedy) {
+				g.lockSeries(t, "locked")
+				g.repeat(30, "POST", "/series", `{"name":"locked"}`)
+			}},
+		{"all of the memory and places of two tenants", []string{tenantA, nobody}, tenantPlaces, tenantMemory / 2,
+			true, func(t *testing.T, g *greedy) {
+				g.readNothing(t, tenantPlaces, longAnswer)
+				g.stallUploads(t, tenantMemory/claimStep, 1)
+			}},
+	} {
+		run := func() { t.Run(c.name, c.run) }
+		if c.refused {
+			waiting.Go(run)
+		} else {
+			run()
+		}
+	}
+	waiting.Wait()
+}
+
+// run has the load take hold of a server, looks how others fare, and ends the load.
+func (l *load) run(t *testing.T) {
+	x := mustInsider(t, true)
+	other := x.mustUser(t, tenantB, "b@example.com")
+	x.mustUpload(t, other, oneValue)
+	ctx, end := context.WithCancel(context.Background())
+	defer end()
+	var all []*greedy
+	for _, tenant := range l.greedy {
+		g := &greedy{insider: x, tenant: tenant, ctx: ctx}
+		g.key = x.mustUser(t, tenant, "greedy@example.com")
+		g.mustUploadLong(t)
+		all = append(all, g)
+	}
+	for _, g := range all {
+		l.begin(t, g)
+	}
+	for _, g := range all {
+		waitUntil(t, "the load takes hold", func() bool {
+			places, bytes := g.heldBy(g.tenant)
+			return places >= l.places && bytes >= l.bytes
+		})
+	}
+	for range *faults {
+		x.checkLoad(t, all, other, l.refused)
+	}
+	end()
+	for _, g := range all {
+		for _, conn := range g.conns {
+			conn.Close()
+		}
+		g.requests.Wait()
+	}
+	x.waitUntilAllIsFree(t)
+	for _, g := range all {
+		x.must(t, 200, "GET", "/runs", g.key, "")
+	}
+}
+
+// mustUploadLong uploads the series long.
+func (g *greedy) mustUploadLong(t *testing.T) {
+	t.Helper()
+	body := []byte("valid_time,value_key,value\n")
+	begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+	for i := range 30_000 {
+		body = fmt.Appendf(body, "%s,long,1\n", begin.Add(time.Duration(i)*time.Minute).Format(time.RFC3339))
+	}
+	g.must(t, 200, "POST", "/upload?run_start_time=2025-01-01", g.key, string(body),
+		"Content-Type: text/csv")
+}
+
+// checkLoad checks, while the greedy hold what they hold, that the other tenant is served soon, and
+// if so wanted that a further request of the greedy is not.
+func (x insider) checkLoad(t *testing.T, all []*greedy, other string, refused bool) {
+	t.Helper()
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	if refused {
+		for _, g := range all {
+			waiting.Go(func() { x.expectBusy(t, g.key) })
+		}
+	}
+	correction := fmt.Sprintf(`{"updates":[{"valid_time":"2025-01-01","series_key":"load","value":%d}]}`,
+		rand.Int())
+	for _, r := range []struct{ name, method, path, body string }{
+		{"a small read", "GET", aRead, ""},
+		{"a bucket", "GET", aRead + "&bucket=P1D&agg=mean", ""},
+		{"a lead", "GET", aRead + "&lead=PT0H", ""},
+		{"a correction", "PUT", "/values", correction},
+		{"an upload", "POST", "/upload", runWith("", at("2025-01-02", "1"))},
+	} {
+		begin := time.Now()
+		answer := x.answerOf(t, r.method, r.path, other, r.body)
+		took := time.Since(begin)
+		t.Logf("%s: %s", r.name, took.Round(time.Millisecond))
+		if !strings.HasPrefix(answer, "200 ") || took > 3*time.Second {
+			t.Errorf("%s of another tenant: %.200s after %s", r.name, answer, took)
+		}
+	}
+}
+
+// expectBusy sends a read that must wait for its share, and then be told to come again.
+func (x insider) expectBusy(t *testing.T, key string) {
+	begin := time.Now()
+	answer := x.answerOf(t, "GET", aRead, key, "")
+	took := time.Since(begin)
+	if !strings.HasPrefix(answer, "503 ") || took < shareWait || took > shareWait+3*time.Second {
+		t.Errorf("a further request of a greedy tenant: %.200s after %s", answer, took)
+	}
+}
+
+// peak is the most memory that the program has had at a time, in MiB.
+func (p *program) peak(t *testing.T) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		t.Skipf("how much memory a process takes cannot be read here: %v", err)
+	}
+	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status)
+	if found == nil {
+		t.Skip("this system does not tell how much memory a process took at most")
+	}
+	kilobytes, _ := strconv.Atoi(string(found[1]))
+	return kilobytes >> 10
+}
+
+const mostMemory = 600 // MiB
+
+// attack is what hostile clients of two tenants send, all at once.
+type attack struct {
+	name    string
+	prepare func(t *testing.T, h *hostile) // or nil
+	attack  func(t *testing.T, h *hostile)
+}
+
+// hostile are clients that mean harm.
+type hostile struct {
+	*testServer
+	keys []string // of the tenants
+
+	mu       sync.Mutex
+	statuses map[int]int // how many answers there were of each
+}
+
+// send sends one request and counts its answer. Only some answers are right.
+func (h *hostile) send(t *testing.T, i int, method, path, body string, header ...string) {
+	resp, text, err := h.do(method, path, h.keys[i%len(h.keys)], body, header...)
+	if err != nil {
+		t.Logf("%s %s: %v", method, path, err)
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.statuses[resp.StatusCode]++
+	switch resp.StatusCode {
+	case 200, 413, 422, 503:
+	default:
+		t.Errorf("%s %s: %d %.300s", method, path, resp.StatusCode, text)
+	}
+}
+
+// sendAll sends one request many times at once: 6 times, or with -faults raised 16 times.
+func (h *hostile) sendAll(t *testing.T, method, path, body string, header ...string) {
+	together(min(5+*faults, 16), func(i int) { h.send(t, i, method, path, body, header...) })
+}
+
+// longElements are requests in which one element of the body is nearly as long as the body may be.
+func longElements() []requestCase {
+	long := strings.Repeat("x", maxBody-1000)
+	digits, spaces := strings.ReplaceAll(long, "x", "1"), strings.ReplaceAll(long, "x", " ")
+	row := func(members string) string {
+		return runWith("", `{"valid_time":"2025-01-01",`+members+`}`)
+	}
+	note := `{"updates":[{"valid_time":"2025-01-01","series_key":"x","annotation":"` + long + `"}]}`
+	return []requestCase{
+		{name: "a member's name", method: "POST", path: "/upload", body: `{"` + long + `":1}`},
+		{name: "a value_key", method: "POST", path: "/upload",
+			body: row(`"value":1,"value_key":"` + long + `"`)},
+		{name: "a number", method: "POST", path: "/upload", body: row(`"value_key":"x","value":` + digits)},
+		{name: "white space", method: "POST", path: "/upload",
+			body: row(`"value_key":"x","value":1` + spaces)},
+		{name: "a series' name", method: "POST", path: "/series", body: `{"name":"` + long + `"}`},
+		{name: "an annotation", method: "PUT", path: "/values", body: note},
+	}
+}
+
+const (
+	csvUpload = "/upload?run_start_time=2025-01-01"
+	isCSV     = "Content-Type: text/csv"
+	isGzip    = "Content-Encoding: gzip"
+)
+
+func attacks() []attack {
+	return []attack{
+		{"elements of 64 MiB", nil, func(t *testing.T, h *hostile) {
+			for _, c := range longElements() {
+				h.sendAll(t, c.method, c.path, c.body)
+				h.sendAll(t, c.method, c.path, gzipped(c.body), isGzip)
+			}
+		}},
+		{"run_params that could expand", func(t *testing.T, h *hostile) {
+			numbers := strings.Repeat("1e131071,", (maxObject-20)/len("1e131071,"))
+			params := `"run_params":{"a":[` + strings.TrimSuffix(numbers, ",") + `]},`
+			h.sendAll(t, "POST", "/upload", runWith(params, at("2025-01-01", "1")))
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "GET", "/runs", "")
+		}},
+		{"lists of 23 MB that nobody reads", func(t *testing.T, h *hostile) {
+			for _, tenant := range hostileTenants {
+				mustExec(t, h.db, `INSERT INTO series_table (tenant_id, series_key, unit)
+					SELECT $1, repeat('long ', 80) || i, 'MW' FROM generate_series(1, 50000) AS i`, tenant)
+			}
+		}, func(t *testing.T, h *hostile) {
+			h.connect(t, 40, func(key string) string { return rawGet("/list_timeseries", key) })
+		}},
+		{"stalled gzip bodies", nil, func(t *testing.T, h *hostile) {
+			row := rowOf("stalled") + ","
+			packed := gzipped(`{"value_rows":[` + strings.Repeat(row, (1<<20)/len(row)))
+			h.connect(t, 300, func(key string) string {
+				return fmt.Sprintf("POST /upload HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n"+
+					"Content-Type: application/json\r\n%s\r\nContent-Length: %d\r\n\r\n%s",
+					key, isGzip, len(packed)+1, packed)
+			})
+		}},
+		{"as many series as there may be, with long keys", nil, func(t *testing.T, h *hostile) {
+			body := []byte("valid_time,value_key,value\n")
+			for i := range maxSeries {
+				body = fmt.Appendf(body, "2025-01-01,%0480d,1\n", i)
+			}
+			h.sendAll(t, "POST", csvUpload, gzipped(string(body)), isCSV, isGzip)
+		}},
+		{"as many rows as there may be", nil, func(t *testing.T, h *hostile) {
+			body := []byte("valid_time,value_key,value\n")
+			begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
+			for i := range maxRows {
+				body = begin.Add(time.Duration(i)*time.Minute).AppendFormat(body, time.RFC3339)
+				body = append(body, ",a,1\n"...)
+			}
+			h.sendAll(t, "POST", csvUpload, gzipped(string(body)), isCSV, isGzip)
+		}},
+		{"corrections with long tags", func(t *testing.T, h *hostile) {
+			h.mustUploadEnds(t)
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "PUT", "/values", gzipped(longTags(0)), isGzip)
+		}},
+		{"reads of values with long tags", func(t *testing.T, h *hostile) {
+			h.mustUploadEnds(t)
+			for round := range 4 {
+				for i := range h.keys {
+					h.send(t, i, "PUT", "/values", longTags(round))
+				}
+			}
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "GET", "/values?all_versions=true&limit=1", "")
+		}},
+		{"runs that begin at one time", func(t *testing.T, h *hostile) {
+			for _, key := range h.keys {
+				h.mustBusySeries(t, key, 400)
+			}
+		}, func(t *testing.T, h *hostile) {
+			h.sendAll(t, "GET", "/values?limit=1", "")
+		}},
+	}
+}
+
+const manyEnds = 200
+
+// endOf is the valid_time_end of one of the values that mustUploadEnds uploads.
+func endOf(i int) string {
+	return time.Date(2025, 1, 2, 0, i, 0, 0, time.UTC).Format(time.RFC3339)
+}
+
+// mustUploadEnds uploads values that differ in their valid_time_end alone.
+func (h *hostile) mustUploadEnds(t *testing.T) {
+	t.Helper()
+	var rows []string
+	for i := range manyEnds {
+		rows = append(rows, at("2025-01-01", "1", `,"valid_time_end":"`+endOf(i)+`"`))
+	}
+	for _, key := range h.keys {
+		h.must(t, 200, "POST", "/upload", key, runWith("", rows...))
+	}
+}
+
+// longTags corrects these values: each gets tags of some 50 KB.
+func longTags(round int) string {
+	var tags, updates []string
+	for i := range maxTags {
+		tags = append(tags, fmt.Sprintf(`"%0480d %d"`, i, round))
+	}
+	for i := range manyEnds {
+		updates = append(updates, fmt.Sprintf(
+			`{"valid_time":"2025-01-01","valid_time_end":%q,"series_key":"load","value":%d,"tags":[%s]}`,
+			endOf(i), round, strings.Join(tags, ",")))
+	}
+	return `{"updates":[` + strings.Join(updates, ",") + `]}`
+}
+
+// connect opens connections on which it says something and reads nothing, for two seconds.
+func (h *hostile) connect(t *testing.T, n int, request func(key string) string) {
+	t.Helper()
+	for i := range n {
+		conn := h.mustDial(t)
+		defer conn.Close()
+		conn.SetWriteDeadline(time.Now().Add(time.Second)) // the server may not read it
+		io.WriteString(conn, request(h.keys[i%len(h.keys)]))
+		time.Sleep(5 * time.Millisecond) // it is about what is held, not about a burst
+	}
+	time.Sleep(2 * time.Second) // how much the server takes meanwhile is what is measured
+}
+
+var hostileTenants = []string{tenantA, nobody}
+
+func TestFaultMemoryStaysBounded(t *testing.T) { // S34
+	t.Parallel()
+	for _, a := range attacks() {
+		t.Run(a.name, a.run)
+	}
+}
+
+// run attacks a server, while a good client goes on.
+func (a *attack) run(t *testing.T) {
+	dsn, port := mustDatabase(t), freePort(t)
+	mustCreateTables(t, dsn, "--with-users")
+	h := &hostile{testServer: serverAt(t, dsn, port), statuses: map[int]int{}}
+	for _, tenant := range hostileTenants {
+		h.keys = append(h.keys, h.mustUser(t, tenant, "hostile@example.com"))
+	}
+	good := h.mustUser(t, tenantB, "good@example.com")
+	if a.prepare != nil {
+		p := mustProgram(t, asAppRole(dsn), port)
+		a.prepare(t, h)
+		p.kill()
+		clear(h.statuses)
+	}
+	// Much garbage may gather before Go collects it by itself.
+	p := mustProgramWith(t, []string{"GOGC=400"}, asAppRole(dsn), port)
+	ctx, end := context.WithCancel(context.Background())
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		for ctx.Err() == nil {
+			h.expectOK(t, "GET", "/values", good, "")
+			time.Sleep(50 * time.Millisecond) // the pace of a good client
+		}
+	})
+	for range *faults {
+		a.attack(t, h)
+	}
+	end()
+	beside.Wait()
+	peak := p.peak(t)
+	t.Logf("%d MiB at most; answers by status: %v", peak, h.statuses)
+	if peak >= mostMemory {
+		t.Errorf("the server took %d MiB", peak)
+	}
+}
+
+// mustFill stores series and runs of tenantA: each run with run_params of 2 KB.
+func (s *testServer) mustFill(t *testing.T, series, runs int) {
+	t.Helper()
+	mustExec(t, s.db, `INSERT INTO series_table (tenant_id, series_key, unit)
+		SELECT $1, repeat('long ', 20) || i, 'MW' FROM generate_series(1, $2) AS i
+		ON CONFLICT DO NOTHING`, tenantA, series)
+	mustExec(t, s.db, `INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time,
+		       known_time, run_params, rows_inserted, request_digest)
+		SELECT $1, gen_random_uuid(), 'w', now(), now(),
+		       json_build_object('long', repeat('long ', 400)), 0, sha256('')
+		FROM generate_series(1, $2)`, tenantA, runs)
+}
+
+func TestListsStreamWithoutGrowingMemory(t *testing.T) { // S35
+	t.Parallel()
+	dsn, port := mustDatabase(t), freePort(t)
+	mustCreateTables(t, dsn, "--with-users")
+	s := serverAt(t, dsn, port)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	p := mustProgram(t, asAppRole(dsn), port)
+	measure := func(series, runs int) (peak int) {
+		list := mustDecode[map[string]any](t, s.must(t, 200, "GET", "/list_timeseries", key, ""))
+		shown := mustDecode[struct {
+			Count int
+			Data  []any
+		}](t, s.must(t, 200, "GET", "/runs?limit=10000", key, ""))
+		if len(list) != series || len(shown.Data) != runs || shown.Count != runs {
+			t.Errorf("%d series and %d runs, count %d; want %d and %d",
+				len(list), len(shown.Data), shown.Count, series, runs)
+		}
+		return p.peak(t)
+	}
+	s.mustFill(t, 10_000, 1000)
+	before := measure(10_000, 1000)
+	s.mustFill(t, 100_000, 9000)
+	after := measure(100_000, 10_000)
+	t.Logf("%d MiB, then %d MiB", before, after)
+	if after > before+8 { // the answers grow by 20 MB each
+		t.Errorf("the server took %d MiB for a tenth of the lists, and %d MiB for all", before, after)
+	}
+}
+
+func TestWhoLeavesWaitsNoMore(t *testing.T) { // S33
+	t.Parallel()
+	x := mustInsider(t, true)
+	key := x.mustUser(t, tenantA, "a@example.com")
+	unlock := x.mustLock(t, "values_table")
+	ctx, hangUp := context.WithCancel(context.Background())
+	defer hangUp()
+	working := &greedy{insider: x, key: key, ctx: ctx}
+	working.repeat(tenantPlaces, "GET", "/values", "")
+	x.waitForLockWaits(t, "values_table", tenantPlaces)
+	leaves, leave := context.WithCancel(ctx)
+	waiting := &greedy{insider: x, key: key, ctx: leaves}
+	waiting.repeat(1, "GET", "/values", "")
+	requests := func(n int64) func() bool {
+		return func() bool {
+			_, bytes := x.heldBy(tenantA)
+			return bytes == n*claimStep
+		}
+	}
+	waitUntil(t, "one more request is there", requests(tenantPlaces+1))
+	begin := time.Now()
+	leave()
+	waitUntil(t, "it is gone", requests(tenantPlaces))
+	if took := time.Since(begin); took > shareWait/2 {
+		t.Errorf("a request whose client has left goes on to wait for %s", took)
+	}
+	hangUp()
+	unlock()
+	working.requests.Wait()
+	waiting.requests.Wait()
+	x.waitUntilAllIsFree(t)
+}
+
+func TestInOpenModeOneTenantMayHaveEveryPlace(t *testing.T) { // S33
+	t.Parallel()
+	x := mustInsider(t, false)
+	unlock := x.mustLock(t, "values_table")
+	ctx, hangUp := context.WithCancel(context.Background())
+	defer hangUp()
+	everyone := &greedy{insider: x, ctx: ctx}
+	everyone.repeat(totalPlaces+1, "GET", "/values", "")
+	x.waitForLockWaits(t, "values_table", totalPlaces)
+	if places, _ := x.heldBy(openTenant); places != totalPlaces {
+		t.Errorf("%d places are taken, want %d", places, totalPlaces)
+	}
+	hangUp()
+	unlock()
+	everyone.requests.Wait()
+	x.waitUntilAllIsFree(t)
+}
+
+func TestTenantAloneWaitsRatherThanFails(t *testing.T) { // S33
+	t.Parallel()
+	x := mustInsider(t, true)
+	key := x.mustUser(t, tenantA, "a@example.com")
+	x.mustBusySeries(t, key, 50)
+	jsonRows, csvRows := uploadBodies(100_000)
+	corrections := manyCorrections()
+	for _, c := range []struct {
+		clients                        int
+		name, method, path, body, kind string
+	}{
+		{8, "uploads of JSON", "POST", "/upload", jsonRows, "application/json"},
+		{8, "uploads of CSV", "POST", csvUpload, csvRows, "text/csv"},
+		{8, "corrections", "PUT", "/values", corrections, "application/json"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			begin := time.Now()
+			together(c.clients, func(i int) {
+				resp, text, err := x.do(c.method, c.path, key, c.body, "Content-Type: "+c.kind)
+				if err != nil || resp.StatusCode != 200 {
+					t.Errorf("client %d: %v %v %.300s", i, err, resp, text)
+				}
+			})
+			t.Logf("%d at once took %s", c.clients, time.Since(begin).Round(time.Millisecond))
+			x.waitUntilAllIsFree(t)
+		})
+	}
 }

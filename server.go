@@ -68,13 +68,15 @@ const (
 	// merged and answers that are not sent yet. A tenant has a quarter of it.
 	memoryTotal  = 320 << 20
 	tenantMemory = memoryTotal / 4
-	// What a request holds at least, for its buffers, and what its parts do once they are decoded,
-	// in bytes.
+	// What a request holds at least, what one with a body does while that is decoded, which also
+	// bounds how many bodies a tenant can have decoded at once, and what the parts of a body take
+	// once they are decoded, in bytes.
 	requestBytes   = 256 << 10
+	bodyBytes      = 2 << 20
 	rowBytes       = 64 // twice, and what a growing list takes more
 	newSeriesBytes = 400
 	keyCopies      = 6 // of each key, as text and in JSON for the database and for the answer
-	updateBytes    = 1000
+	updateBytes    = 600
 )
 
 // ---- Errors
@@ -449,6 +451,9 @@ func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 		return nil, refuse(unsupported, "Content-Type: expected %s in UTF-8.",
 			strings.Join(types, " or "))
 	}
+	if err := w.memory.reach(r.Context(), bodyBytes); err != nil {
+		return nil, err
+	}
 	b := &body{in: r.Body, kind: kind, digest: sha256.New()}
 	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
 	case "", "identity":
@@ -799,7 +804,7 @@ func (u *uploadReader) addRow() error {
 		return invalid("value: expected at most %d rows in one upload", maxRows)
 	}
 	held := u.rows*rowBytes + len(u.points)*newSeriesBytes + u.keyBytes*keyCopies
-	return u.memory.reach(u.ctx, requestBytes+int64(held))
+	return u.memory.reach(u.ctx, bodyBytes+int64(held))
 }
 
 // checkTimes checks the times of a value. An end of 0 is none.
@@ -832,6 +837,7 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) error {
 	if err := u.check(); err != nil {
 		return err
 	}
+	w.memory.settle()
 	fmt.Fprintf(b.digest, "%s?%s", b.kind, r.URL.Query().Encode())
 	u.digest = b.digest.Sum(nil)
 	ids, err := s.store.Upload(r.Context(), c, &u.upload)
@@ -1064,13 +1070,14 @@ func (s *server) putValues(w *response, r *http.Request, c Caller) error {
 				return refuseElement("updates", i, err)
 			}
 			corrections = append(corrections, x)
-			return w.memory.reach(r.Context(), requestBytes+b.size+int64(i*updateBytes))
+			return w.memory.reach(r.Context(), bodyBytes+b.size+int64(i*updateBytes))
 		})
 	}
 	members := map[string]any{"updates": readUpdates}
 	if err := b.decodeRequest(r, c, members); err != nil {
 		return err
 	}
+	w.memory.settle()
 	updated, unchanged, err := s.store.Correct(r.Context(), c, corrections, w.memory)
 	if err != nil {
 		return err

@@ -30,6 +30,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 //go:embed schema.sql
@@ -513,14 +514,31 @@ func (s *shares) take(ctx context.Context, c Caller, amount int64, by *claim) er
 func (s *shares) give(c Caller, amount int64, by *claim) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if by != nil && s.first[c.tenant] == by {
-		delete(s.first, c.tenant)
-	}
+	s.giveUpFirst(c, by)
 	s.taken -= amount
 	s.byTenant[c.tenant] -= amount
 	if s.byTenant[c.tenant] == 0 {
 		delete(s.byTenant, c.tenant) // tenants that left are not remembered
 	}
+	s.wake()
+}
+
+// settle lets another claim take the second half of a share.
+func (s *shares) settle(c Caller, by *claim) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.giveUpFirst(c, by)
+	s.wake()
+}
+
+func (s *shares) giveUpFirst(c Caller, by *claim) {
+	if by != nil && s.first[c.tenant] == by {
+		delete(s.first, c.tenant)
+	}
+}
+
+// wake has those that wait try again.
+func (s *shares) wake() {
 	close(s.given)
 	s.given = make(chan struct{})
 }
@@ -551,6 +569,9 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 	c.held += more
 	return nil
 }
+
+// settle says that the claim does not grow for now.
+func (c *claim) settle() { c.of.settle(c.caller, c) }
 
 // release gives everything back.
 func (c *claim) release() {
@@ -622,7 +643,7 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 		connector.Dialer(boundedDialer{timeout: timeout + time.Second})
 	}
 	db := sql.OpenDB(pq.ConnectorWithNoticeHandler(connector, func(notice *pq.Error) {
-		if notice.Severity == pq.Ewarning {
+		if notice.Severity == pqerror.SeverityWarning {
 			fmt.Fprintln(warnings, "WARNING:", notice.Message)
 		}
 	}))
