@@ -1802,8 +1802,10 @@ func attacks() []attack {
 	return []attack{
 		{"elements of 64 MiB", nil, func(t *testing.T, h *hostile) {
 			for _, c := range longElements() {
-				h.sendAll(t, c.method, c.path, c.body)
 				h.sendAll(t, c.method, c.path, gzipped(c.body), isGzip)
+				if *faults > 1 {
+					h.sendAll(t, c.method, c.path, c.body)
+				}
 			}
 		}},
 		{"run_params that could expand", func(t *testing.T, h *hostile) {
@@ -1928,6 +1930,7 @@ func TestFaultMemoryStaysBounded(t *testing.T) { // S34
 
 // run attacks a server, while a good client goes on.
 func (a *attack) run(t *testing.T) {
+	t.Parallel() // each has a server of its own
 	dsn, port := mustDatabase(t), freePort(t)
 	mustCreateTables(t, dsn, "--with-users")
 	h := &hostile{testServer: serverAt(t, dsn, port), statuses: map[int]int{}}
@@ -2069,7 +2072,7 @@ func TestTenantAloneWaitsRatherThanFails(t *testing.T) { // S33
 	}{
 		{8, "uploads of JSON", "POST", "/upload", jsonRows, "application/json"},
 		{8, "uploads of CSV", "POST", csvUpload, csvRows, "text/csv"},
-		{8, "corrections", "PUT", "/values", corrections, "application/json"},
+		{5, "corrections", "PUT", "/values", corrections, "application/json"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			begin := time.Now()
