@@ -1613,6 +1613,10 @@ func TestFaultGreedyTenantsLeaveTheOthersTheirShare(t *testing.T) { // S23, S33
 		{"all of the memory and places of two tenants", []string{tenantA, nobody}, tenantPlaces, tenantMemory / 2,
 			true, func(t *testing.T, g *greedy) {
 				g.readNothing(t, tenantPlaces, longAnswer)
+				waitUntil(t, "the places are taken", func() bool {
+					places, _ := g.heldBy(g.tenant)
+					return places == tenantPlaces
+				})
 				g.stallUploads(t, tenantMemory/claimStep, 1)
 			}},
 	} {

@@ -68,9 +68,9 @@ const (
 	// merged and answers that are not sent yet. A tenant has a quarter of it.
 	memoryTotal  = 320 << 20
 	tenantMemory = memoryTotal / 4
-	// What a request holds at least, what one with a body does while that is decoded, which also
-	// bounds how many bodies a tenant can have decoded at once, and what the parts of a body take
-	// once they are decoded, in bytes.
+	// What a request holds at least, what one with a body does that is not short, which also bounds
+	// how many bodies a tenant can have decoded at once, and what the parts of a body take once they
+	// are decoded, in bytes.
 	requestBytes   = 256 << 10
 	bodyBytes      = 2 << 20
 	rowBytes       = 64 // twice, and what a growing list takes more
@@ -451,11 +451,16 @@ func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 		return nil, refuse(unsupported, "Content-Type: expected %s in UTF-8.",
 			strings.Join(types, " or "))
 	}
-	if err := w.memory.reach(r.Context(), bodyBytes); err != nil {
+	bytes := int64(bodyBytes)
+	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
+	if encoding == "" && r.ContentLength >= 0 {
+		bytes = min(bytes, requestBytes+8*r.ContentLength)
+	}
+	if err := w.memory.reach(r.Context(), bytes); err != nil {
 		return nil, err
 	}
 	b := &body{in: r.Body, kind: kind, digest: sha256.New()}
-	switch strings.ToLower(r.Header.Get("Content-Encoding")) {
+	switch encoding {
 	case "", "identity":
 	case "gzip":
 		unpacked, err := gzip.NewReader(r.Body)

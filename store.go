@@ -440,8 +440,9 @@ func unavailable(err error) bool {
 
 // ---- Shares: what the tenants have in common is divided among them, so that none can take it all
 
-// shareWait is how long a request waits for its part before it is refused.
-const shareWait = 5 * time.Second
+// shareWait is how long a request waits for its part before it is refused. It may have to wait for
+// memory and then for a place: five seconds in all.
+const shareWait = 2500 * time.Millisecond
 
 // shares divides places or bytes among tenants.
 type shares struct {
