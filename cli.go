@@ -413,6 +413,7 @@ func (c *cli) findUser(ctx context.Context, args []string) (*store, *user, error
 		return nil, nil, err
 	}
 	if c.email == "" {
+		st.db.Close()
 		return nil, nil, wrongUsage("--email is required")
 	}
 	users, err := st.Users(ctx, c.tenant, c.email)
@@ -587,6 +588,10 @@ func refuseBeyond(limit int64) func(net.Conn, http.ConnState) {
 		case http.StateNew:
 			if connections.Add(1) > limit {
 				conn.Close()
+			}
+		case http.StateIdle:
+			if connections.Load() > limit/2 {
+				conn.Close() // rather than keep others out
 			}
 		case http.StateClosed:
 			connections.Add(-1)

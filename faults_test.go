@@ -1568,8 +1568,8 @@ type load struct {
 	begin   func(t *testing.T, g *greedy)
 }
 
+// It runs while no other test does, because it measures how long a neighbour waits.
 func TestFaultGreedyTenantsLeaveTheOthersTheirShare(t *testing.T) { // S23, S33
-	t.Parallel()
 	var waiting sync.WaitGroup // loads that wait take no processor time, so they run at once
 	for _, c := range []load{
 		{"stalled uploads", []string{tenantA}, 0, 40 << 19, false, func(t *testing.T, g *greedy) {

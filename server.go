@@ -68,10 +68,10 @@ const (
 	// merged and answers that are not sent yet. A tenant has a quarter of it.
 	memoryTotal  = 320 << 20
 	tenantMemory = memoryTotal / 4
-	// What a request holds at least, what one with a body does that is not short, which also bounds
-	// how many bodies a tenant can have decoded at once, and what the parts of a body take once they
-	// are decoded, in bytes.
-	requestBytes   = 256 << 10
+	// What a request holds at least, what one with a body does that is not short (which also bounds
+	// how many bodies a tenant can have decoded at once), and what the parts of a body take once
+	// they are decoded, in bytes.
+	requestBytes   = 512 << 10
 	bodyBytes      = 2 << 20
 	rowBytes       = 64 // twice, and what a growing list takes more
 	newSeriesBytes = 400
@@ -250,9 +250,16 @@ type server struct {
 
 func newServer(st *store, health keyStore, auth *authenticator,
 	log *slog.Logger) *server {
-	s := &server{store: st, health: health, auth: auth, log: log,
-		memory: newShares(memoryTotal, tenantMemory), mux: http.NewServeMux(),
-		byPattern: map[string]route{}, methods: map[string]string{}}
+	s := &server{
+		store:     st,
+		health:    health,
+		auth:      auth,
+		log:       log,
+		memory:    newShares(memoryTotal, tenantMemory),
+		mux:       http.NewServeMux(),
+		byPattern: map[string]route{},
+		methods:   map[string]string{},
+	}
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, http.NotFoundHandler())
 		s.byPattern[rt.pattern] = rt
@@ -301,9 +308,15 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if (broken || w.status >= 500) && r.Context().Err() == nil { // the client is still there
 		level = slog.LevelError
 	}
-	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", hideKeys(r.URL.Path),
-		"status", w.status, "broken", broken, "reason", hideKeys(told.reason),
-		"remote", r.RemoteAddr, "tenant", caller.tenant, "key_id", caller.keyID,
+	s.log.Log(r.Context(), level, "request",
+		"method", fmt.Sprintf("%.20s", hideKeys(r.Method)),
+		"path", hideKeys(r.URL.Path),
+		"status", w.status,
+		"broken", broken,
+		"reason", hideKeys(told.reason),
+		"remote", r.RemoteAddr,
+		"tenant", caller.tenant,
+		"key_id", caller.keyID,
 		"duration", time.Since(begin).Round(time.Microsecond))
 	if broken {
 		panic(http.ErrAbortHandler)
@@ -343,7 +356,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	}
 	r.Body = http.MaxBytesReader(w.rw, r.Body, maxBody)
 	err = s.handle(rt, w, r, c)
-	if err != nil {
+	if err != nil && r.Header.Get("Expect") == "" {
 		// A client that is still sending would not see the answer. What it sends is of no interest,
 		// and no error of it either. By now the request holds nothing.
 		_ = http.NewResponseController(w.rw).SetReadDeadline(time.Now().Add(refusedTimeout))
@@ -355,10 +368,10 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 // handle runs the handler while the request holds its part of the tenant's memory.
 func (s *server) handle(rt route, w *response, r *http.Request, c Caller) error {
 	w.memory = &claim{of: s.memory, caller: c}
+	defer w.memory.release() // also of a claim that was refused: it may be the first of its tenant
 	if err := w.memory.reach(r.Context(), requestBytes); err != nil {
 		return err
 	}
-	defer w.memory.release()
 	return rt.handle(w, r, c)
 }
 
@@ -453,8 +466,9 @@ func openBody(w *response, r *http.Request, types ...string) (*body, error) {
 	}
 	bytes := int64(bodyBytes)
 	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
-	if encoding == "" && r.ContentLength >= 0 {
-		bytes = min(bytes, requestBytes+8*r.ContentLength)
+	isShort := r.ContentLength >= 0 && r.ContentLength < (bodyBytes-requestBytes)/8
+	if encoding == "" && isShort {
+		bytes = requestBytes + 8*r.ContentLength
 	}
 	if err := w.memory.reach(r.Context(), bytes); err != nil {
 		return nil, err
@@ -680,6 +694,7 @@ func sendFile(name, contentType string) func(*response, *http.Request, Caller) e
 			return err
 		}
 		w.header().Set("Content-Security-Policy", policy)
+		w.accepts = "" // what compresses an answer takes a megabyte, and nobody knows who asks
 		return w.send(http.StatusOK, contentType, text, true)
 	}
 }
@@ -849,8 +864,12 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) error {
 	if err != nil {
 		return err
 	}
-	return w.sendJSON(map[string]any{"run_id": u.runID, "message": "Run created successfully",
-		"series_ids": ids, "rows_inserted": u.rows})
+	return w.sendJSON(map[string]any{
+		"run_id":        u.runID,
+		"message":       "Run created successfully",
+		"series_ids":    ids,
+		"rows_inserted": u.rows,
+	})
 }
 
 // field is a name and where its value goes.
@@ -1219,50 +1238,38 @@ func (s *stream) finish(ending string) error {
 // each column, in their order.
 type rowWriter struct {
 	stream
-	columns     []string
 	csv         bool
-	quote, null string // around a time; for NULL
-	column      int    // of the next cell
-	separator   byte   // before the next cell
+	quote, null string   // around a time; for NULL
+	before      []string // each cell: in JSON its name
+	column      int      // of the next cell
 	count       int64
 }
 
 func newRowWriter(w *response, csv bool, columns ...string) rowWriter {
-	o := rowWriter{columns: columns, csv: csv}
+	o := rowWriter{csv: csv}
 	o.w = w
 	if csv {
 		o.contentType = "text/csv; charset=utf-8"
 		o.buf = []byte(strings.Join(columns, ",") + "\n")
+		o.before = append([]string{""}, slices.Repeat([]string{","}, len(columns)-1)...)
 		return o
 	}
 	o.contentType = "application/json"
 	o.buf = []byte(`{"data":[`)
 	o.quote = `"`
 	o.null = "null"
-	o.separator = '{'
+	separator := "{"
+	for _, name := range columns {
+		o.before = append(o.before, separator+`"`+name+`":`)
+		separator = ","
+	}
 	return o
 }
 
-// next begins the next cell, in JSON with its name.
+// next begins the next cell.
 func (o *rowWriter) next() {
-	if !o.csv {
-		o.buf = append(o.buf, o.separator, '"')
-		o.buf = append(o.buf, o.columns[o.column]...)
-		o.buf = append(o.buf, `":`...)
-	} else if o.column > 0 {
-		o.buf = append(o.buf, ',')
-	}
-	o.separator = ','
+	o.buf = append(o.buf, o.before[o.column]...)
 	o.column++
-}
-
-// skip leaves a cell out: rows of a CSV cannot differ.
-func (o *rowWriter) skip() {
-	if o.csv {
-		o.next()
-	} else {
-		o.column++
-	}
 }
 
 // cell writes what is in its final form already.
@@ -1322,7 +1329,6 @@ func (o *rowWriter) endRow() error {
 		o.buf = append(o.buf, '\n')
 	} else {
 		o.buf = append(o.buf, "},"...)
-		o.separator = '{'
 	}
 	return o.flushIfFull()
 }
@@ -1379,9 +1385,7 @@ func (o *valueWriter) row(e *element) error {
 	o.cell(o.key)
 	o.cell(o.unit)
 	if !o.detail {
-		if e.end == 0 {
-			o.skip()
-		} else {
+		if e.end != 0 || o.csv { // rows of a CSV cannot differ
 			o.time(e.end)
 		}
 		return o.endRow()

@@ -812,22 +812,33 @@ func TestConnectionsBeyondTheLimitAreRefused(t *testing.T) { // S20
 	hs.Start()
 	defer hs.Close()
 	s := &testServer{url: hs.URL}
-	// answers tells whether a connection is served; one that is refused ends at once.
-	answers := func(conn net.Conn) bool {
-		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	const begin, end = "GET / HTTP/1.1\r\n", "Host: x\r\n\r\n"
+	answers := func(conn net.Conn) bool { // a connection that is refused ends without a byte
+		io.WriteString(conn, end)
 		n, _ := conn.Read(make([]byte, 1000))
 		return n > 0
 	}
 	var held []net.Conn
-	for i := range limit + 2 {
+	for range limit {
 		conn := s.mustDial(t)
-		if served := answers(conn); served != (i < limit) {
-			t.Errorf("connection %d of at most %d is served: %v", i+1, limit, served)
-		}
+		io.WriteString(conn, begin)
 		held = append(held, conn)
 	}
-	held[0].Close()
-	waitUntil(t, "there is room for another connection", func() bool { return answers(s.mustDial(t)) })
+	beyond := s.mustDial(t)
+	io.WriteString(beyond, begin)
+	if answers(beyond) {
+		t.Errorf("connection %d of at most %d is served", limit+1, limit)
+	}
+	for i, conn := range held {
+		if !answers(conn) {
+			t.Errorf("connection %d of %d is refused", i+1, limit)
+		}
+	}
+	waitUntil(t, "there is room for another connection, because idle ones are closed", func() bool {
+		conn := s.mustDial(t)
+		io.WriteString(conn, begin)
+		return answers(conn)
+	})
 }
 
 func TestSlowHeadersKeepNobodyOut(t *testing.T) { // S20

@@ -444,6 +444,10 @@ func unavailable(err error) bool {
 // memory and then for a place: five seconds in all.
 const shareWait = 2500 * time.Millisecond
 
+// maxWaiting requests of one tenant wait at a time: each that waits tries again whenever something
+// is given back, which takes processor time from all.
+const maxWaiting = 100
+
 // shares divides places or bytes among tenants.
 type shares struct {
 	total int64 // of all tenants together
@@ -453,12 +457,19 @@ type shares struct {
 	taken    int64
 	byTenant map[string]int64
 	first    map[string]*claim // of each tenant the one that may take the rest of the share
+	waiting  map[string]int    // requests of each tenant
 	given    chan struct{}     // closed, and made anew, when something is given back
 }
 
 func newShares(total, share int64) *shares {
-	return &shares{total: total, share: share, byTenant: map[string]int64{},
-		first: map[string]*claim{}, given: make(chan struct{})}
+	return &shares{
+		total:    total,
+		share:    share,
+		byTenant: map[string]int64{},
+		first:    map[string]*claim{},
+		waiting:  map[string]int{},
+		given:    make(chan struct{}),
+	}
 }
 
 // most is what the caller's tenant may have. In open mode there is one tenant, which may have all.
@@ -497,6 +508,14 @@ func (s *shares) tryTake(c Caller, amount int64, by *claim) (ok bool, retry <-ch
 // ends. Whoever takes gives back. by is the claim that grows, if one does.
 func (s *shares) take(ctx context.Context, c Caller, amount int64, by *claim) error {
 	ok, retry := s.tryTake(c, amount, by)
+	if ok {
+		return nil
+	}
+	if s.countWaiting(c, 1) > maxWaiting {
+		s.countWaiting(c, -1)
+		return refuse(busy, "The server is busy with other requests of this tenant.")
+	}
+	defer s.countWaiting(c, -1)
 	timeout := time.After(shareWait)
 	for !ok {
 		select {
@@ -509,6 +528,19 @@ func (s *shares) take(ctx context.Context, c Caller, amount int64, by *claim) er
 		}
 	}
 	return nil
+}
+
+// countWaiting notes that so many more requests of the caller's tenant wait, and returns how many
+// do.
+func (s *shares) countWaiting(c Caller, more int) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.waiting[c.tenant] += more
+	n := s.waiting[c.tenant]
+	if n == 0 {
+		delete(s.waiting, c.tenant)
+	}
+	return n
 }
 
 // give returns a part.
@@ -754,7 +786,10 @@ func (s *store) prepare(ctx context.Context, query string) (*sql.Stmt, error) {
 		if err != nil {
 			return nil, err
 		}
-		known, _ = s.statements.LoadOrStore(query, prepared)
+		known, found = s.statements.LoadOrStore(query, prepared)
+		if found { // another request was faster
+			prepared.Close()
+		}
 	}
 	return known.(*sql.Stmt), nil
 }
@@ -1051,8 +1086,9 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 			INSERT INTO series_table (tenant_id, series_key, unit, description)
 			SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '')
 			FROM json_to_recordset($3) AS n (id text, key text)
-			WHERE n.id = '' AND NOT EXISTS (
-				SELECT FROM series_table t WHERE t.tenant_id = $1 AND t.series_key = n.key)
+			WHERE n.id = '' AND (  -- not NOT EXISTS, which compares all with all
+				SELECT series_id FROM series_table t
+				WHERE t.tenant_id = $1 AND t.series_key = n.key) IS NULL
 			ORDER BY n.key COLLATE "C"
 			ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING series_id)
 		SELECT count(*) FROM created`,
@@ -1400,6 +1436,10 @@ const (
 	versionBytes = 300
 )
 
+// versionCopies is how often a version that is corrected stands in memory at most: as it was, as it
+// will be, and twice on its way to the database.
+const versionCopies = 4
+
 // bytes is how much memory v takes.
 func (v *version) bytes() int64 {
 	n := versionBytes
@@ -1432,18 +1472,17 @@ type merger struct {
 
 // compare orders elements; 0 means that one supersedes the other.
 func (m *merger) compare(a, b *element) int {
-	switch {
-	case m.keepAll:
-		return cmp.Or(
-			cmp.Compare(a.time, b.time),
+	order := comparePoints(a.point, b.point)
+	if m.keepAll && a.time == b.time {
+		order = cmp.Or(
 			cmp.Compare(a.from.Number, b.from.Number),
-			cmp.Compare(a.end, b.end),
-			cmp.Compare(a.from.Known, b.from.Known),
-			cmp.Compare(a.from.Order, b.from.Order))
-	case m.everyRun:
-		return cmp.Or(comparePoints(a.point, b.point), cmp.Compare(a.from.Order, b.from.Order))
+			order,
+			cmp.Compare(a.from.Known, b.from.Known))
 	}
-	return comparePoints(a.point, b.point)
+	if order == 0 && (m.keepAll || m.everyRun) {
+		order = cmp.Compare(a.from.Order, b.from.Order)
+	}
+	return order
 }
 
 // add takes over a block, which is sorted and without repetition.
@@ -1695,8 +1734,8 @@ func (b *blockReader) next(ctx context.Context, rows *sql.Rows) error {
 	}
 	b.add(block)
 	if b.bytes > maxMerge {
-		return invalid("too many versions of the same time to merge: ask for fewer runs, such as " +
-			"those of a narrower start_known and end_known")
+		return invalid("too many versions of the same time to merge: ask for less at once, such " +
+			"as fewer runs")
 	}
 	return b.memory.reach(ctx, b.heldBefore+b.bytes)
 }
@@ -1902,7 +1941,12 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 				unchanged = append(unchanged, v)
 			}
 		}
-		return s.insertCorrected(ctx, c, tx, updated)
+		for some := range slices.Chunk(updated, versionsPerStatement) {
+			if err := s.insertCorrected(ctx, c, tx, some); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	return updated, unchanged, err
 }
@@ -1929,18 +1973,24 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		stored[i] = corrected{target: t, Tenant: c.tenant, value: math.NaN()}
 	}
 	from := make([]*version, len(corrections))
+	kept := int64(0) // bytes of these
 	namesRun := slices.ContainsFunc(corrections, func(x correction) bool {
 		return x.of != runName{}
 	})
 	read := blockReader{merger: merger{everyRun: namesRun}, lead: -1, memory: memory}
 	read.emit = func(e *element) error {
 		for _, i := range wanted[target{Series: e.from.of.ID, Time: e.time, end: e.end}] {
-			if corrections[i].of.names(e.from) && (from[i] == nil || e.from.supersedes(from[i])) {
-				from[i] = e.from
-				stored[i].value = e.value
+			if !corrections[i].of.names(e.from) || from[i] != nil && from[i].supersedes(e.from) {
+				continue
 			}
+			if from[i] != nil {
+				kept -= from[i].bytes()
+			}
+			kept += e.from.bytes()
+			from[i] = e.from
+			stored[i].value = e.value
 		}
-		return nil
+		return memory.reach(ctx, read.heldBefore+read.bytes+kept*versionCopies)
 	}
 	args := []any{c.tenant, firstTime, lastTime, firstTime, lastTime, lastTime, asJSON(targets)}
 	err = s.readBlocks(ctx, tx, selectPlaces, args, &read)
@@ -2042,12 +2092,12 @@ func sortedTags(tags []label) pq.StringArray {
 	return slices.Compact(sorted)
 }
 
+// versionsPerStatement keeps the parameters of one INSERT within some megabytes.
+const versionsPerStatement = 1000
+
 // insertCorrected stores versions in one statement, and sets their value_ids.
 func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 	versions []corrected) error {
-	if len(versions) == 0 {
-		return nil
-	}
 	var points []point
 	var annotations []*string
 	var tags []string
