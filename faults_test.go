@@ -1577,7 +1577,7 @@ func TestFaultGreedyTenantsLeaveTheOthersTheirShare(t *testing.T) { // S23, S33
 		}},
 		{"stalled uploads that take all of its memory", []string{tenantA}, 0, tenantMemory / 2, true,
 			func(t *testing.T, g *greedy) {
-				g.stallUploads(t, tenantMemory/claimStep+10, 1)
+				g.stallUploads(t, 2*tenantMemory/bodyBytes, 1) // twice as many as there is memory for
 			}},
 		{"answers that nobody reads", []string{tenantA}, tenantPlaces, 0, true,
 			func(t *testing.T, g *greedy) {
@@ -1617,7 +1617,7 @@ func TestFaultGreedyTenantsLeaveTheOthersTheirShare(t *testing.T) { // S23, S33
 					places, _ := g.heldBy(g.tenant)
 					return places == tenantPlaces
 				})
-				g.stallUploads(t, tenantMemory/claimStep, 1)
+				g.stallUploads(t, 2*tenantMemory/bodyBytes, 1)
 			}},
 	} {
 		run := func() { t.Run(c.name, c.run) }
@@ -2028,7 +2028,7 @@ func TestWhoLeavesWaitsNoMore(t *testing.T) { // S33
 	requests := func(n int64) func() bool {
 		return func() bool {
 			_, bytes := x.heldBy(tenantA)
-			return bytes == n*claimStep
+			return bytes == n*requestBytes
 		}
 	}
 	waitUntil(t, "one more request is there", requests(tenantPlaces+1))
