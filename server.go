@@ -264,6 +264,9 @@ func newServer(st *store, health keyStore, auth *authenticator,
 		s.mux.Handle(rt.pattern, http.NotFoundHandler())
 		s.byPattern[rt.pattern] = rt
 		method, path, _ := strings.Cut(rt.pattern, " ")
+		if method == "GET" {
+			method = "GET, HEAD"
+		}
 		if s.methods[path] == "" {
 			s.mux.Handle(path, http.NotFoundHandler()) // by any other method
 			s.methods[path] = method
