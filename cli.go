@@ -413,14 +413,14 @@ func (c *cli) findUser(ctx context.Context, args []string) (*store, *user, error
 		return nil, nil, err
 	}
 	if c.email == "" {
-		st.db.Close()
+		_ = st.db.Close()
 		return nil, nil, wrongUsage("--email is required")
 	}
 	users, err := st.Users(ctx, c.tenant, c.email)
 	if err == nil && len(users) == 1 {
 		return st, &users[0], nil
 	}
-	st.db.Close()
+	_ = st.db.Close()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -587,11 +587,11 @@ func refuseBeyond(limit int64) func(net.Conn, http.ConnState) {
 		switch state {
 		case http.StateNew:
 			if connections.Add(1) > limit {
-				conn.Close()
+				_ = conn.Close()
 			}
 		case http.StateIdle:
 			if connections.Load() > limit/2 {
-				conn.Close() // rather than keep others out
+				_ = conn.Close() // rather than keep others out
 			}
 		case http.StateClosed:
 			connections.Add(-1)

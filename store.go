@@ -788,7 +788,7 @@ func (s *store) prepare(ctx context.Context, query string) (*sql.Stmt, error) {
 		}
 		known, found = s.statements.LoadOrStore(query, prepared)
 		if found { // another request was faster
-			prepared.Close()
+			_ = prepared.Close()
 		}
 	}
 	return known.(*sql.Stmt), nil
