@@ -472,6 +472,16 @@ func TestKeyEndsWhenItExpires(t *testing.T) { // S10
 	}
 }
 
+// A replaced key whose grace has no end is dead, however long the user's keys are good.
+func TestKeyWithoutAnEndOfItsGraceIsDead(t *testing.T) { // S10
+	t.Parallel()
+	s, old := mustTenant(t)
+	mustRun(t, 0, s.dsn, "", "users", "regenerate-key", "-y", "-e", "a@example.com", "--grace", "24h", "--expires", "365d")
+	s.must(t, 200, "GET", "/values", old, "")
+	mustExec(t, s.db, `UPDATE users_table SET previous_ends_at = NULL`)
+	s.must(t, 401, "GET", "/values", old, "")
+}
+
 func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
 	t.Parallel()
 	s, first := mustTenant(t)

@@ -2012,6 +2012,26 @@ func TestListsStreamWithoutGrowingMemory(t *testing.T) { // S35
 	}
 }
 
+// A request that was refused holds nothing while its client goes on sending, however slowly.
+func TestRefusedRequestsHoldNothing(t *testing.T) { // S33
+	t.Parallel()
+	x := mustInsider(t, true)
+	key := x.mustUser(t, tenantA, "a@example.com")
+	x.mustUpload(t, key, oneValue)
+	g := &greedy{insider: x, tenant: tenantA, key: key, ctx: t.Context()}
+	const stalled = "X-API-Key: %s\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n%s"
+	for range 2 * tenantPlaces {
+		fmt.Fprintf(g.mustConnect(t, "http/1.1"), "PUT /values HTTP/1.1\r\n"+stalled, key, `{"nope":1}`)
+		fmt.Fprintf(g.mustConnect(t, "http/1.1"), "GET /values?lead=1h&nope=1 HTTP/1.1\r\n"+stalled, key, "{")
+	}
+	waitUntil(t, "all are refused", func() bool { // when they have been waited for
+		x.must(t, 200, "GET", "/values?lead=PT0H", key, "")
+		x.must(t, 200, "PUT", "/values", key, update(`"value":5`))
+		return strings.Count(x.log.String(), "status=422") == 4*tenantPlaces
+	})
+	x.waitUntilAllIsFree(t)
+}
+
 func TestWhoLeavesWaitsNoMore(t *testing.T) { // S33
 	t.Parallel()
 	x := mustInsider(t, true)
