@@ -814,10 +814,11 @@ func (u *uploadReader) addRow() error {
 	if ref == (seriesRef{}) {
 		return invalid("value_key or series_id is required")
 	}
-	if u.points[ref] == nil {
+	points, known := u.points[ref]
+	if !known {
 		u.keyBytes += len(ref.Key)
 	}
-	u.points[ref] = append(u.points[ref],
+	u.points[ref] = append(points,
 		point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
 	u.rows++
 	if len(u.points) > maxSeries {
