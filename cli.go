@@ -15,6 +15,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	osuser "os/user"
 	"slices"
 	"strconv"
 	"strings"
@@ -200,7 +202,21 @@ func (c *cli) openPool(timeout time.Duration, connections int) (*store, error) {
 	if dsn == "" {
 		return nil, wrongUsage("no database: give --dsn, or set TIMEDB_DSN or DATABASE_URL")
 	}
-	return openStore(dsn, c.schema, timeout, connections, c.stderr)
+	st, err := openStore(dsn, c.schema, timeout, connections, c.stderr)
+	if err != nil {
+		return nil, err
+	}
+	st.operator = operator()
+	return st, nil
+}
+
+// operator is the operating-system user who runs this program, for the audit trail.
+func operator() string {
+	u, err := osuser.Current()
+	if err != nil {
+		return fmt.Sprintf("uid %d", os.Getuid())
+	}
+	return u.Username
 }
 
 // confirm asks unless it was told yes. Anything but yes, and nobody to ask, is an error.

@@ -44,8 +44,10 @@ CREATE TABLE IF NOT EXISTS series_table (
     UNIQUE (tenant_id, series_key)
 );
 
--- One row holds consecutive values of one series from one run (a block), or one corrected value. The span is bounded
--- so that a window is a plain range on the primary key, whose cost does not grow with the history around it.
+-- One row holds consecutive values of one series from one run (a block), or one corrected value: version 1 is the
+-- upload's, a higher one a correction's. The span is bounded so that a window is a plain range on the primary key, whose
+-- cost does not grow with the history around it. There are no foreign keys, because checking two costs more than the row:
+-- every INSERT takes its run and series from their tables, and what erases locks this table against writers.
 CREATE TABLE IF NOT EXISTS values_table (
     tenant_id       uuid          NOT NULL,
     series_id       uuid          NOT NULL,
@@ -63,13 +65,38 @@ CREATE TABLE IF NOT EXISTS values_table (
     valid_times     timestamptz[] NOT NULL,  -- ascending
     valid_time_ends timestamptz[],           -- NULL when every value is a point
     "values"        float8[]      NOT NULL,
+    old_value       float8,                  -- of a correction: the run's value before it; NULL if it had none
     PRIMARY KEY (tenant_id, series_id, valid_from, value_id),
-    FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table,
-    FOREIGN KEY (tenant_id, series_id) REFERENCES series_table,
     CHECK (valid_to >= valid_from AND valid_to <= valid_from + interval '768 hours'),
     CHECK (valid_from = valid_times[1] AND valid_to = valid_times[cardinality(valid_times)]),
     CHECK (cardinality("values") BETWEEN 1 AND 1000 AND cardinality(valid_times) = cardinality("values")
            AND cardinality(valid_time_ends) = cardinality("values"))
+);
+
+ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8;  -- tables of an earlier version lack it
+CREATE INDEX IF NOT EXISTS corrections_by_change_time ON values_table (tenant_id, change_time) WHERE version > 1;
+
+-- A withdrawn run is not shown from change_time on, but by a read as of a moment before.
+CREATE TABLE IF NOT EXISTS withdrawals_table (
+    tenant_id   uuid        NOT NULL,
+    run_id      uuid        NOT NULL,
+    change_time timestamptz NOT NULL DEFAULT clock_timestamp(),
+    changed_by  text,
+    annotation  text,
+    PRIMARY KEY (tenant_id, run_id),
+    FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table
+);
+
+-- What administrators did. Only the owner of the tables may read and write it.
+CREATE TABLE IF NOT EXISTS audit_table (
+    audit_id  bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    at        timestamptz NOT NULL DEFAULT clock_timestamp(),
+    db_role   text        NOT NULL DEFAULT session_user,
+    os_user   text        NOT NULL,  -- as the command said
+    action    text        NOT NULL,
+    tenant_id uuid,
+    email     text,                  -- of whom, if it was about a user
+    detail    text        NOT NULL
 );
 
 -- What a flat read shows, one row per value, for SQL tools.
@@ -79,6 +106,7 @@ SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
        v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
 FROM values_table v JOIN series_table s USING (tenant_id, series_id)
 CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
+WHERE NOT EXISTS (SELECT FROM withdrawals_table w WHERE w.tenant_id = v.tenant_id AND w.run_id = v.run_id)
 ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
 -- A timestamp as the API writes it: in UTC, with six digits of fraction or none.
@@ -108,7 +136,7 @@ ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea UNIQUE, A
 DO $timedb$ DECLARE t regclass; BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
         RAISE EXCEPTION 'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
-    FOREACH t IN ARRAY '{runs_table, series_table, values_table}'::regclass[] LOOP
+    FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::regclass[] LOOP
         PERFORM create_distributed_table(t, 'tenant_id') WHERE t NOT IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
     END LOOP; END $timedb$;
 
@@ -130,11 +158,45 @@ DO $timedb$ DECLARE r record; BEGIN
     END IF;
 END $timedb$;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb);
+ALTER TABLE values_table DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey,
+    DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey;
+-- A value that a run gained by a correction had version 1. Its versions count from 2 on now, as those of any correction.
+UPDATE values_table v SET version = v.version + 1
+FROM values_table first JOIN runs_table r USING (tenant_id, run_id)
+WHERE first.version = 1 AND first.change_time > r.inserted_at AND v.tenant_id = first.tenant_id
+  AND v.series_id = first.series_id AND v.run_id = first.run_id AND v.valid_times = first.valid_times
+  AND v.valid_time_ends IS NOT DISTINCT FROM first.valid_time_ends;
+UPDATE values_table c SET old_value = (
+    SELECT e.value FROM values_table v
+    CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
+    WHERE v.tenant_id = c.tenant_id AND v.series_id = c.series_id AND v.run_id = c.run_id AND v.version < c.version
+      AND v.valid_from BETWEEN c.valid_from - interval '768 hours' AND c.valid_from AND v.valid_to >= c.valid_from
+      AND e.valid_time = c.valid_from AND e.valid_time_end IS NOT DISTINCT FROM c.valid_time_ends[1]
+    ORDER BY v.version DESC LIMIT 1)
+WHERE c.version > 1;
+-- Not even the role that inserts may write into the past: a read as of a moment repeats. Citus takes no triggers.
+CREATE OR REPLACE FUNCTION refuse_past() RETURNS trigger LANGUAGE plpgsql AS $timedb$ BEGIN
+    RAISE EXCEPTION 'a row of % must bear the time of the transaction that writes it, of at most 10 minutes', TG_TABLE_NAME;
+END $timedb$;
+DO $timedb$ DECLARE t text; BEGIN
+    IF EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
+        RAISE WARNING 'with the extension citus there are no triggers that refuse rows written into the past';
+        RETURN;
+    END IF;
+    FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::text[] LOOP
+        EXECUTE format($trigger$
+            CREATE OR REPLACE TRIGGER written_now BEFORE INSERT ON %I FOR EACH ROW
+            WHEN (NEW.%I < transaction_timestamp() - interval '5 seconds' OR NEW.%2$I > clock_timestamp() + interval '5 seconds'
+                  OR transaction_timestamp() < clock_timestamp() - interval '10 minutes')
+            EXECUTE FUNCTION refuse_past()
+            $trigger$, t, CASE WHEN t IN ('runs_table', 'series_table') THEN 'inserted_at' ELSE 'change_time' END);
+    END LOOP;
+END $timedb$;
 COMMENT ON TABLE runs_table IS 'timedb schema 3';
 
 -- section: app role
 GRANT USAGE ON SCHEMA :schema TO :app_role;
-GRANT SELECT, INSERT ON runs_table, series_table, values_table TO :app_role;
+GRANT SELECT, INSERT ON runs_table, series_table, values_table, withdrawals_table TO :app_role;
 GRANT SELECT ON current_values TO :app_role;
 
 -- section: app role with users
@@ -144,4 +206,5 @@ GRANT SELECT (user_id, tenant_id, email, key_digest, previous_digest, previous_e
 -- section: delete
 DROP VIEW IF EXISTS current_values;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz);
-DROP TABLE IF EXISTS values_table, series_table, runs_table, users_table;
+DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, users_table, audit_table;
+DROP FUNCTION IF EXISTS refuse_past();

@@ -645,6 +645,7 @@ type store struct {
 	exposed    bool     // whoever sits between here and the database could listen in
 	statements sync.Map // of *sql.Stmt by query
 	places     *shares  // one for each request that works on the database
+	operator   string   // the operating-system user who gave a command
 }
 
 var errBadDSN = errors.New("the DSN cannot be read: expected " +
@@ -893,7 +894,8 @@ func (s *store) catalog(ctx context.Context) (catalog, error) {
 		           FILTER (WHERE c.relname LIKE '%table'), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = $1 AND c.relname IN
-		      ('runs_table', 'series_table', 'values_table', 'current_values', 'users_table')`,
+		      ('runs_table', 'series_table', 'values_table', 'withdrawals_table', 'current_values',
+		       'users_table', 'audit_table')`,
 		[]any{s.schema}, func(rows *sql.Rows) error {
 			return rows.Scan(&c.names, &c.version, &c.rewrites)
 		})
@@ -1020,6 +1022,23 @@ func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []
 			WHERE user_id = $1 RETURNING expires_at`,
 			u.ID, keyID, digest, int64(grace), timestamp(ends)).Scan(&u.ExpiresAt)
 	})
+}
+
+// auditLine is one administrative change, for audit_table.
+type auditLine struct {
+	action string // the command, such as "keys revoke"
+	tenant string // whose; "" if it is about all
+	email  string // of the user whom it is about; "" if it is about none
+	detail string
+}
+
+// audit writes down what tx changes. The database adds its role, the moment and its name.
+func (s *store) audit(ctx context.Context, tx *sql.Tx, line auditLine) error {
+	_, err := tx.ExecContext(ctx, `
+		INSERT INTO audit_table (os_user, action, tenant_id, email, detail)
+		VALUES ($1, $2, nullif($3, '')::uuid, nullif($4, ''), $5)`,
+		s.operator, line.action, line.tenant, line.email, line.detail)
+	return err
 }
 
 // ---- Series
