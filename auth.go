@@ -3,14 +3,14 @@ package main
 // Who is calling, and for which tenant. This file can be read alone, from top to bottom: the
 // caller, the decision, open mode, the throttle, the keys.
 //
-// Defended: someone without a key, or with a guessed, mistyped, expired, deactivated or replaced
-// one, or with a stolen copy of the database (it holds digests, not keys), gets nothing. While
+// Defended: someone without a key, or with a guessed, mistyped, expired, revoked or replaced one,
+// or with a stolen copy of the database (it holds digests, not keys), gets nothing. While
 // users_table may exist but is missing, unreadable or unreachable, everyone gets 503: doubt never
 // opens the door. A change by the operator holds from the next request on, on every server,
 // because nothing about a key is cached.
 //
 // Not defended: whoever reads a key on its way (use TLS), or where its user keeps it, has it.
-// Whoever may write to users_table, or controls this process, decides who gets in.
+// Whoever may write to keys_table, or controls this process, decides who gets in.
 //
 // A key is 256 random bits, so one fast SHA-256 is the right digest of it. Failures are throttled
 // to spare the log and the database, not because guessing could succeed.
@@ -37,23 +37,19 @@ const (
 	// openTenant owns all data while there is no users_table.
 	openTenant = "00000000-0000-0000-0000-000000000000"
 
-	// authTimeout bounds the wait for a connection and for the database's answer; then the
-	// request gets 503. A healthy database answers in a millisecond.
+	// authTimeout bounds the wait for a connection and for the database's answer, after which the
+	// request gets 503; and the note of a last use. A healthy database answers in a millisecond.
 	authTimeout = 5 * time.Second
 
-	// touchTimeout bounds the note of a key's last use, which nobody waits for.
-	touchTimeout = 5 * time.Second
-
-	// lastUsePrecision is how old a noted last use may become before it is noted anew: a write
-	// for each request would cost more than the request.
+	// A last use is noted anew at this age: a write for each request would cost more than it.
 	lastUsePrecision = 5 * time.Minute
 
 	// failureBurst is how many bad keys of one address in a minute get 401; more get 429. No
 	// mistake in a script reaches it.
 	failureBurst = 300
 
-	// maxAddresses are counted at a time, which takes a few megabytes at most.
-	maxAddresses = 10_000
+	// maxSources are counted at a time, which takes a few megabytes at most.
+	maxSources = 10_000
 
 	keyIDLength = 8
 )
@@ -81,51 +77,64 @@ const (
 	crossOrigin    denialKind = "Cross-origin requests are refused."
 )
 
-// denial is the error of a caller that is not let in.
+// denial is the error of a caller that is not let in. All but its kind is for the log alone.
 type denial struct {
 	kind   denialKind
-	reason string // for the log alone
-	quiet  bool   // the log has had enough of these from this address
+	reason string
+	keyID  string // "" unless a well-formed key was given
+	isKey  bool   // the key is, or was, one of ours
 }
 
 func (d *denial) Error() string { return string(d.kind) }
 
-// keyRecord is what the database knows of a user and a key. It holds facts; judge decides.
+// keyRecord is what the database knows of a key and its user. It holds facts; state judges.
 type keyRecord struct {
-	userID, tenant, email string
-	readOnly, active      bool
-	digest                []byte     // of the current key
-	previousDigest        []byte     // of the key before it, if that was given a grace
-	now                   time.Time  // by the database's clock, as are the times below
-	expiresAt             *time.Time // nil: never
-	previousEndsAt        *time.Time // the end of the grace; nil: there is no grace
-	lastUsedAt            *time.Time // nil: not used yet
+	id, tenant, email string
+	readOnly, active  bool       // the key; the user
+	digest            []byte     // nil if there is no such key
+	replaced          bool       // another key came in its place
+	now               time.Time  // by the database's clock, as are the times below
+	expiresAt         *time.Time // nil: never
+	revokedAt         *time.Time // nil: never; to come while a replaced key has its grace
+	lastUsedAt        *time.Time // nil: not used yet
+}
+
+// fault says why a key does not work; "" if it does. Its user counts last, so that a key which
+// would not work again is told from one that would.
+func (k *keyRecord) fault() string {
+	isRevoked := k.revokedAt != nil && !k.now.Before(*k.revokedAt)
+	switch {
+	case isRevoked && k.replaced:
+		return "replaced"
+	case isRevoked:
+		return "revoked"
+	case k.expiresAt != nil && !k.now.Before(*k.expiresAt):
+		return "expired"
+	case !k.active:
+		return "deactivated"
+	}
+	return ""
 }
 
 // keyStore is the part of the database that decides who gets in.
 type keyStore interface {
 	// UsersTableExists: true is present, false is proven absent, an error is neither.
 	UsersTableExists(ctx context.Context) (bool, error)
-
-	// LookupKey finds a user, in whatever state, by a key's SHA-256 digest. If there is none, the
-	// record has no digest.
+	// LookupKey finds a key, in whatever state, by its SHA-256 digest; without digest: none.
 	LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
-
-	// TouchKey notes that the user's key was used now.
-	TouchKey(ctx context.Context, userID string) error
+	// TouchKey notes that a key was used now.
+	TouchKey(ctx context.Context, keyID string) error
 }
 
-// authenticator decides for every request; it lives as long as the server.
+// authenticator decides for every request.
 type authenticator struct {
 	keys        keyStore
 	requireAuth bool   // without users_table refuse everyone, rather than admit everyone
 	host        string // the host that the server was told to listen on
 
-	badKeys, missingKeys failures
-	touching             atomic.Bool // a last use is being written
-
-	// latched: users_table was seen. From then on its absence is a fault, not an invitation.
-	latched atomic.Bool
+	badKeys  tally       // by address
+	touching atomic.Bool // a last use is being written
+	latched  atomic.Bool // users_table was seen: from then on its absence is a fault
 }
 
 // authenticate returns whom r acts for, or a *denial.
@@ -144,11 +153,10 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 	}
 	values := r.Header.Values("X-API-Key")
 	if len(values) == 0 || len(values) == 1 && values[0] == "" {
-		tooMany := a.missingKeys.add(r.RemoteAddr) > failureBurst
-		return Caller{}, &denial{kind: noKeyGiven, reason: "no key", quiet: tooMany}
+		return Caller{}, &denial{kind: noKeyGiven, reason: "no key"}
 	}
 	if len(values) > 1 || !wellFormedKey(values[0]) {
-		return Caller{}, a.refuse(r, "malformed key")
+		return Caller{}, a.refuse(r, denial{reason: "malformed key"})
 	}
 	return a.judge(ctx, r, values[0])
 }
@@ -157,50 +165,34 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 // same to the client; the log gets the reason and the id, which may be shown.
 func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) (Caller, error) {
 	digest := sha256.Sum256([]byte(key))
-	id := key[len("tdb_"):][:keyIDLength]
 	k, err := a.keys.LookupKey(ctx, digest[:])
 	if err != nil {
 		return Caller{}, &denial{kind: usersUnknown, reason: "key lookup: " + err.Error()}
 	}
 	// The database has compared already, but not in constant time; nor is that code read here.
-	isCurrent := sameDigest(digest[:], k.digest)
-	isPrevious := sameDigest(digest[:], k.previousDigest)
-	switch {
-	case !isCurrent && !isPrevious:
-		return Caller{}, a.refuse(r, "unknown key")
-	case !k.active:
-		return Caller{}, a.refuse(r, "deactivated key "+id)
-	case k.expiresAt != nil && !k.now.Before(*k.expiresAt):
-		return Caller{}, a.refuse(r, "expired key "+id)
-	case isPrevious && !k.inGrace():
-		return Caller{}, a.refuse(r, "replaced key "+id)
+	if subtle.ConstantTimeCompare(digest[:], k.digest) != 1 {
+		id := key[len("tdb_"):][:keyIDLength]
+		return Caller{}, a.refuse(r, denial{reason: "unknown key", keyID: id})
+	}
+	if fault := k.fault(); fault != "" {
+		return Caller{}, a.refuse(r, denial{reason: fault + " key", keyID: k.id, isKey: true})
 	}
 	a.noteUse(ctx, k)
-	return Caller{tenant: k.tenant, email: k.email, keyID: id, readOnly: k.readOnly}, nil
+	return Caller{tenant: k.tenant, email: k.email, keyID: k.id, readOnly: k.readOnly}, nil
 }
 
-func sameDigest(a, b []byte) bool { return subtle.ConstantTimeCompare(a, b) == 1 }
-
-// inGrace tells whether the key before the current one still works. Without an end of its grace
-// it does not.
-func (k *keyRecord) inGrace() bool {
-	return k.previousEndsAt != nil && k.now.Before(*k.previousEndsAt)
-}
-
-// refuse is the answer to any key that does not open the door: the same bytes whatever the reason,
-// until one address has sent too many.
-func (a *authenticator) refuse(r *http.Request, reason string) error {
-	count := a.badKeys.add(r.RemoteAddr)
-	if count <= failureBurst {
-		return &denial{kind: badKeyGiven, reason: reason}
+// refuse makes d the answer to any key that does not open the door: the same bytes whatever the
+// reason, until one address has sent too many.
+func (a *authenticator) refuse(r *http.Request, d denial) error {
+	d.kind = badKeyGiven
+	if a.badKeys.add(source{address: addressOf(r)}) > failureBurst {
+		d.kind = tooManyBadKeys
 	}
-	// The log gets the first of those that are throttled.
-	return &denial{kind: tooManyBadKeys, reason: reason, quiet: count > failureBurst+1}
+	return &d
 }
 
-// noteUse writes down that a key was used, at most every lastUsePrecision. It works beside the
-// request, one at a time. What it misses a later request notes, so its error is of no interest: a
-// database that fails shows where it matters.
+// noteUse writes down that a key was used, at most every lastUsePrecision, beside the request and
+// one at a time. What it misses a later request notes, so its error is of no interest.
 func (a *authenticator) noteUse(ctx context.Context, k keyRecord) {
 	if k.lastUsedAt != nil && k.now.Sub(*k.lastUsedAt) < lastUsePrecision {
 		return
@@ -210,9 +202,9 @@ func (a *authenticator) noteUse(ctx context.Context, k keyRecord) {
 	}
 	go func() {
 		defer a.touching.Store(false)
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), touchTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), authTimeout)
 		defer cancel()
-		_ = a.keys.TouchKey(ctx, k.userID)
+		_ = a.keys.TouchKey(ctx, k.id)
 	}()
 }
 
@@ -253,47 +245,59 @@ func isLoopback(host string) bool {
 	return host == "localhost" || address != nil && address.IsLoopback()
 }
 
-// failures counts refusals by address within a minute.
-type failures struct {
-	mu        sync.Mutex
-	minute    time.Time
-	byAddress map[string]int
+// source is where requests that are counted together come from. keyID may be "".
+type source struct{ address, keyID string }
+
+// tally counts requests by source, for a minute at a time.
+type tally struct {
+	ended  func(source, int) // gets each count when the minute is over; nil: nobody asks
+	mu     sync.Mutex
+	counts map[source]int // nil: no minute has begun
 }
 
-// otherAddresses are counted together, once maxAddresses are known in a minute.
-const otherAddresses = "others"
+// add counts one more request of a source, and returns how many that makes.
+func (t *tally) add(from source) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.counts == nil {
+		t.counts = map[source]int{}
+		time.AfterFunc(time.Minute, t.endMinute)
+	}
+	_, known := t.counts[from]
+	if !known && len(t.counts) >= maxSources {
+		from = source{address: "others"} // which are counted together
+	}
+	t.counts[from]++
+	return t.counts[from]
+}
 
-// add counts one more refusal of remote, an address with port, and returns how many that makes.
-// X-Forwarded-For is not trusted: anyone can write it.
-func (f *failures) add(remote string) int {
-	address, _, err := net.SplitHostPort(remote)
+func (t *tally) endMinute() {
+	t.mu.Lock()
+	counts := t.counts
+	t.counts = nil
+	t.mu.Unlock()
+	if t.ended == nil {
+		return
+	}
+	for from, n := range counts {
+		t.ended(from, n)
+	}
+}
+
+// addressOf is where r comes from. X-Forwarded-For is not trusted: anyone can write it.
+func addressOf(r *http.Request) string {
+	address, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
-		address = remote // net/http has always sent an address with port so far
+		return r.RemoteAddr // net/http has always sent an address with port so far
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	minute := time.Now().Truncate(time.Minute)
-	if minute != f.minute {
-		f.minute = minute
-		f.byAddress = map[string]int{}
-	}
-	_, known := f.byAddress[address]
-	if !known && len(f.byAddress) >= maxAddresses {
-		address = otherAddresses
-	}
-	f.byAddress[address]++
-	return f.byAddress[address]
+	return address
 }
 
 // A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that
 // tells a typo from a key.
 var keyPattern = regexp.MustCompile(`^(tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43})[A-Za-z0-9_-]{6}$`)
 
-// secretPattern finds a key in a text, or what is left of one.
-var secretPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]*`)
-
-// newKey makes a key, and returns its id and digest too. It is the only source of keys.
-// crypto/rand ends the program if it fails.
+// newKey makes a key. It is the only source of keys. crypto/rand ends the program if it fails.
 func newKey() (key, id string, digest []byte) {
 	secret := make([]byte, 32)
 	rand.Read(secret)
@@ -309,8 +313,7 @@ func withChecksum(body string) string {
 	return body + base64.RawURLEncoding.EncodeToString(sum)
 }
 
-// wellFormedKey tells whether key could be one of ours. It is no control: anyone can compute a
-// checksum.
+// wellFormedKey tells whether key could be ours. It is no control: anyone can compute a checksum.
 func wellFormedKey(key string) bool {
 	parts := keyPattern.FindStringSubmatch(key)
 	return parts != nil && withChecksum(parts[1]) == key

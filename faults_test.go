@@ -981,7 +981,7 @@ func TestFaultClientThatHangsUpIsNoErrorInTheLog(t *testing.T) {
 	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
-	line := regexp.MustCompile(`level=(\w+) msg=request method=GET path=/values status=503`)
+	line := regexp.MustCompile(`level=(\w+) msg=request route="GET /values" status=503`)
 	waitUntil(t, "the request is logged", func() bool { return line.MatchString(s.log.String()) })
 	if level := line.FindStringSubmatch(s.log.String())[1]; level != "INFO" {
 		t.Errorf("a client's hanging up is logged as %s: %s", level, s.log)
@@ -998,7 +998,7 @@ func TestAbandonedAndTruncatedUploadsStoreNothing(t *testing.T) {
 	checkNothingStored := func(t *testing.T, requests int) {
 		t.Helper()
 		waitUntil(t, "the request is logged", func() bool {
-			return strings.Count(s.log.String(), "path=/upload ") == requests
+			return strings.Count(s.log.String(), `route="POST /upload" `) == requests
 		})
 		if got := s.stored(t); got != "0 0 0" {
 			t.Errorf("a body that ended too early stored %q", got)

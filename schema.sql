@@ -2,8 +2,8 @@
 -- search_path set to the schema that was asked for; `--dry-run` prints what would run on an empty database.
 -- Every statement is safe to repeat. :schema and :app_role stand for quoted identifiers from the command line.
 --
--- Nothing here is ever updated or deleted but users_table: a correction is a further row. tenant_id leads every key,
--- so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
+-- The API only inserts: a correction is a further row. Users and keys change, and an operator may erase. tenant_id leads
+-- every key of data, so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
 
 -- section: begin
 -- Two at once would race for the same names; so the second waits, and then finds everything there.
@@ -114,22 +114,55 @@ CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE
 RETURN replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00';
 
 -- section: users
--- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
 CREATE TABLE IF NOT EXISTS users_table (
-    user_id      uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
-    tenant_id    uuid        NOT NULL,
-    email        text        NOT NULL,
-    key_id       text        NOT NULL,
-    key_digest   bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
-    access       text        NOT NULL DEFAULT 'rw' CHECK (access IN ('rw', 'ro')),
-    is_active    boolean     NOT NULL DEFAULT true,
-    expires_at   timestamptz,
-    last_used_at timestamptz,
-    created_at   timestamptz NOT NULL DEFAULT clock_timestamp()
+    user_id    uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    tenant_id  uuid        NOT NULL,
+    email      text        NOT NULL,
+    is_active  boolean     NOT NULL DEFAULT true,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE UNIQUE INDEX IF NOT EXISTS users_by_email ON users_table (tenant_id, lower(email));
--- The key before this one, if it was given a grace. Added here, because tables of an earlier version lack it.
-ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea UNIQUE, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
+CREATE UNIQUE INDEX IF NOT EXISTS users_by_tenant ON users_table (tenant_id, user_id);
+
+-- Keys are 256 random bits, so a plain SHA-256 digest of one cannot be searched backwards; the key itself is not stored.
+CREATE TABLE IF NOT EXISTS keys_table (
+    key_id      text        PRIMARY KEY,  -- what may be shown of the key
+    tenant_id   uuid        NOT NULL,
+    user_id     uuid        NOT NULL,
+    name        text        NOT NULL,
+    key_digest  bytea       NOT NULL UNIQUE CHECK (octet_length(key_digest) = 32),
+    access      text        NOT NULL CHECK (access IN ('rw', 'ro')),
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    expires_at  timestamptz,
+    revoked_at  timestamptz,              -- from then on it is refused; to come if a replaced key has a grace
+    replaced_by text,                     -- the key that came in its place; NULL if it was revoked by itself
+    FOREIGN KEY (tenant_id, user_id) REFERENCES users_table (tenant_id, user_id)
+);
+CREATE UNIQUE INDEX IF NOT EXISTS keys_by_name ON keys_table (user_id, lower(name)) WHERE revoked_at IS NULL;
+CREATE INDEX IF NOT EXISTS keys_by_user ON keys_table (tenant_id, user_id);
+
+-- When a key was last used, to some minutes: the one thing about users and keys that the API writes. A foreign key would
+-- have it lock rows of keys_table.
+CREATE TABLE IF NOT EXISTS key_uses (
+    key_id       text        PRIMARY KEY,
+    last_used_at timestamptz NOT NULL
+);
+
+-- Earlier versions held one key, and the one before it in its grace, with the user.
+DO $timedb$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'users_table'::regclass AND attname = 'key_digest') THEN RETURN; END IF;
+    ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
+    INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at)
+        SELECT key_id, tenant_id, user_id, 'default', key_digest, access, created_at, expires_at FROM users_table;
+    INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at, revoked_at, replaced_by)
+        SELECT (SELECT string_agg(substr('abcdefghijklmnopqrstuvwxyz234567', 1 + get_byte(b, i) % 32, 1), '')
+                FROM (SELECT sha256(previous_digest) AS b) AS d, generate_series(0, 7) AS i),  -- it was not stored
+               tenant_id, user_id, 'default', previous_digest, access, created_at, expires_at, previous_ends_at, key_id
+        FROM users_table WHERE previous_digest IS NOT NULL AND previous_ends_at IS NOT NULL;
+    INSERT INTO key_uses SELECT key_id, last_used_at FROM users_table WHERE last_used_at IS NOT NULL;
+    ALTER TABLE users_table DROP COLUMN key_id, DROP COLUMN key_digest, DROP COLUMN access, DROP COLUMN expires_at,
+        DROP COLUMN last_used_at, DROP COLUMN previous_digest, DROP COLUMN previous_ends_at;
+END $timedb$;
 
 -- section: citus
 -- Spreads the tenants over the nodes, with all rows of one tenant on one node. users_table stays on the coordinator.
@@ -142,8 +175,12 @@ DO $timedb$ DECLARE t regclass; BEGIN
 
 -- section: upgrade
 -- What makes tables of an earlier version, and new ones, those of this version. lz4 takes a fifth of the default's time.
-ALTER TABLE values_table ALTER valid_times SET COMPRESSION lz4, ALTER valid_time_ends SET COMPRESSION lz4,
-    ALTER "values" SET COMPRESSION lz4;
+DO $timedb$ BEGIN
+    ALTER TABLE values_table ALTER valid_times SET COMPRESSION lz4, ALTER valid_time_ends SET COMPRESSION lz4,
+        ALTER "values" SET COMPRESSION lz4;
+EXCEPTION WHEN feature_not_supported THEN
+    RAISE WARNING 'this PostgreSQL was built without lz4: values take its own compression, which is slower';
+END $timedb$;
 -- run_params were jsonb, which writes numbers out: 1e131071 as 131,072 digits. What became too long so is not kept.
 DO $timedb$ DECLARE r record; BEGIN
     IF (SELECT atttypid = 'jsonb'::regtype FROM pg_attribute WHERE attrelid = 'runs_table'::regclass AND attname = 'run_params') THEN
@@ -200,11 +237,12 @@ GRANT SELECT, INSERT ON runs_table, series_table, values_table, withdrawals_tabl
 GRANT SELECT ON current_values TO :app_role;
 
 -- section: app role with users
-GRANT SELECT (user_id, tenant_id, email, key_digest, previous_digest, previous_ends_at, access, is_active, expires_at,
-    last_used_at), UPDATE (last_used_at) ON users_table TO :app_role;
+GRANT SELECT ON users_table, keys_table TO :app_role;
+GRANT SELECT, INSERT, UPDATE ON key_uses TO :app_role;
 
 -- section: delete
 DROP VIEW IF EXISTS current_values;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz);
-DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, users_table, audit_table;
+DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, key_uses, keys_table, users_table,
+    audit_table;
 DROP FUNCTION IF EXISTS refuse_past();

@@ -6,6 +6,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -60,6 +61,12 @@ const (
 	maxUpdates     = 10_000    // of PUT /values: they hold their tenant's lock together
 	maxTags        = 100       // of one value
 	maxRuns        = 10_000    // of GET /runs
+
+	// Lines a minute that the log has at most on requests that act for nobody: of one address; and
+	// of one dead key from one address, whatever else comes from there, because whether a leaked
+	// key is still tried must not vanish in a flood.
+	addressLines = 300
+	deadKeyLines = 60
 
 	flushBytes = 64 << 10 // of a stream are sent at a time
 	minGzip    = 16 << 10 // bytes of an answer: a smaller one is sent sooner than it is compressed
@@ -125,8 +132,8 @@ func statusOf(kind any) int {
 type errorAnswer struct {
 	status int
 	detail string // for the client
-	reason string // for the log
-	quiet  bool   // the log has had enough of these
+	reason string // for the log, without any text of the request or of a row
+	denied denial // what the log is told of a key
 }
 
 // answerTo returns what may be told of err. Of what is neither a refusal nor a denial the client
@@ -136,13 +143,13 @@ func answerTo(err error) errorAnswer {
 	var denied *denial
 	switch {
 	case errors.As(err, &refused):
-		return errorAnswer{statusOf(refused.kind), refused.message, refused.message, false}
+		return errorAnswer{statusOf(refused.kind), refused.message, refused.reason, denial{}}
 	case errors.As(err, &denied):
-		return errorAnswer{statusOf(denied.kind), denied.Error(), denied.reason, denied.quiet}
+		return errorAnswer{statusOf(denied.kind), denied.Error(), denied.reason, *denied}
 	case unavailable(err):
-		return errorAnswer{statusOf(usersUnknown), string(usersUnknown), err.Error(), false}
+		return errorAnswer{statusOf(usersUnknown), string(usersUnknown), causeOf(err), denial{}}
 	}
-	return errorAnswer{statusOf(nil), "Internal server error.", err.Error(), false}
+	return errorAnswer{statusOf(nil), "Internal server error.", causeOf(err), denial{}}
 }
 
 // inputError says what is wrong with the input at field. A refusal says so already.
@@ -242,6 +249,7 @@ type server struct {
 	auth   *authenticator
 	log    *slog.Logger
 	memory *shares
+	lines  tally // in the log, of requests that act for nobody
 
 	mux       *http.ServeMux // which only finds patterns
 	byPattern map[string]route
@@ -260,6 +268,7 @@ func newServer(st *store, health keyStore, auth *authenticator,
 		byPattern: map[string]route{},
 		methods:   map[string]string{},
 	}
+	s.lines.ended = s.logRest
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, http.NotFoundHandler())
 		s.byPattern[rt.pattern] = rt
@@ -304,29 +313,55 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if err != nil && !broken {
 		w.sendError(told)
 	}
-	if told.quiet {
-		return
-	}
 	level := slog.LevelInfo
 	if (broken || w.status >= 500) && r.Context().Err() == nil { // the client is still there
 		level = slog.LevelError
 	}
-	s.log.Log(r.Context(), level, "request",
-		"method", fmt.Sprintf("%.20s", hideKeys(r.Method)),
-		"path", hideKeys(r.URL.Path),
-		"status", w.status,
-		"broken", broken,
-		"reason", hideKeys(told.reason),
-		"remote", r.RemoteAddr,
-		"tenant", caller.tenant,
-		"key_id", caller.keyID,
-		"duration", time.Since(begin).Round(time.Microsecond))
+	if caller.tenant != "" || s.hasLine(r, told.denied) {
+		s.log.Log(r.Context(), level, "request",
+			"route", w.route,
+			"status", w.status,
+			"broken", broken,
+			"reason", hideKeys(told.reason),
+			"remote", r.RemoteAddr,
+			"tenant", caller.tenant,
+			"key_id", cmp.Or(caller.keyID, told.denied.keyID),
+			"duration", time.Since(begin).Round(time.Microsecond))
+	}
 	if broken {
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// hideKeys replaces keys that someone has pasted into the wrong place.
+// hasLine tells whether the log has a line for a request that acts for nobody.
+func (s *server) hasLine(r *http.Request, denied denial) bool {
+	from := source{address: addressOf(r)}
+	if denied.isKey {
+		from.keyID = denied.keyID
+	}
+	return s.lines.add(from) <= maxLines(from)
+}
+
+// maxLines is how many lines a minute there are at most on such requests of one source.
+func maxLines(from source) int {
+	if from.keyID != "" {
+		return deadKeyLines
+	}
+	return addressLines
+}
+
+// logRest logs how many requests of a minute got no line.
+func (s *server) logRest(from source, count int) {
+	if rest := count - maxLines(from); rest > 0 {
+		s.log.Warn("requests without a line", "count", rest,
+			"remote", from.address, "key_id", from.keyID)
+	}
+}
+
+// secretPattern finds a key in a text, or what is left of one.
+var secretPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]*`)
+
+// hideKeys replaces keys that the database or a bug may have repeated.
 func hideKeys(text string) string { return secretPattern.ReplaceAllLiteralString(text, "(a key)") }
 
 // serve is the only way to a handler: it authenticates, then looks whether the path exists, then
@@ -340,6 +375,7 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	w.header().Set("Cache-Control", "no-store")
 	w.header().Set("X-Content-Type-Options", "nosniff")
 	rt, known, methods := s.find(r)
+	w.route = cmp.Or(rt.pattern, "none")
 	if known && rt.access == open {
 		return c, rt.handle(w, r, c)
 	}
@@ -383,6 +419,7 @@ func (s *server) handle(rt route, w *response, r *http.Request, c Caller) error 
 // response is the answer to one request. send is the only way to write it.
 type response struct {
 	rw      http.ResponseWriter
+	route   string    // its pattern, which holds nothing that a client sent
 	accepts string    // the request's Accept-Encoding
 	memory  *claim    // what the request holds
 	status  int       // 0: nothing was sent yet

@@ -159,6 +159,15 @@ func (d *span) UnmarshalText(text []byte) error {
 // expiry is a time to come: a timestamp, or a span from now on. Zero is never.
 type expiry timestamp
 
+// time is when something ends; nil is never.
+func (e expiry) time() *time.Time {
+	if e == 0 {
+		return nil
+	}
+	t := timestamp(e).utc()
+	return &t
+}
+
 func (expiry) expected() string { return "90d, 12h or a timestamp, to come" }
 
 func (e *expiry) UnmarshalText(text []byte) error {
@@ -365,6 +374,7 @@ const (
 type refusal struct {
 	kind    errorKind
 	message string
+	reason  string // for the log: the message without what it repeats of the input
 }
 
 func (e *refusal) Error() string { return e.message }
@@ -372,16 +382,20 @@ func (e *refusal) Error() string { return e.message }
 // maxMessage bounds what a refusal repeats of the input, in characters.
 const maxMessage = 1000
 
+// verb is the place of an argument in a format.
+var verb = regexp.MustCompile(`%[.0-9]*[a-z]`)
+
 func refuse(kind errorKind, format string, args ...any) error {
 	message := fmt.Sprintf(format, args...)
-	return &refusal{kind, fmt.Sprintf("%.*s", maxMessage, message)}
+	reason := verb.ReplaceAllLiteralString(format, "…")
+	return &refusal{kind, fmt.Sprintf("%.*s", maxMessage, message), reason}
 }
 
 // prefix says where in the request a refusal belongs.
 func prefix(where string, err error) error {
 	var refused *refusal
 	if errors.As(err, &refused) {
-		return &refusal{refused.kind, where + refused.message}
+		return &refusal{refused.kind, where + refused.message, refused.reason}
 	}
 	return err
 }
@@ -395,6 +409,18 @@ func sqlState(err error) string {
 	}
 	return ""
 }
+
+// causeOf is what the log may say of an error. PostgreSQL's messages on data and constraints may
+// repeat values, so of those there is only the code and the constraint.
+func causeOf(err error) string {
+	state := sqlState(err)
+	if strings.HasPrefix(state, "22") || strings.HasPrefix(state, "23") {
+		return fmt.Sprintf("SQLSTATE %s, constraint %q", state, pq.As(err).Constraint)
+	}
+	return err.Error()
+}
+
+const uniqueViolation = "23505" // a SQLSTATE
 
 // lostConnection are the errors that Go and lib/pq have for a database that cannot be asked.
 var lostConnection = []error{
@@ -888,14 +914,14 @@ func (s *store) catalog(ctx context.Context) (catalog, error) {
 		           obj_description(c.oid, 'pg_class') FROM 'timedb schema (\d+)')::integer, 1) END),
 		           0),
 		       coalesce(bool_or(has_table_privilege(c.oid, 'DELETE, TRUNCATE')
-		           OR CASE c.relname
-		              WHEN 'users_table' THEN has_table_privilege(c.oid, 'INSERT, UPDATE')
-		              ELSE has_any_column_privilege(c.oid, 'UPDATE') END)
-		           FILTER (WHERE c.relname LIKE '%table'), false)
+		           OR c.relname <> 'key_uses' AND has_any_column_privilege(c.oid, 'UPDATE')
+		           OR c.relname IN ('users_table', 'keys_table', 'audit_table')
+		              AND has_table_privilege(c.oid, 'INSERT'))
+		           FILTER (WHERE c.relkind IN ('r', 'p')), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = $1 AND c.relname IN
 		      ('runs_table', 'series_table', 'values_table', 'withdrawals_table', 'current_values',
-		       'users_table', 'audit_table')`,
+		       'audit_table', 'users_table', 'keys_table', 'key_uses')`,
 		[]any{s.schema}, func(rows *sql.Rows) error {
 			return rows.Scan(&c.names, &c.version, &c.rewrites)
 		})
@@ -923,105 +949,274 @@ func (s *store) UsersTableExists(ctx context.Context) (bool, error) {
 
 // ---- Users and their keys
 
-// user is a row of users_table as an operator may see it: without digests.
+// user is a row of users_table as an operator sees it.
 type user struct {
 	ID        string     `json:"user_id"`
 	Tenant    string     `json:"tenant_id"`
 	Email     string     `json:"email"`
-	KeyID     string     `json:"key_id"`
-	Access    string     `json:"access"`
 	Active    bool       `json:"is_active"`
-	Status    string     `json:"status"` // active, inactive or expired
-	ExpiresAt *time.Time `json:"expires_at"`
-	LastUsed  *time.Time `json:"last_used_at"`
+	LiveKeys  int        `json:"live_keys"`
+	LastUsed  *time.Time `json:"last_used_at"` // of any of the keys
 	CreatedAt time.Time  `json:"created_at"`
 }
 
-// LookupKey finds the user whose key has this digest, in whatever state: auth.go judges.
+// key is a row of keys_table as an operator sees it: without its digest.
+type key struct {
+	ID        string     `json:"key_id"`
+	Tenant    string     `json:"tenant_id"`
+	Email     string     `json:"email"`
+	Name      string     `json:"name"`
+	Access    string     `json:"access"` // rw or ro
+	Status    string     `json:"status"` // active, ends soon, or why it does not work
+	CreatedAt time.Time  `json:"created_at"`
+	ExpiresAt *time.Time `json:"expires_at"`
+	RevokedAt *time.Time `json:"revoked_at"`
+	LastUsed  *time.Time `json:"last_used_at"`
+
+	userID string
+}
+
+// String is k in the audit trail.
+func (k *key) String() string { return fmt.Sprintf("key %s, %q, %s", k.ID, k.Name, k.Access) }
+
+// LookupKey finds the key of this digest and its user, in whatever state: auth.go judges.
 func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error) {
 	var k keyRecord
 	err := s.eachRow(ctx, nil, `
-		SELECT user_id, tenant_id, email, access = 'ro', is_active, key_digest, previous_digest,
-		       clock_timestamp(), expires_at, previous_ends_at, last_used_at
-		FROM users_table WHERE key_digest = $1 OR previous_digest = $1`,
+		SELECT k.key_id, u.tenant_id, u.email, k.access = 'ro', u.is_active, k.key_digest,
+		       k.replaced_by IS NOT NULL, clock_timestamp(), k.expires_at, k.revoked_at,
+		       used.last_used_at
+		FROM keys_table k JOIN users_table u USING (tenant_id, user_id)
+		LEFT JOIN key_uses used USING (key_id)
+		WHERE k.key_digest = $1`,
 		[]any{digest}, func(rows *sql.Rows) error {
-			return rows.Scan(&k.userID, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest,
-				&k.previousDigest, &k.now, &k.expiresAt, &k.previousEndsAt, &k.lastUsedAt)
+			return rows.Scan(&k.id, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest,
+				&k.replaced, &k.now, &k.expiresAt, &k.revokedAt, &k.lastUsedAt)
 		})
 	return k, err
 }
 
-// TouchKey notes that a user's key was used now.
-func (s *store) TouchKey(ctx context.Context, userID string) error {
-	return s.exec(ctx, `UPDATE users_table SET last_used_at = clock_timestamp() WHERE user_id = $1`,
-		userID)
+// TouchKey notes that a key was used now.
+func (s *store) TouchKey(ctx context.Context, keyID string) error {
+	return s.exec(ctx, `
+		INSERT INTO key_uses VALUES ($1, clock_timestamp())
+		ON CONFLICT (key_id) DO UPDATE SET last_used_at = clock_timestamp()`, keyID)
 }
 
-// CreateUser stores u with its key's digest and sets u.ID and u.ExpiresAt. An email is unique in
-// its tenant.
-func (s *store) CreateUser(ctx context.Context, u *user, digest []byte, ends expiry) error {
-	err := s.inTx(ctx, func(tx *sql.Tx) error {
-		return tx.QueryRowContext(ctx, `
-			INSERT INTO users_table (tenant_id, email, key_id, key_digest, access, expires_at)
-			VALUES ($1, $2, $3, $4, $5, $6) RETURNING user_id, expires_at`,
-			u.Tenant, u.Email, u.KeyID, digest, u.Access, timestamp(ends)).Scan(&u.ID, &u.ExpiresAt)
-	})
-	if sqlState(err) == "23505" { // unique_violation
-		//lint:ignore ST1005 the contract quotes this sentence
-		return fmt.Errorf("User with email '%s' already exists for this tenant.", u.Email)
+// insertKey stores k with its digest.
+func insertKey(ctx context.Context, tx *sql.Tx, k *key, digest []byte) error {
+	_, err := tx.ExecContext(ctx, `
+		INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, expires_at)
+		VALUES ($1, $2, $3, $4, $5, $6, $7)`,
+		k.ID, k.Tenant, k.userID, k.Name, digest, k.Access, k.ExpiresAt)
+	if sqlState(err) == uniqueViolation {
+		return fmt.Errorf("the user has a key of the name '%s' already", k.Name)
 	}
 	return err
 }
 
+// CreateUser makes a user with a first key, and sets their user_id. An email is unique in its
+// tenant.
+func (s *store) CreateUser(ctx context.Context, u *user, k *key, digest []byte) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, `
+			INSERT INTO users_table (tenant_id, email) VALUES ($1, $2) RETURNING user_id`,
+			u.Tenant, u.Email).Scan(&u.ID)
+		if sqlState(err) == uniqueViolation {
+			//lint:ignore ST1005 the contract quotes this sentence
+			return fmt.Errorf("User with email '%s' already exists for this tenant.", u.Email)
+		}
+		if err != nil {
+			return err
+		}
+		k.userID = u.ID
+		if err := insertKey(ctx, tx, k, digest); err != nil {
+			return err
+		}
+		return s.audit(ctx, tx, auditLine{"users create", u.Tenant, u.Email, k.String()})
+	})
+}
+
 // Users lists users by tenant and email. An empty tenant or email means all.
 func (s *store) Users(ctx context.Context, tenant uuid, email string) ([]user, error) {
-	var users []user
-	err := s.eachRow(ctx, nil, `
-		SELECT user_id, tenant_id, email, key_id, access, is_active,
-		       CASE WHEN NOT is_active THEN 'inactive'
-		            WHEN expires_at <= clock_timestamp() THEN 'expired' ELSE 'active' END,
-		       expires_at, last_used_at, created_at
+	keys, err := s.Keys(ctx, nil, tenant, email)
+	if err != nil {
+		return nil, err
+	}
+	users := []user{}
+	err = s.eachRow(ctx, nil, `
+		SELECT user_id, tenant_id, email, is_active, created_at
 		FROM users_table
 		WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid)
 		  AND ($2 = '' OR lower(email) = lower($2))
 		ORDER BY tenant_id, lower(email)`,
 		[]any{tenant, email}, func(rows *sql.Rows) error {
 			var u user
-			err := rows.Scan(&u.ID, &u.Tenant, &u.Email, &u.KeyID, &u.Access, &u.Active, &u.Status,
-				&u.ExpiresAt, &u.LastUsed, &u.CreatedAt)
+			err := rows.Scan(&u.ID, &u.Tenant, &u.Email, &u.Active, &u.CreatedAt)
 			users = append(users, u)
 			return err
 		})
+	for i := range users {
+		u := &users[i]
+		for _, k := range keys {
+			if k.userID != u.ID {
+				continue
+			}
+			if k.Status == statusActive || k.Status == statusEndsSoon {
+				u.LiveKeys++
+			}
+			if u.LastUsed == nil || k.LastUsed != nil && k.LastUsed.After(*u.LastUsed) {
+				u.LastUsed = k.LastUsed
+			}
+		}
+	}
 	return users, err
 }
 
+// endsSoon is how long before its end a key is said to end soon.
+const endsSoon = 14 * 24 * time.Hour
+
+// What Status is while a key works.
+const (
+	statusActive   = "active"
+	statusEndsSoon = "ends soon"
+)
+
+// Keys lists keys by tenant and email of their users, in tx unless that is nil. An empty tenant or
+// email means all.
+func (s *store) Keys(ctx context.Context, tx *sql.Tx, tenant uuid, email string) ([]key, error) {
+	keys := []key{}
+	err := s.eachRow(ctx, tx, `
+		SELECT k.key_id, k.tenant_id, k.user_id, u.email, k.name, k.access, u.is_active,
+		       k.replaced_by IS NOT NULL, clock_timestamp(), k.created_at, k.expires_at,
+		       k.revoked_at, used.last_used_at
+		FROM keys_table k JOIN users_table u USING (tenant_id, user_id)
+		LEFT JOIN key_uses used USING (key_id)
+		WHERE ($1 = '' OR k.tenant_id = nullif($1, '')::uuid)
+		  AND ($2 = '' OR lower(u.email) = lower($2))
+		ORDER BY k.tenant_id, lower(u.email), k.created_at, k.key_id`,
+		[]any{tenant, email}, func(rows *sql.Rows) error {
+			var k key
+			var facts keyRecord
+			err := rows.Scan(&k.ID, &k.Tenant, &k.userID, &k.Email, &k.Name, &k.Access,
+				&facts.active, &facts.replaced, &facts.now, &k.CreatedAt, &k.ExpiresAt,
+				&k.RevokedAt, &k.LastUsed)
+			facts.expiresAt = k.ExpiresAt
+			facts.revokedAt = k.RevokedAt
+			k.Status = facts.fault()
+			if k.Status == "" {
+				k.Status = statusActive
+			}
+			facts.now = facts.now.Add(endsSoon)
+			if k.Status == statusActive && facts.fault() != "" {
+				k.Status = statusEndsSoon
+			}
+			keys = append(keys, k)
+			return err
+		})
+	return keys, err
+}
+
+// CreateKey makes a further key of a user.
+func (s *store) CreateKey(ctx context.Context, k *key, digest []byte) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		if err := insertKey(ctx, tx, k, digest); err != nil {
+			return err
+		}
+		return s.audit(ctx, tx, auditLine{"keys create", k.Tenant, k.Email, k.String()})
+	})
+}
+
+// RevokeKey refuses a key from now on, on every server.
+func (s *store) RevokeKey(ctx context.Context, k *key) error {
+	return s.change(ctx, auditLine{"keys revoke", k.Tenant, k.Email, k.String()}, `
+		UPDATE keys_table SET revoked_at = clock_timestamp()
+		WHERE key_id = $1 AND (revoked_at IS NULL OR revoked_at > clock_timestamp())`, k.ID)
+}
+
+// ReplaceKeys gives a user the new key k in place of all others, which work on for grace, unless
+// they end sooner. k gets the widest access and the latest end that they had, but ends if that is
+// not 0.
+func (s *store) ReplaceKeys(ctx context.Context, k *key, digest []byte, grace span,
+	ends expiry) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		var active bool
+		err := tx.QueryRowContext(ctx, `
+			SELECT is_active FROM users_table WHERE user_id = $1 FOR UPDATE`,
+			k.userID).Scan(&active)
+		if err != nil {
+			return err
+		}
+		if !active {
+			grace = 0 // or activating the user would bring them back to life
+		}
+		keys, err := s.Keys(ctx, tx, uuid(k.Tenant), k.Email)
+		if err != nil {
+			return err
+		}
+		if err := k.inherit(keys, ends); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, `
+			UPDATE keys_table SET revoked_at = ends, replaced_by = $2
+			FROM (SELECT clock_timestamp() + $3::bigint * interval '1 microsecond') AS grace (ends)
+			WHERE user_id = $1 AND (revoked_at IS NULL OR revoked_at > ends)`,
+			k.userID, k.ID, int64(grace))
+		if err != nil {
+			return err
+		}
+		if err := insertKey(ctx, tx, k, digest); err != nil {
+			return err
+		}
+		return s.audit(ctx, tx, auditLine{"users regenerate-key", k.Tenant, k.Email, k.String()})
+	})
+}
+
+// inherit sets the access and the end of the key that comes in place of those of keys that are not
+// revoked yet.
+func (k *key) inherit(keys []key, ends expiry) error {
+	var old []key
+	for _, o := range keys {
+		if o.Status != "revoked" && o.Status != "replaced" {
+			old = append(old, o)
+		}
+	}
+	if len(old) == 0 {
+		return errors.New("the user has no key to replace: use timedb keys create")
+	}
+	k.Access = "ro"
+	k.ExpiresAt = old[0].ExpiresAt
+	expired := true
+	for _, o := range old {
+		if o.Access == "rw" {
+			k.Access = "rw"
+		}
+		if o.ExpiresAt == nil || k.ExpiresAt != nil && o.ExpiresAt.After(*k.ExpiresAt) {
+			k.ExpiresAt = o.ExpiresAt
+		}
+		expired = expired && o.Status == "expired"
+	}
+	if ends != 0 {
+		k.ExpiresAt = ends.time()
+	} else if expired {
+		return errors.New("the user's keys have expired: pass --expires, or the new one would too")
+	}
+	return nil
+}
+
 // ActivateUser admits the keys of a user again. From its return on every server sees it.
-func (s *store) ActivateUser(ctx context.Context, userID string) error {
-	return s.exec(ctx, `UPDATE users_table SET is_active = true WHERE user_id = $1`, userID)
+func (s *store) ActivateUser(ctx context.Context, u *user) error {
+	return s.change(ctx, auditLine{"users activate", u.Tenant, u.Email, ""},
+		`UPDATE users_table SET is_active = true WHERE user_id = $1`, u.ID)
 }
 
 // DeactivateUser refuses the keys of a user. A key that was in its grace has ended for good.
-func (s *store) DeactivateUser(ctx context.Context, userID string) error {
-	return s.exec(ctx, `
-		UPDATE users_table SET is_active = false, previous_digest = NULL, previous_ends_at = NULL
-		WHERE user_id = $1`, userID)
-}
-
-// ReplaceKey gives u a new key. The one before works on for grace, unless that is 0 or the key is
-// dead already. The keys end as before if ends is 0. It sets u.ExpiresAt.
-func (s *store) ReplaceKey(ctx context.Context, u *user, keyID string, digest []byte, grace span,
-	ends expiry) error {
-	return s.inTx(ctx, func(tx *sql.Tx) error {
-		return tx.QueryRowContext(ctx, `
-			UPDATE users_table SET key_id = $2, key_digest = $3,
-			       previous_digest = CASE WHEN $4::bigint > 0 AND is_active
-			           AND (expires_at IS NULL OR expires_at > clock_timestamp())
-			           THEN key_digest END,
-			       previous_ends_at = clock_timestamp() + $4::bigint * interval '1 microsecond',
-			       expires_at = coalesce($5::timestamptz, expires_at)
-			WHERE user_id = $1 RETURNING expires_at`,
-			u.ID, keyID, digest, int64(grace), timestamp(ends)).Scan(&u.ExpiresAt)
-	})
+func (s *store) DeactivateUser(ctx context.Context, u *user) error {
+	return s.change(ctx, auditLine{"users deactivate", u.Tenant, u.Email, ""}, `
+		WITH ended AS (
+			UPDATE keys_table SET revoked_at = clock_timestamp()
+			WHERE user_id = $1 AND revoked_at > clock_timestamp())
+		UPDATE users_table SET is_active = false WHERE user_id = $1`, u.ID)
 }
 
 // auditLine is one administrative change, for audit_table.
@@ -1039,6 +1234,44 @@ func (s *store) audit(ctx context.Context, tx *sql.Tx, line auditLine) error {
 		VALUES ($1, $2, nullif($3, '')::uuid, nullif($4, ''), $5)`,
 		s.operator, line.action, line.tenant, line.email, line.detail)
 	return err
+}
+
+// change runs one statement, in a transaction with its line of the trail.
+func (s *store) change(ctx context.Context, line auditLine, query string, args ...any) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, query, args...); err != nil {
+			return err
+		}
+		return s.audit(ctx, tx, line)
+	})
+}
+
+// auditEntry is a line of the trail as it is read.
+type auditEntry struct {
+	At     time.Time `json:"at"`
+	Role   string    `json:"db_role"`
+	OSUser string    `json:"os_user"`
+	Action string    `json:"action"`
+	Tenant string    `json:"tenant_id"`
+	Email  string    `json:"email"`
+	Detail string    `json:"detail"`
+}
+
+// AuditTrail returns the trail of a tenant, "" for all, since a moment, oldest first.
+func (s *store) AuditTrail(ctx context.Context, tenant uuid, since timestamp) (
+	[]auditEntry, error) {
+	trail := []auditEntry{}
+	err := s.eachRow(ctx, nil, `
+		SELECT at, db_role, os_user, action, coalesce(tenant_id::text, ''), coalesce(email, ''),
+		       detail FROM audit_table
+		WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid) AND at >= $2 ORDER BY audit_id`,
+		[]any{tenant, since}, func(rows *sql.Rows) error {
+			var e auditEntry
+			err := rows.Scan(&e.At, &e.Role, &e.OSUser, &e.Action, &e.Tenant, &e.Email, &e.Detail)
+			trail = append(trail, e)
+			return err
+		})
+	return trail, err
 }
 
 // ---- Series

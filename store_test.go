@@ -615,7 +615,10 @@ func (h *history) createUsers() error {
 		key, id, _ := newKey()
 		digest := sha256.Sum256([]byte(key))
 		h.keys[i] = key
-		_, err := h.s.db.Exec(`INSERT INTO users_table (tenant_id, email, key_id, key_digest) VALUES ($1, $2, $3, $4)`,
+		_, err := h.s.db.Exec(`
+			WITH u AS (INSERT INTO users_table (tenant_id, email) VALUES ($1, $2) RETURNING *)
+			INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access)
+			SELECT $3, tenant_id, user_id, 'default', $4, 'rw' FROM u`,
 			h.tenant, h.email(i), id, digest[:])
 		if err != nil {
 			return err
@@ -1555,9 +1558,11 @@ func mustFillTenant(t *testing.T, db *sql.DB, tenant string) {
 		       '2025-01-01', '2025-01-01', '{2025-01-01}', '{1}'
 		FROM series_table s, (SELECT * FROM runs_table WHERE tenant_id = $1 LIMIT 1) AS r
 		WHERE s.tenant_id = $1 AND s.series_key LIKE 'many %'`,
-		`INSERT INTO users_table (tenant_id, email, key_id, key_digest)
-		SELECT $1, i || '@example.com', i, sha256(i::text::bytea)
-		FROM generate_series(1, 10000) AS i`,
+		`WITH u AS (
+			INSERT INTO users_table (tenant_id, email)
+			SELECT $1, i || '@example.com' FROM generate_series(1, 10000) AS i RETURNING *)
+		INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access)
+		SELECT email, tenant_id, user_id, 'default', sha256(email::bytea), 'rw' FROM u`,
 	} {
 		if _, err := tx.Exec("SET LOCAL session_replication_role = replica"); err != nil {
 			t.Fatal(err)
@@ -2317,6 +2322,8 @@ func TestSQLRoleOfATenantSeesItsTenantAndNothingElse(t *testing.T) {
 		{"read series_table of all", `SELECT FROM public.series_table`},
 		{"read runs_table", `SELECT FROM public.runs_table`},
 		{"read users_table", `SELECT FROM public.users_table`},
+		{"read keys_table", `SELECT FROM public.keys_table`},
+		{"read the audit trail", `SELECT FROM public.audit_table`},
 		{"insert a run", `INSERT INTO public.runs_table (tenant_id) VALUES (NULL)`},
 		{"activate a user", `UPDATE public.users_table SET is_active = true`},
 		{"insert a series through the view", `INSERT INTO series_table (series_key) VALUES ('x')`},
