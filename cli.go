@@ -594,17 +594,17 @@ func (c *cli) keysList(ctx context.Context, args []string) error {
 			showTime(&k.CreatedAt), showTime(ends), showTime(k.LastUsed)})
 		switch {
 		case k.Status == statusActive && k.ExpiresAt == nil:
-			advice["without an end: replace them by some with --expires"]++
+			advice["Keys without an end, to be replaced by some with --expires"]++
 		case k.Status == statusEndsSoon:
-			advice["that end within two weeks: make new ones in time"]++
+			advice["Keys that end within two weeks, to be replaced in time"]++
 		case k.Status == "expired":
-			advice["expired: revoke them, or replace them if they are still tried"]++
+			advice["Expired keys, to be revoked, or replaced where they are still tried"]++
 		}
 	}
 	err = c.printTable([]string{"KEY ID", "NAME", "EMAIL", "ACCESS", "STATUS", "CREATED", "ENDS",
 		"LAST USED"}, lines)
 	for _, text := range slices.Sorted(maps.Keys(advice)) {
-		fmt.Fprintf(c.stdout, "%d %s\n", advice[text], text)
+		fmt.Fprintf(c.stdout, "%s: %d\n", text, advice[text])
 	}
 	return err
 }

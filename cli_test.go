@@ -948,9 +948,9 @@ func TestListsSayWhatAnOperatorMustActOn(t *testing.T) { // S41
 		`unused +a@example.com +ro +active `,
 		keyID(grace) + ` +default +grace@example.com +rw +ends soon `,
 		`off@example.com +rw +deactivated `,
-		`(?m)^3 without an end`,
-		`(?m)^2 that end within two weeks`,
-		`(?m)^1 expired`,
+		`(?m)^Keys without an end, .*: 3$`,
+		`(?m)^Keys that end within two weeks, .*: 2$`,
+		`(?m)^Expired keys, .*: 1$`,
 	} {
 		if !regexp.MustCompile(want).MatchString(listed) {
 			t.Errorf("there is no %s in\n%s", want, listed)
