@@ -156,7 +156,7 @@ func (a *authenticator) authenticate(r *http.Request) (Caller, error) {
 		return Caller{}, &denial{kind: noKeyGiven, reason: "no key"}
 	}
 	if len(values) > 1 || !wellFormedKey(values[0]) {
-		return Caller{}, a.refuse(r, denial{reason: "malformed key"})
+		return Caller{}, a.deny(r, denial{reason: "malformed key"})
 	}
 	return a.judge(ctx, r, values[0])
 }
@@ -172,18 +172,18 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 	// The database has compared already, but not in constant time; nor is that code read here.
 	if subtle.ConstantTimeCompare(digest[:], k.digest) != 1 {
 		id := key[len("tdb_"):][:keyIDLength]
-		return Caller{}, a.refuse(r, denial{reason: "unknown key", keyID: id})
+		return Caller{}, a.deny(r, denial{reason: "unknown key", keyID: id})
 	}
 	if fault := k.fault(); fault != "" {
-		return Caller{}, a.refuse(r, denial{reason: fault + " key", keyID: k.id, isKey: true})
+		return Caller{}, a.deny(r, denial{reason: fault + " key", keyID: k.id, isKey: true})
 	}
 	a.noteUse(ctx, k)
 	return Caller{tenant: k.tenant, email: k.email, keyID: k.id, readOnly: k.readOnly}, nil
 }
 
-// refuse makes d the answer to any key that does not open the door: the same bytes whatever the
+// deny makes d the answer to any key that does not open the door: the same bytes whatever the
 // reason, until one address has sent too many.
-func (a *authenticator) refuse(r *http.Request, d denial) error {
+func (a *authenticator) deny(r *http.Request, d denial) error {
 	d.kind = badKeyGiven
 	if a.badKeys.add(source{address: addressOf(r)}) > failureBurst {
 		d.kind = tooManyBadKeys

@@ -1671,9 +1671,9 @@ type version struct {
 	weight                int64 // bytes that each element holds: itself and its part of this
 }
 
-// supersedes is the rule of the house: of two elements with the same series, valid_time and
-// valid_time_end the later known counts; of runs known at the same time the one inserted later; of
-// one run the higher version.
+// supersedes decides which of two elements counts if they have the same series, valid_time and
+// valid_time_end: the later known; of runs known at the same time the one inserted later; of one
+// run the higher version.
 func (v *version) supersedes(w *version) bool {
 	return cmp.Or(
 		cmp.Compare(v.Known, w.Known),
