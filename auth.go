@@ -41,7 +41,7 @@ const (
 	// request gets 503; and the note of a last use. A healthy database answers in a millisecond.
 	authTimeout = 5 * time.Second
 
-	// A last use is noted anew at this age: a write for each request would cost more than it.
+	// A noted last use is renewed at this age: a write for each request would cost too much.
 	lastUsePrecision = 5 * time.Minute
 
 	// failureBurst is how many bad keys of one address in a minute get 401; more get 429. No
@@ -87,22 +87,22 @@ type denial struct {
 
 func (d *denial) Error() string { return string(d.kind) }
 
-// keyRecord is what the database knows of a key and its user. It holds facts; state judges.
+// keyRecord is what the database knows of a key and its user. It holds facts; fault judges.
 type keyRecord struct {
 	id, tenant, email string
 	readOnly, active  bool       // the key; the user
 	digest            []byte     // nil if there is no such key
-	replaced          bool       // another key came in its place
+	replaced, inGrace bool       // another key came in its place; it works on until revokedAt
 	now               time.Time  // by the database's clock, as are the times below
 	expiresAt         *time.Time // nil: never
-	revokedAt         *time.Time // nil: never; to come while a replaced key has its grace
+	revokedAt         *time.Time // nil: never
 	lastUsedAt        *time.Time // nil: not used yet
 }
 
 // fault says why a key does not work; "" if it does. Its user counts last, so that a key which
 // would not work again is told from one that would.
 func (k *keyRecord) fault() string {
-	isRevoked := k.revokedAt != nil && !k.now.Before(*k.revokedAt)
+	isRevoked := k.revokedAt != nil && (!k.inGrace || !k.now.Before(*k.revokedAt))
 	switch {
 	case isRevoked && k.replaced:
 		return "replaced"
@@ -129,12 +129,11 @@ type keyStore interface {
 // authenticator decides for every request.
 type authenticator struct {
 	keys        keyStore
-	requireAuth bool   // without users_table refuse everyone, rather than admit everyone
-	host        string // the host that the server was told to listen on
-
-	badKeys  tally       // by address
-	touching atomic.Bool // a last use is being written
-	latched  atomic.Bool // users_table was seen: from then on its absence is a fault
+	requireAuth bool        // without users_table refuse everyone, rather than admit everyone
+	host        string      // the host that the server was told to listen on
+	badKeys     tally       // by address
+	touching    atomic.Bool // a last use is being written
+	latched     atomic.Bool // users_table was seen: from then on its absence is a fault
 }
 
 // authenticate returns whom r acts for, or a *denial.
@@ -181,8 +180,7 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 	return Caller{tenant: k.tenant, email: k.email, keyID: k.id, readOnly: k.readOnly}, nil
 }
 
-// deny makes d the answer to any key that does not open the door: the same bytes whatever the
-// reason, until one address has sent too many.
+// deny is the answer to a bad key, whatever the reason, until one address has sent too many.
 func (a *authenticator) deny(r *http.Request, d denial) error {
 	d.kind = badKeyGiven
 	if a.badKeys.add(source{address: addressOf(r)}) > failureBurst {
@@ -245,8 +243,11 @@ func isLoopback(host string) bool {
 	return host == "localhost" || address != nil && address.IsLoopback()
 }
 
-// source is where requests that are counted together come from. keyID may be "".
-type source struct{ address, keyID string }
+// source is what requests that are counted together have in common. The rest is for the log.
+type source struct {
+	address, keyID string
+	status         int
+}
 
 // tally counts requests by source, for a minute at a time.
 type tally struct {
@@ -265,7 +266,7 @@ func (t *tally) add(from source) int {
 	}
 	_, known := t.counts[from]
 	if !known && len(t.counts) >= maxSources {
-		from = source{address: "others"} // which are counted together
+		from.address = "others" // which are counted together
 	}
 	t.counts[from]++
 	return t.counts[from]
@@ -293,8 +294,7 @@ func addressOf(r *http.Request) string {
 	return address
 }
 
-// A key is "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32 that
-// tells a typo from a key.
+// A key: "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32.
 var keyPattern = regexp.MustCompile(`^(tdb_[a-z2-7]{8}_[A-Za-z0-9_-]{43})[A-Za-z0-9_-]{6}$`)
 
 // newKey makes a key. It is the only source of keys. crypto/rand ends the program if it fails.

@@ -98,7 +98,7 @@ func run(ctx context.Context, args []string, env func(string) string, stdin io.R
 		fmt.Fprintf(stderr, "ERROR: %v; see: timedb %s\n", err, strings.TrimSpace("help "+name))
 		return 2
 	case sqlState(err) == "42P01": // undefined_table
-		err = errors.New("there is no users_table: run timedb create tables --with-users")
+		err = errors.New("a table is missing: run timedb create tables --with-users")
 	}
 	fmt.Fprintln(stderr, "ERROR:", err)
 	return 1
@@ -587,18 +587,18 @@ func (c *cli) keysList(ctx context.Context, args []string) error {
 	advice := map[string]int{} // how many keys it is about
 	for _, k := range keys {
 		ends := k.ExpiresAt
-		if k.RevokedAt != nil {
+		if ends == nil || k.RevokedAt != nil && k.RevokedAt.Before(*ends) {
 			ends = k.RevokedAt
 		}
 		lines = append(lines, []string{k.ID, k.Name, k.Email, k.Access, k.Status,
 			showTime(&k.CreatedAt), showTime(ends), showTime(k.LastUsed)})
 		switch {
-		case k.Status == statusActive && k.ExpiresAt == nil:
-			advice["Keys without an end, to be replaced by some with --expires"]++
+		case k.Status == statusActive && ends == nil:
+			advice["Keys without an end (replace them, with --expires)"]++
 		case k.Status == statusEndsSoon:
-			advice["Keys that end within two weeks, to be replaced in time"]++
+			advice["Keys that end within two weeks (replace them in time)"]++
 		case k.Status == "expired":
-			advice["Expired keys, to be revoked, or replaced where they are still tried"]++
+			advice["Expired keys (revoke them; the log says whether they are still tried)"]++
 		}
 	}
 	err = c.printTable([]string{"KEY ID", "NAME", "EMAIL", "ACCESS", "STATUS", "CREATED", "ENDS",

@@ -134,7 +134,8 @@ CREATE TABLE IF NOT EXISTS keys_table (
     access      text        NOT NULL CHECK (access IN ('rw', 'ro')),
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     expires_at  timestamptz,
-    revoked_at  timestamptz,              -- from then on it is refused; to come if a replaced key has a grace
+    revoked_at  timestamptz,              -- NULL: it is not revoked
+    has_grace   boolean     NOT NULL DEFAULT false,  -- it works on until revoked_at; else it does not, whatever the clock says
     replaced_by text,                     -- the key that came in its place; NULL if it was revoked by itself
     FOREIGN KEY (tenant_id, user_id) REFERENCES users_table (tenant_id, user_id)
 );
@@ -145,7 +146,7 @@ CREATE INDEX IF NOT EXISTS keys_by_user ON keys_table (tenant_id, user_id);
 -- have it lock rows of keys_table.
 CREATE TABLE IF NOT EXISTS key_uses (
     key_id       text        PRIMARY KEY,
-    last_used_at timestamptz NOT NULL
+    last_used_at timestamptz NOT NULL CHECK (last_used_at BETWEEN '2000-01-01' AND '9999-01-01')  -- what every program can read
 );
 
 -- Earlier versions held one key, and the one before it in its grace, with the user.
@@ -154,10 +155,11 @@ DO $timedb$ BEGIN
     ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
     INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at)
         SELECT key_id, tenant_id, user_id, 'default', key_digest, access, created_at, expires_at FROM users_table;
-    INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at, revoked_at, replaced_by)
+    INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at, revoked_at,
+                            has_grace, replaced_by)
         SELECT (SELECT string_agg(substr('abcdefghijklmnopqrstuvwxyz234567', 1 + get_byte(b, i) % 32, 1), '')
                 FROM (SELECT sha256(previous_digest) AS b) AS d, generate_series(0, 7) AS i),  -- it was not stored
-               tenant_id, user_id, 'default', previous_digest, access, created_at, expires_at, previous_ends_at, key_id
+               tenant_id, user_id, 'default', previous_digest, access, created_at, expires_at, previous_ends_at, true, key_id
         FROM users_table WHERE previous_digest IS NOT NULL AND previous_ends_at IS NOT NULL;
     INSERT INTO key_uses SELECT key_id, last_used_at FROM users_table WHERE last_used_at IS NOT NULL;
     ALTER TABLE users_table DROP COLUMN key_id, DROP COLUMN key_digest, DROP COLUMN access, DROP COLUMN expires_at,
@@ -238,7 +240,7 @@ GRANT SELECT ON current_values TO :app_role;
 
 -- section: app role with users
 GRANT SELECT ON users_table, keys_table TO :app_role;
-GRANT SELECT, INSERT, UPDATE ON key_uses TO :app_role;
+GRANT SELECT, INSERT, UPDATE (last_used_at) ON key_uses TO :app_role;  -- UPDATE of the whole could lock it
 
 -- section: delete
 DROP VIEW IF EXISTS current_values;

@@ -62,9 +62,9 @@ const (
 	maxTags        = 100       // of one value
 	maxRuns        = 10_000    // of GET /runs
 
-	// Lines a minute that the log has at most on requests that act for nobody: of one address; and
-	// of one dead key from one address, whatever else comes from there, because whether a leaked
-	// key is still tried must not vanish in a flood.
+	// Lines a minute that the log has at most on requests that act for nobody: of one address and
+	// status; and of one dead key from there, because whether a leaked key is still tried must not
+	// vanish in a flood of others.
 	addressLines = 300
 	deadKeyLines = 60
 
@@ -317,12 +317,12 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if (broken || w.status >= 500) && r.Context().Err() == nil { // the client is still there
 		level = slog.LevelError
 	}
-	if caller.tenant != "" || s.hasLine(r, told.denied) {
+	if caller.tenant != "" || s.hasLine(r, w.status, told.denied) {
 		s.log.Log(r.Context(), level, "request",
 			"route", w.route,
 			"status", w.status,
 			"broken", broken,
-			"reason", hideKeys(told.reason),
+			"reason", told.reason,
 			"remote", r.RemoteAddr,
 			"tenant", caller.tenant,
 			"key_id", cmp.Or(caller.keyID, told.denied.keyID),
@@ -334,8 +334,8 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 }
 
 // hasLine tells whether the log has a line for a request that acts for nobody.
-func (s *server) hasLine(r *http.Request, denied denial) bool {
-	from := source{address: addressOf(r)}
+func (s *server) hasLine(r *http.Request, status int, denied denial) bool {
+	from := source{address: addressOf(r), status: status}
 	if denied.isKey {
 		from.keyID = denied.keyID
 	}
@@ -353,16 +353,10 @@ func maxLines(from source) int {
 // logRest logs how many requests of a minute got no line.
 func (s *server) logRest(from source, count int) {
 	if rest := count - maxLines(from); rest > 0 {
-		s.log.Warn("requests without a line", "count", rest,
+		s.log.Warn("requests without a line", "count", rest, "status", from.status,
 			"remote", from.address, "key_id", from.keyID)
 	}
 }
-
-// secretPattern finds a key in a text, or what is left of one.
-var secretPattern = regexp.MustCompile(`tdb_[a-z2-7]{8}_[A-Za-z0-9_-]*`)
-
-// hideKeys replaces keys that the database or a bug may have repeated.
-func hideKeys(text string) string { return secretPattern.ReplaceAllLiteralString(text, "(a key)") }
 
 // serve is the only way to a handler: it authenticates, then looks whether the path exists, then
 // checks access.

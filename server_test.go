@@ -496,7 +496,7 @@ func relations(t testing.TB, db *sql.DB, schema string) string {
 // users is a digest of everything in users_table and keys_table.
 func users(t testing.TB, db *sql.DB) string {
 	t.Helper()
-	return mustQuery(t, db, `SELECT md5(string_agg(u::text || k::text, ',' ORDER BY user_id, key_id))
+	return mustQuery(t, db, `SELECT md5(string_agg(u::text || coalesce(k::text, ''), ',' ORDER BY user_id, key_id))
 		FROM users_table u LEFT JOIN keys_table k USING (user_id)`)
 }
 

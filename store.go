@@ -977,21 +977,23 @@ type key struct {
 }
 
 // String is k in the audit trail.
-func (k *key) String() string { return fmt.Sprintf("key %s, %q, %s", k.ID, k.Name, k.Access) }
+func (k *key) String() string {
+	return fmt.Sprintf("key %s, %q, %s, ends %s", k.ID, k.Name, k.Access, showTime(k.ExpiresAt))
+}
 
 // LookupKey finds the key of this digest and its user, in whatever state: auth.go judges.
 func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error) {
 	var k keyRecord
 	err := s.eachRow(ctx, nil, `
 		SELECT k.key_id, u.tenant_id, u.email, k.access = 'ro', u.is_active, k.key_digest,
-		       k.replaced_by IS NOT NULL, clock_timestamp(), k.expires_at, k.revoked_at,
-		       used.last_used_at
+		       k.replaced_by IS NOT NULL, k.has_grace, clock_timestamp(), k.expires_at,
+		       k.revoked_at, used.last_used_at
 		FROM keys_table k JOIN users_table u USING (tenant_id, user_id)
 		LEFT JOIN key_uses used USING (key_id)
 		WHERE k.key_digest = $1`,
 		[]any{digest}, func(rows *sql.Rows) error {
 			return rows.Scan(&k.id, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest,
-				&k.replaced, &k.now, &k.expiresAt, &k.revokedAt, &k.lastUsedAt)
+				&k.replaced, &k.inGrace, &k.now, &k.expiresAt, &k.revokedAt, &k.lastUsedAt)
 		})
 	return k, err
 }
@@ -1088,8 +1090,8 @@ func (s *store) Keys(ctx context.Context, tx *sql.Tx, tenant uuid, email string)
 	keys := []key{}
 	err := s.eachRow(ctx, tx, `
 		SELECT k.key_id, k.tenant_id, k.user_id, u.email, k.name, k.access, u.is_active,
-		       k.replaced_by IS NOT NULL, clock_timestamp(), k.created_at, k.expires_at,
-		       k.revoked_at, used.last_used_at
+		       k.replaced_by IS NOT NULL, k.has_grace, clock_timestamp(), k.created_at,
+		       k.expires_at, k.revoked_at, used.last_used_at
 		FROM keys_table k JOIN users_table u USING (tenant_id, user_id)
 		LEFT JOIN key_uses used USING (key_id)
 		WHERE ($1 = '' OR k.tenant_id = nullif($1, '')::uuid)
@@ -1099,8 +1101,8 @@ func (s *store) Keys(ctx context.Context, tx *sql.Tx, tenant uuid, email string)
 			var k key
 			var facts keyRecord
 			err := rows.Scan(&k.ID, &k.Tenant, &k.userID, &k.Email, &k.Name, &k.Access,
-				&facts.active, &facts.replaced, &facts.now, &k.CreatedAt, &k.ExpiresAt,
-				&k.RevokedAt, &k.LastUsed)
+				&facts.active, &facts.replaced, &facts.inGrace, &facts.now, &k.CreatedAt,
+				&k.ExpiresAt, &k.RevokedAt, &k.LastUsed)
 			facts.expiresAt = k.ExpiresAt
 			facts.revokedAt = k.RevokedAt
 			k.Status = facts.fault()
@@ -1129,14 +1131,17 @@ func (s *store) CreateKey(ctx context.Context, k *key, digest []byte) error {
 
 // RevokeKey refuses a key from now on, on every server.
 func (s *store) RevokeKey(ctx context.Context, k *key) error {
-	return s.change(ctx, auditLine{"keys revoke", k.Tenant, k.Email, k.String()}, `
-		UPDATE keys_table SET revoked_at = clock_timestamp()
-		WHERE key_id = $1 AND (revoked_at IS NULL OR revoked_at > clock_timestamp())`, k.ID)
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		return s.changeOne(ctx, tx, auditLine{"keys revoke", k.Tenant, k.Email, k.String()}, `
+			UPDATE keys_table SET revoked_at = clock_timestamp(), has_grace = false,
+			       replaced_by = NULL
+			WHERE key_id = $1 AND (revoked_at IS NULL OR has_grace)`, k.ID)
+	})
 }
 
 // ReplaceKeys gives a user the new key k in place of all others, which work on for grace, unless
-// they end sooner. k gets the widest access and the latest end that they had, but ends if that is
-// not 0.
+// they end sooner. k gets the widest access and the latest end that they had, or ends unless that
+// is 0.
 func (s *store) ReplaceKeys(ctx context.Context, k *key, digest []byte, grace span,
 	ends expiry) error {
 	return s.inTx(ctx, func(tx *sql.Tx) error {
@@ -1158,9 +1163,9 @@ func (s *store) ReplaceKeys(ctx context.Context, k *key, digest []byte, grace sp
 			return err
 		}
 		_, err = tx.ExecContext(ctx, `
-			UPDATE keys_table SET revoked_at = ends, replaced_by = $2
+			UPDATE keys_table SET revoked_at = ends, has_grace = $3::bigint > 0, replaced_by = $2
 			FROM (SELECT clock_timestamp() + $3::bigint * interval '1 microsecond') AS grace (ends)
-			WHERE user_id = $1 AND (revoked_at IS NULL OR revoked_at > ends)`,
+			WHERE user_id = $1 AND (revoked_at IS NULL OR has_grace AND revoked_at > ends)`,
 			k.userID, k.ID, int64(grace))
 		if err != nil {
 			return err
@@ -1168,55 +1173,64 @@ func (s *store) ReplaceKeys(ctx context.Context, k *key, digest []byte, grace sp
 		if err := insertKey(ctx, tx, k, digest); err != nil {
 			return err
 		}
-		return s.audit(ctx, tx, auditLine{"users regenerate-key", k.Tenant, k.Email, k.String()})
+		detail := fmt.Sprintf("%s, after a grace of %s", k, time.Duration(grace)*time.Microsecond)
+		return s.audit(ctx, tx, auditLine{"users regenerate-key", k.Tenant, k.Email, detail})
 	})
 }
 
-// inherit sets the access and the end of the key that comes in place of those of keys that are not
-// revoked yet.
+// inherit sets the access and the end of k, which comes in place of the keys that work: those that
+// have neither ended nor been replaced before. Expired ones count if there is no other.
 func (k *key) inherit(keys []key, ends expiry) error {
-	var old []key
-	for _, o := range keys {
-		if o.Status != "revoked" && o.Status != "replaced" {
-			old = append(old, o)
-		}
-	}
-	if len(old) == 0 {
+	keys = slices.DeleteFunc(keys, func(old key) bool { return old.RevokedAt != nil })
+	if len(keys) == 0 {
 		return errors.New("the user has no key to replace: use timedb keys create")
 	}
+	isExpired := func(old key) bool { return old.Status == "expired" }
+	if !slices.ContainsFunc(keys, func(old key) bool { return !isExpired(old) }) {
+		if ends == 0 {
+			return errors.New("the user's keys have expired: pass --expires")
+		}
+	} else {
+		keys = slices.DeleteFunc(keys, isExpired)
+	}
 	k.Access = "ro"
-	k.ExpiresAt = old[0].ExpiresAt
-	expired := true
-	for _, o := range old {
-		if o.Access == "rw" {
+	k.ExpiresAt = keys[0].ExpiresAt
+	for _, old := range keys {
+		if old.Access == "rw" {
 			k.Access = "rw"
 		}
-		if o.ExpiresAt == nil || k.ExpiresAt != nil && o.ExpiresAt.After(*k.ExpiresAt) {
-			k.ExpiresAt = o.ExpiresAt
+		if old.ExpiresAt == nil || k.ExpiresAt != nil && old.ExpiresAt.After(*k.ExpiresAt) {
+			k.ExpiresAt = old.ExpiresAt
 		}
-		expired = expired && o.Status == "expired"
 	}
 	if ends != 0 {
 		k.ExpiresAt = ends.time()
-	} else if expired {
-		return errors.New("the user's keys have expired: pass --expires, or the new one would too")
 	}
 	return nil
 }
 
 // ActivateUser admits the keys of a user again. From its return on every server sees it.
 func (s *store) ActivateUser(ctx context.Context, u *user) error {
-	return s.change(ctx, auditLine{"users activate", u.Tenant, u.Email, ""},
-		`UPDATE users_table SET is_active = true WHERE user_id = $1`, u.ID)
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		return s.changeOne(ctx, tx, auditLine{"users activate", u.Tenant, u.Email, ""},
+			`UPDATE users_table SET is_active = true WHERE user_id = $1`, u.ID)
+	})
 }
 
 // DeactivateUser refuses the keys of a user. A key that was in its grace has ended for good.
 func (s *store) DeactivateUser(ctx context.Context, u *user) error {
-	return s.change(ctx, auditLine{"users deactivate", u.Tenant, u.Email, ""}, `
-		WITH ended AS (
-			UPDATE keys_table SET revoked_at = clock_timestamp()
-			WHERE user_id = $1 AND revoked_at > clock_timestamp())
-		UPDATE users_table SET is_active = false WHERE user_id = $1`, u.ID)
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		// This first: it waits for a replacement of keys that has begun, whose graces end next.
+		err := s.changeOne(ctx, tx, auditLine{"users deactivate", u.Tenant, u.Email, ""},
+			`UPDATE users_table SET is_active = false WHERE user_id = $1`, u.ID)
+		if err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, `
+			UPDATE keys_table SET revoked_at = clock_timestamp(), has_grace = false
+			WHERE user_id = $1 AND has_grace AND revoked_at > clock_timestamp()`, u.ID)
+		return err
+	})
 }
 
 // auditLine is one administrative change, for audit_table.
@@ -1236,14 +1250,21 @@ func (s *store) audit(ctx context.Context, tx *sql.Tx, line auditLine) error {
 	return err
 }
 
-// change runs one statement, in a transaction with its line of the trail.
-func (s *store) change(ctx context.Context, line auditLine, query string, args ...any) error {
-	return s.inTx(ctx, func(tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, query, args...); err != nil {
-			return err
-		}
-		return s.audit(ctx, tx, line)
-	})
+// changeOne runs a statement that changes one row, and writes its line of the trail.
+func (s *store) changeOne(ctx context.Context, tx *sql.Tx, line auditLine, query string,
+	id string) error {
+	result, err := tx.ExecContext(ctx, query, id)
+	if err != nil {
+		return err
+	}
+	n, err := result.RowsAffected()
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return errors.New("it is not there any more, or was revoked already")
+	}
+	return s.audit(ctx, tx, line)
 }
 
 // auditEntry is a line of the trail as it is read.
