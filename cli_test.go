@@ -641,6 +641,26 @@ func TestKeysOfEarlierVersionsWorkAsBefore(t *testing.T) {
 	}
 }
 
+// Some builds of PostgreSQL have no lz4. An event trigger makes this one refuse it, with the same SQLSTATE.
+func TestPostgreSQLWithoutLZ4IsServed(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	db := mustOpen(t, dsn)
+	mustExec(t, db, `CREATE FUNCTION refuse_lz4() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+			IF EXISTS (SELECT FROM pg_attribute WHERE attcompression = 'l') THEN
+				RAISE EXCEPTION USING ERRCODE = 'feature_not_supported';
+			END IF;
+		END $$;
+		CREATE EVENT TRIGGER no_lz4 ON ddl_command_end EXECUTE FUNCTION refuse_lz4()`)
+	_, stderr := mustRun(t, 0, dsn, "", "create", "tables", "-y", "--with-users", "--app-role", appRole.name)
+	expectWords(t, stderr, "WARNING", "without lz4")
+	mustExec(t, db, `DROP EVENT TRIGGER no_lz4; DROP FUNCTION refuse_lz4`)
+	s := mustAPI(t, dsn)
+	key := s.mustUser(t, tenantA, "a@example.com")
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	s.must(t, 200, "GET", "/values", key, "")
+}
+
 func TestTablesOfALaterVersionAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)
