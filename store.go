@@ -1929,12 +1929,15 @@ func (z zone) firstInstant(year, month, date int, clock timeOfDay) timestamp {
 	t := local.AddDate(0, 0, -1).In(z.Location) // no clock is a day ahead of UTC
 	for {
 		_, offset := t.Zone()
-		_, change := t.ZoneBounds() // when the offset ends
+		_, change := t.ZoneBounds() // when the offset may end
+		if !change.After(t) {       // never, or Go errs: on the last day of leap years it says before
+			change = t.AddDate(0, 0, 1)
+		}
 		shown := local.Add(-time.Duration(offset) * time.Second)
 		if shown.Before(t) {
 			return timestampOf(t)
 		}
-		if change.IsZero() || shown.Before(change) {
+		if shown.Before(change) {
 			return timestampOf(shown)
 		}
 		t = change

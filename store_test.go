@@ -644,6 +644,8 @@ func TestBucketsFollowTheCalendarOfTheirZone(t *testing.T) {
 		{"the longest", "", "P999Y", "1677-01-01T00:00", "1677-01-01T01:00", "0971-01-01T00:00=2"},
 		{"a year that has not been decided yet", "Europe/Berlin", "P1M", "2262-06-30T21:00", "2262-06-30T23:00",
 			"2262-05-31T22:00=2, 2262-06-30T22:00=2"},
+		{"the last day of a leap year, for which Go has no table", "Europe/Berlin", "P1D", "2040-12-30T22:00",
+			"2041-01-01T00:00", "2040-12-29T23:00=2, 2040-12-30T23:00=48, 2040-12-31T23:00=2"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			series := fmt.Sprint("s", i)
@@ -702,6 +704,60 @@ func TestCalendarBucketsAgreeWithPostgreSQL(t *testing.T) {
 					t.Errorf("it shows %d buckets, PostgreSQL fewer", len(got))
 				}
 			})
+		}
+	}
+}
+
+// expectTiles checks that the bucket around an instant has it, and that all in it are in the same bucket.
+func expectTiles(t *testing.T, w width, z zone, at timestamp) (begin timestamp) {
+	t.Helper()
+	begin, end := w.around(at, z)
+	if begin <= 0 || begin > at || end <= at {
+		t.Fatalf("%s is in the bucket of %+v in %s from %s up to %s", at, w, z, begin, end)
+	}
+	for _, inside := range []timestamp{begin, end - 1} {
+		if b, e := w.around(inside, z); b != begin || e != end {
+			t.Fatalf("%s is in the bucket of %+v in %s from %s up to %s, but %s in that from %s up to %s",
+				at, w, z, begin, end, inside, b, e)
+		}
+	}
+	return begin
+}
+
+// Every zone that PostgreSQL knows is tried at random moments and around those at which its clock changes.
+func TestCalendarBucketsOfEveryZoneTile(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	names := strings.Fields(mustQuery(t, s.db,
+		`SELECT string_agg(name, ' ') FROM pg_timezone_names WHERE name ~ '^[A-Z]'`))
+	if len(names) < 300 {
+		t.Fatalf("PostgreSQL knows only %q", names)
+	}
+	dateOf := func(at timestamp, z zone) int { return daysSince1970(at.utc().In(z.Location)) }
+	for _, name := range names {
+		var z zone
+		if err := z.UnmarshalText([]byte(name)); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		for _, text := range []string{"P1D", "P1W", "P1M", "P7Y", "P999Y", "P9999D", "P9999W", "P9999M"} {
+			var w width
+			if err := w.UnmarshalText([]byte(text)); err != nil {
+				t.Fatal(text, err)
+			}
+			for range 5 {
+				at := firstTime + timestamp(rand.Int63n(int64(lastTime-firstTime)))
+				begin := expectTiles(t, w, z, at)
+				if dateOf(begin-1, z) >= dateOf(begin, z) {
+					t.Errorf("in %s no date begins at %s", name, begin)
+				}
+				_, change := at.utc().In(z.Location).ZoneBounds()
+				if at = timestampOf(change); at < firstTime || at >= lastTime {
+					continue
+				}
+				expectTiles(t, w, z, at)
+				expectTiles(t, w, z, at-timestamp(rand.Int63n(int64(day))))
+			}
 		}
 	}
 }
@@ -2950,6 +3006,7 @@ func FuzzWidth(f *testing.F) {
 	}
 	f.Add("P1D", "America/St_Johns", int64(unixEpoch)+1_162_089_000_000_000) // 2006-10-29T02:30Z
 	f.Add("P1M", "Pacific/Apia", int64(unixEpoch)+1_325_239_200_000_000)     // 2011-12-30T10:00Z
+	f.Add("P1M", "Africa/Cairo", int64(unixEpoch)+4_888_684_800_000_000)     // 2124-12-01
 	f.Add("P1Y", "localtime", int64(unixEpoch)-1)
 	f.Add("P1D", "../etc/passwd", int64(lastTime))
 	f.Fuzz(func(t *testing.T, length, tz string, at int64) {
@@ -2962,15 +3019,7 @@ func FuzzWidth(f *testing.F) {
 			t.Fatalf("the zone %q is %v", tz, z.Location)
 		}
 		instant := min(max(timestamp(at), firstTime), lastTime-1)
-		begin, end := w.around(instant, z)
-		if begin <= 0 || begin > instant || end <= instant {
-			t.Fatalf("%s is in the bucket of %s in %s from %s up to %s", instant, length, tz, begin, end)
-		}
-		for _, inside := range []timestamp{begin, end - 1} {
-			if b, e := w.around(inside, z); b != begin || e != end {
-				t.Errorf("%s and %s are in one bucket of %s in %s, and in two: %s and %s", instant, inside, length, tz, begin, b)
-			}
-		}
+		expectTiles(t, w, z, instant)
 	})
 }
 
