@@ -1929,8 +1929,8 @@ func (z zone) firstInstant(year, month, date int, clock timeOfDay) timestamp {
 	t := local.AddDate(0, 0, -1).In(z.Location) // no clock is a day ahead of UTC
 	for {
 		_, offset := t.Zone()
-		_, change := t.ZoneBounds() // when the offset may end
-		if !change.After(t) {       // never, or Go errs: on the last day of leap years it says before
+		_, change := t.ZoneBounds()
+		if !change.After(t) { // no change to come, or Go errs: it ends each year after 365 days
 			change = t.AddDate(0, 0, 1)
 		}
 		shown := local.Add(-time.Duration(offset) * time.Second)
