@@ -998,6 +998,8 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 		{"overlapping values in detail", "GET /values", "?mode=overlapping&detail=true"},
 		{"values as CSV", "GET /values", "?format=csv"},
 		{"sums of days", "GET /values", "?bucket=1d&agg=sum"},
+		{"means of local months", "GET /values", "?bucket=P1M&tz=Asia/Tokyo&agg=mean&agg=last"},
+		{"values known on their own day", "GET /values", "?days_ahead=0&time_of_day=23:59&tz=Asia/Tokyo"},
 		{"values as of a time", "GET /values", "?as_of=2100-01-01"},
 		{"series", "GET /list_timeseries", ""},
 		{"runs", "GET /runs", ""},
