@@ -13,6 +13,7 @@ import (
 	"runtime/debug"
 	"syscall"
 	"time"
+	_ "time/tzdata" // time zones of a machine that has none
 )
 
 // memoryLimit is when Go collects garbage whatever it costs, in bytes: what requests may hold

@@ -1178,8 +1178,11 @@ func parseRead(r *http.Request, c Caller) (readRequest, error) {
 	p.read("all_versions", (*boolean)(&q.allVersions))
 	p.read("as_of", &q.asOf)
 	p.read("lead", &q.lead)
+	p.read("days_ahead", &q.daysAhead)
+	p.read("time_of_day", &q.timeOfDay)
+	p.read("tz", &q.zone)
 	p.read("bucket", &q.bucket)
-	p.read("agg", &q.agg)
+	p.each("agg", q.aggs.UnmarshalText)
 	p.read("detail", (*boolean)(&q.detail))
 	p.read("limit", &q.limit)
 	p.read("format", &format)
@@ -1198,12 +1201,20 @@ func parseRead(r *http.Request, c Caller) (readRequest, error) {
 
 // check checks what parameters mean together.
 func (q *readRequest) check() error {
-	if (q.bucket == 0) != (q.agg == "") {
-		return invalid("bucket and agg: expected both or none, and a bucket longer than nothing")
+	aggregated := q.bucket != width{}
+	if aggregated != (len(q.aggs) > 0) {
+		return invalid("bucket and agg: expected both or none")
 	}
-	if q.bucket != 0 && (q.overlapping || q.detail) {
+	if aggregated && (q.overlapping || q.detail) {
 		return invalid("bucket: aggregates only what mode=flat shows, without detail or " +
 			"all_versions")
+	}
+	gated := q.daysAhead >= 0
+	if gated != (q.timeOfDay >= 0) {
+		return invalid("days_ahead and time_of_day: expected both or none")
+	}
+	if gated && q.lead >= 0 {
+		return invalid("lead: expected not beside days_ahead, which bounds known_time too")
 	}
 	if q.end <= q.start {
 		return invalid("end_valid: expected a time after start_valid")
@@ -1385,7 +1396,12 @@ type valueWriter struct {
 }
 
 func newValueWriter(w *response, q readRequest) *valueWriter {
-	columns := []string{"valid_time", "series_id", "value", "series_key", "series_unit"}
+	values := []string{"value"}
+	if len(q.aggs) > 1 {
+		values = q.aggs
+	}
+	columns := slices.Concat([]string{"valid_time", "series_id"}, values,
+		[]string{"series_key", "series_unit"})
 	const known, end = "known_time", "valid_time_end"
 	if q.overlapping {
 		columns = slices.Insert(columns, 0, known)
@@ -1416,7 +1432,12 @@ func (o *valueWriter) row(e *element) error {
 	}
 	o.time(e.time)
 	o.cell(o.id)
-	o.number(e.value)
+	for _, f := range e.from.aggregates {
+		o.number(f)
+	}
+	if len(e.from.aggregates) == 0 {
+		o.number(e.value)
+	}
 	o.cell(o.key)
 	o.cell(o.unit)
 	if !o.detail {

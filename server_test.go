@@ -1994,6 +1994,9 @@ func (d *document) tryRequests(t *testing.T, s *testServer, key string) {
 		{"values in detail", 200, "GET /values?detail=true", ""},
 		{"all versions", 200, "GET /values?all_versions=1&mode=overlapping", ""},
 		{"buckets", 200, "GET /values?bucket=1h&agg=count", ""},
+		{"local months with several aggregates", 200, "GET /values?bucket=P1M&tz=Asia/Tokyo&agg=last&agg=mean&agg=sum", ""},
+		{"the same as CSV", 200, "GET /values?bucket=P1M&tz=Asia/Tokyo&agg=last&agg=mean&agg=sum&format=csv", ""},
+		{"values known a day ahead", 200, "GET /values?days_ahead=1&time_of_day=12:00&tz=Europe/Berlin", ""},
 		{"CSV in detail", 200, "GET /values?format=csv&detail=true", ""},
 		{"overlapping CSV", 200, "GET /values?mode=overlapping&format=csv", ""},
 		{"series", 200, "GET /list_timeseries", ""},
@@ -2164,7 +2167,14 @@ func (x exchange) send(t *testing.T, d *document, s *testServer, key string) (an
 	t.Helper()
 	query := url.Values{}
 	for name, value := range x.query {
-		query.Set(name, value.(string))
+		switch value := value.(type) {
+		case string:
+			query.Set(name, value)
+		case []any: // a parameter that is repeated
+			for _, text := range value {
+				query.Add(name, text.(string))
+			}
+		}
 	}
 	body := ""
 	switch value := x.body.(type) {
@@ -2314,10 +2324,11 @@ func BenchmarkReadFlat1M(b *testing.B) {
 	s, key := mustTenant(b)
 	const n = 1_000_000
 	mustManyValues(b, s, key, n)
-	benchmarkRead(b, s, key, n)
+	benchmarkRead(b, s, key, "/values", n)
 }
 
-// BenchmarkReadRevisions reads the latest of hourly forecasts, each of a week ahead in quarters of an hour.
+// BenchmarkReadRevisions reads hourly forecasts, each of a week ahead in quarters of an hour: the latest, and the
+// latest that was known at noon of the day before.
 func BenchmarkReadRevisions(b *testing.B) {
 	s, key := mustTenant(b)
 	const series, runs, values = 20, 168, 672
@@ -2332,14 +2343,43 @@ func BenchmarkReadRevisions(b *testing.B) {
 		}
 		s.must(b, 200, "POST", "/upload", key, string(text[:len(text)-1])+"]}")
 	}
-	benchmarkRead(b, s, key, series*runs*values)
+	for _, c := range []struct{ name, path string }{
+		{"flat", "/values"},
+		{"gate", "/values?days_ahead=1&time_of_day=12:00&tz=Europe/Berlin"},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			benchmarkRead(b, s, key, c.path, series*runs*values)
+		})
+	}
 }
 
-// benchmarkRead reads everything, for which n stored values are looked at.
-func benchmarkRead(b *testing.B, s *testServer, key string, n int) {
+// BenchmarkReadYears reads fifty years of hourly values: as they are, and by the months of a zone.
+func BenchmarkReadYears(b *testing.B) {
+	s, key := mustTenant(b)
+	const n = 50 * 365 * 24
+	lines := []byte("valid_time,value_key,value\n")
+	for i := range n {
+		valid := time.Date(1975, 1, 1, i, 0, 0, 0, time.UTC)
+		lines = fmt.Appendf(lines, "%s,load,%d.5\n", valid.Format("2006-01-02T15:04Z"), i)
+	}
+	s.must(b, 200, "POST", "/upload?run_start_time=2025-01-01", key, string(lines), "Content-Type: text/csv")
+	for _, c := range []struct{ name, path string }{
+		{"raw", "/values"},
+		{"hours", "/values?bucket=24h&agg=mean"},
+		{"days", "/values?bucket=P1D&agg=mean&tz=Europe/Berlin"},
+		{"months", "/values?bucket=P1M&agg=mean&tz=Europe/Berlin"},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			benchmarkRead(b, s, key, c.path, n)
+		})
+	}
+}
+
+// benchmarkRead reads what is at a path, for which n stored values are looked at.
+func benchmarkRead(b *testing.B, s *testServer, key, path string, n int) {
 	b.ReportAllocs()
 	for b.Loop() {
-		r, _ := http.NewRequest("GET", s.url+"/values", nil)
+		r, _ := http.NewRequest("GET", s.url+path, nil)
 		r.Header.Set("X-API-Key", key)
 		r.Header.Set("Accept-Encoding", "identity")
 		resp, err := s.client.Do(r)

@@ -156,6 +156,100 @@ func (d *span) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// width is how long buckets are: a span, or so many days or months of the calendar.
+type width struct {
+	exact        span
+	days, months int
+	first        int // day of January 1970 from which days or months are counted
+}
+
+// calendarWidth is at least one unit and less than 1,000 years: buckets begin after year 1.
+var calendarWidth = regexp.MustCompile(`^P([1-9]\d{0,3}[DWM]|[1-9]\d{0,2}Y)$`)
+
+func (width) expected() string {
+	return "duration such as PT15M or 24h, or a number of one calendar unit, D, W, M or Y, such " +
+		"as P1D or P3M"
+}
+
+func (w *width) UnmarshalText(text []byte) error {
+	s := string(text)
+	*w = width{first: 1}
+	if !strings.HasPrefix(s, "P") || strings.HasPrefix(s, "PT") {
+		if w.exact.UnmarshalText(text) != nil || w.exact == 0 {
+			return unfit[width](text)
+		}
+		return nil
+	}
+	if !calendarWidth.MatchString(s) {
+		return unfit[width](text)
+	}
+	last := len(s) - 1
+	n, _ := strconv.Atoi(s[1:last]) // a few digits
+	switch s[last] {
+	case 'D':
+		w.days = n
+	case 'W':
+		w.days = 7 * n
+		w.first = -2 // Monday, 1969-12-29
+	case 'M':
+		w.months = n
+	case 'Y':
+		w.months = 12 * n
+	}
+	return nil
+}
+
+// zone is a time zone by its IANA name.
+type zone struct{ *time.Location }
+
+// zoneName is what all IANA names look like, but neither localtime nor right/UTC, which a folder of
+// zones may have too.
+var zoneName = regexp.MustCompile(`^[A-Z][A-Za-z0-9_+/-]*$`)
+
+func (zone) expected() string { return "IANA time zone such as Europe/Berlin" }
+
+func (z *zone) UnmarshalText(text []byte) error {
+	name := string(text)
+	if !zoneName.MatchString(name) || name == "Local" {
+		return unfit[zone](text)
+	}
+	location, err := time.LoadLocation(name)
+	if err != nil {
+		return unfit[zone](text)
+	}
+	z.Location = location
+	return nil
+}
+
+// timeOfDay is what a clock shows, in microseconds since midnight.
+type timeOfDay span
+
+func (timeOfDay) expected() string { return "time of day such as 09:30 or 09:30:15" }
+
+func (d *timeOfDay) UnmarshalText(text []byte) error {
+	var t timestamp
+	err := t.UnmarshalText([]byte("1970-01-01T" + string(text)))
+	if err != nil || bytes.ContainsAny(text, "Z+- .,") { // neither an offset nor a fraction
+		return unfit[timeOfDay](text)
+	}
+	*d = timeOfDay(t - unixEpoch)
+	return nil
+}
+
+// dayCount is a number of days, of less than 180 years.
+type dayCount int
+
+func (dayCount) expected() string { return "whole number from 0 to 65,535" }
+
+func (n *dayCount) UnmarshalText(text []byte) error {
+	value, err := strconv.ParseUint(string(text), 10, 16)
+	if err != nil {
+		return unfit[dayCount](text)
+	}
+	*n = dayCount(value)
+	return nil
+}
+
 // expiry is a time to come: a timestamp, or a span from now on. Zero is never.
 type expiry timestamp
 
@@ -1670,14 +1764,17 @@ type readQuery struct {
 	startKnown, endKnown timestamp   // likewise known_time
 	asOf                 timestamp   // only versions written up to then
 	lead                 span        // known_time is at least so long before valid_time; <0: ever
-	bucket               span        // the width of the buckets to aggregate over; 0: none
-	agg                  aggregate
+	daysAhead            dayCount    // known_time is not after timeOfDay so many days before; <0:
+	timeOfDay            timeOfDay   // neither
+	zone                 zone        // of timeOfDay, and of buckets
+	bucket               width       // of the buckets to aggregate over; zero: none
+	aggs                 aggregates
 	overlapping          bool // every run, rather than the latest known
 	allVersions          bool // every version, rather than the current
 }
 
 var anyValue = readQuery{start: firstTime, end: lastTime, startKnown: firstTime, endKnown: lastTime,
-	asOf: lastTime, lead: -1}
+	asOf: lastTime, lead: -1, daysAhead: -1, timeOfDay: -1, zone: zone{time.UTC}}
 
 // version is what all elements of one row of values_table share.
 type version struct {
@@ -1689,7 +1786,8 @@ type version struct {
 	Known, Change         timestamp
 	ChangedBy, Annotation *string
 	Tags                  pq.StringArray
-	weight                int64 // bytes that each element holds: itself and its part of this
+	weight                int64     // bytes that each element holds: itself and its part of this
+	aggregates            []float64 // of a bucket, in place of the element's value
 }
 
 // supersedes decides which of two elements counts if they have the same series, valid_time and
@@ -1729,7 +1827,7 @@ func (v *version) bytes() int64 {
 // during the call.
 type element struct {
 	point
-	from *version // of an aggregate only its series counts
+	from *version // of a bucket only its series and aggregates count
 }
 
 // merger combines sorted blocks that arrive in the order of their first valid_time into one sorted
@@ -1936,10 +2034,13 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		memory:  memory,
 		emit:    emit,
 	}
-	if q.bucket == 0 {
+	if q.daysAhead >= 0 {
+		read.gate = &gate{daysAhead: q.daysAhead, timeOfDay: q.timeOfDay, zone: q.zone}
+	}
+	if q.bucket == (width{}) {
 		return s.readBlocks(ctx, nil, q.statement(), args, &read)
 	}
-	b := buckets{width: timestamp(q.bucket), agg: q.agg, emit: emit}
+	b := buckets{width: q.bucket, zone: q.zone, aggs: q.aggs, emit: emit}
 	read.emit = b.add
 	if err := s.readBlocks(ctx, nil, q.statement(), args, &read); err != nil {
 		return err
@@ -1971,6 +2072,7 @@ type blockReader struct {
 	merger
 	byKnown    bool   // of a series rows come by known_time, and are merged within it
 	lead       span   // as in readQuery
+	gate       *gate  // nil: none
 	memory     *claim // of the request, which held so much before
 	heldBefore int64
 	emit       func(*element) error // gets each element, in order
@@ -2042,6 +2144,9 @@ func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 		if b.lead >= 0 && p.time-v.Known < timestamp(b.lead) {
 			continue
 		}
+		if b.gate != nil && v.Known > b.gate.closes(p.time) {
+			continue
+		}
 		if len(b.ends.bits) > 0 {
 			p.end = decodeTime(b.ends.bits[i])
 		}
@@ -2051,29 +2156,101 @@ func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 	return v, block, nil
 }
 
-// aggregate is a way to make one value of those in a bucket.
-type aggregate string
+// aggregates are ways to make one value of those in a bucket, in the order asked for.
+type aggregates []string
 
-func (aggregate) expected() string { return "mean, min, max, sum or count" }
+func (aggregates) expected() string { return "mean, min, max, sum, count, first or last" }
 
-func (a *aggregate) UnmarshalText(text []byte) error {
-	*a = aggregate(text)
-	switch *a {
-	case "mean", "min", "max", "sum", "count":
+// UnmarshalText adds one more.
+func (a *aggregates) UnmarshalText(text []byte) error {
+	name := string(text)
+	if slices.Contains(*a, name) {
+		return invalid("agg: %s given twice", name)
+	}
+	switch name {
+	case "mean", "min", "max", "sum", "count", "first", "last":
+		*a = append(*a, name)
 		return nil
 	}
-	return unfit[aggregate](text)
+	return unfit[aggregates](text)
 }
 
-// buckets aggregates elements that come in order, NULLs aside, over buckets that are aligned to
-// 1970-01-01 UTC.
+// firstInstant is the first moment at which the zone's calendar and clocks show this time or a
+// later one. So of a time that clocks repeat it is the first, and of one that they skip the jump.
+func (z zone) firstInstant(year, month, date int, clock timeOfDay) timestamp {
+	local := time.Date(year, time.Month(month), date, 0, 0, 0, 0, time.UTC) // as if it were UTC
+	local = local.Add(time.Duration(clock) * time.Microsecond)
+	t := local.AddDate(0, 0, -1).In(z.Location) // no clock is a day ahead of UTC
+	for {
+		_, offset := t.Zone()
+		_, change := t.ZoneBounds()
+		if !change.After(t) { // no change to come, or Go errs: it ends each year after 365 days
+			change = t.AddDate(0, 0, 1)
+		}
+		shown := local.Add(-time.Duration(offset) * time.Second)
+		if shown.Before(t) {
+			return timestampOf(t)
+		}
+		if shown.Before(change) {
+			return timestampOf(shown)
+		}
+		t = change
+	}
+}
+
+const averageMonth = timestamp(day) * 146_097 / 4800 // 400 years have so many days
+
+// around returns the bounds of the bucket that t lies in. One of the calendar begins at the first
+// moment that has its first local date, or a later one. Clocks that go back over midnight do not
+// begin the day before anew.
+func (w width) around(t timestamp, z zone) (begin, end timestamp) {
+	if w.exact > 0 {
+		length := timestamp(w.exact)
+		begin = t - (t-unixEpoch%length)%length
+		return begin, begin + length
+	}
+	// A guess that is not beyond: zones are less than a day, and months in all less than a week,
+	// from what an average makes of them.
+	length := timestamp(day)*timestamp(w.days) + averageMonth*timestamp(w.months)
+	n := int((t-unixEpoch)/length) - 2
+	for end <= t {
+		begin = end
+		end = z.firstInstant(1970, 1+n*w.months, w.first+n*w.days, 0)
+		n++
+	}
+	return begin, end
+}
+
+// gate tells by when a run must be known to count for a valid_time: by a time of day so many days
+// before. It is the same for all of a local day.
+type gate struct {
+	daysAhead  dayCount
+	timeOfDay  timeOfDay
+	zone       zone
+	begin, end timestamp // of the day
+	closing    timestamp
+}
+
+func (g *gate) closes(t timestamp) timestamp {
+	if t < g.begin || t >= g.end {
+		g.begin, g.end = width{days: 1, first: 1}.around(t, g.zone)
+		year, month, date := g.begin.utc().In(g.zone.Location).Date()
+		g.closing = g.zone.firstInstant(year, int(month), date-int(g.daysAhead), g.timeOfDay)
+	}
+	return g.closing
+}
+
+// buckets aggregates elements that come in order, NULLs aside.
 type buckets struct {
-	width timestamp
-	agg   aggregate
+	width width
+	zone  zone
+	aggs  aggregates
 	emit  func(*element) error
 
-	current           element // of the bucket that is being filled; its time is where that begins
-	n, sum, low, high float64
+	// Of the bucket that is being filled:
+	begin, end                     timestamp
+	from                           version
+	n, sum, low, high, first, last float64
 }
 
 // add takes one more element. The first beyond a bucket ends it.
@@ -2081,22 +2258,23 @@ func (b *buckets) add(e *element) error {
 	if math.IsNaN(e.value) {
 		return nil
 	}
-	start := e.time - (e.time-unixEpoch%b.width)%b.width
-	if b.n > 0 && (start != b.current.time || e.from.of != b.current.from.of) {
+	if e.time < b.begin || e.time >= b.end || e.from.of != b.from.of {
 		if err := b.finish(); err != nil {
 			return err
 		}
-	}
-	if b.n == 0 {
-		b.current = element{point{time: start}, e.from}
+		b.begin, b.end = b.width.around(e.time, b.zone)
+		b.from.of = e.from.of
+		b.n = 0
 		b.sum = 0
 		b.low = e.value
 		b.high = e.value
+		b.first = e.value
 	}
 	b.n++
 	b.sum += e.value
 	b.low = min(b.low, e.value)
 	b.high = max(b.high, e.value)
+	b.last = e.value
 	return nil
 }
 
@@ -2106,17 +2284,20 @@ func (b *buckets) finish() error {
 	if b.n == 0 {
 		return nil
 	}
-	b.current.value = b.value()
-	if math.IsInf(b.current.value, 0) {
-		return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float",
-			b.agg, b.current.from.of.Key, b.current.time)
+	b.from.aggregates = b.from.aggregates[:0]
+	for _, agg := range b.aggs {
+		value := b.value(agg)
+		if math.IsInf(value, 0) {
+			return invalid("agg: the %s of series %q from %s on is beyond a 64-bit float",
+				agg, b.from.of.Key, b.begin)
+		}
+		b.from.aggregates = append(b.from.aggregates, value)
 	}
-	b.n = 0
-	return b.emit(&b.current)
+	return b.emit(&element{point{time: b.begin}, &b.from})
 }
 
-func (b *buckets) value() float64 {
-	switch b.agg {
+func (b *buckets) value(agg string) float64 {
+	switch agg {
 	case "min":
 		return b.low
 	case "max":
@@ -2125,6 +2306,10 @@ func (b *buckets) value() float64 {
 		return b.sum
 	case "count":
 		return b.n
+	case "first":
+		return b.first
+	case "last":
+		return b.last
 	}
 	return b.sum / b.n
 }

@@ -376,6 +376,24 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 			"load 00=1, load 01=2, load 02=3.75, load 03=9"},
 		{"a lead of a day and an hour", "lead=P1DT1H&series_key=load", "load 01=2, load 02=null"},
 		{"a lead that nothing has", "lead=P1W", ""},
+		{"known by noon of the day before", "series_key=load&days_ahead=1&time_of_day=12:00",
+			"load 00=1, load 01=2.5, load 02=3.75, load 03=9"},
+		{"known by a second before", "series_key=load&days_ahead=1&time_of_day=11:59:59", first},
+		{"known by noon in Berlin", "series_key=load&days_ahead=1&time_of_day=12:00&tz=Europe/Berlin", first},
+		{"known by noon of two days before", "days_ahead=2&time_of_day=12:00", ""},
+		{"known by seven of the same day, which is yesterday in New York",
+			"series_key=load&days_ahead=0&time_of_day=06:59&tz=America/New_York", first},
+		{"every run known by then", "mode=overlapping&series_key=load&days_ahead=1&time_of_day=11:00",
+			"00/load 00=1, 00/load 01=2, 00/load 02=null"},
+		{"every version known by then",
+			"all_versions=true&series_key=load&days_ahead=1&time_of_day=12:00&start_valid=2025-01-01T03:00:00Z",
+			"12/load 03=4.5 v1, 12/load 03=9 v1"},
+		{"the sum of what was known by then", "bucket=P1D&agg=sum&series_key=load&days_ahead=1&time_of_day=00:00",
+			"load 00=3"},
+		{"a zone alone", "tz=Asia/Tokyo", flat},
+		{"the first", "bucket=PT2H&agg=first&series_key=load", "load 00=1, load 02=3.75"},
+		{"the last", "bucket=PT2H&agg=last&series_key=load", "load 00=2.5, load 02=9"},
+		{"the last that is not NULL", "bucket=P1D&agg=last&series_key=load&end_known=2024-12-31T12:00:00Z", "load 00=2"},
 		{"the mean", "bucket=PT2H&agg=mean&series_key=load", "load 00=1.75, load 02=6.375"},
 		{"the minimum", "bucket=2h&agg=min&series_key=load", "load 00=1, load 02=3.75"},
 		{"the maximum", "bucket=P1D&agg=max", "load 00=9, price 00=20, wind 00=0.5"},
@@ -444,6 +462,47 @@ func TestReadsRefuseUnknownSeriesAndBadParameters(t *testing.T) {
 		{"a bucket without agg", "bucket=PT1H", "agg"},
 		{"agg without a bucket", "agg=mean", "bucket"},
 		{"an unknown agg", "bucket=PT1H&agg=median", "agg"},
+		{"an empty agg", "bucket=PT1H&agg=", "agg"},
+		{"an unknown agg beside another", "bucket=PT1H&agg=mean&agg=median", "agg"},
+		{"an agg twice", "bucket=PT1H&agg=mean&agg=min&agg=mean", "agg: mean given twice"},
+		{"a bucket of several units", "bucket=P1M2D&agg=mean", "one calendar unit"},
+		{"a bucket of weeks and days", "bucket=P1W1D&agg=mean", "one calendar unit"},
+		{"a bucket of a day and hours", "bucket=P1DT12H&agg=mean", "one calendar unit"},
+		{"a bucket of P alone", "bucket=P&agg=mean", "bucket"},
+		{"a bucket of PT alone", "bucket=PT&agg=mean", "bucket"},
+		{"a bucket of no days", "bucket=P0D&agg=mean", "bucket"},
+		{"a bucket of no days by another name", "bucket=0d&agg=mean", "bucket"},
+		{"a bucket of half a month", "bucket=P0.5M&agg=mean", "bucket"},
+		{"a bucket of a negative month", "bucket=P-1M&agg=mean", "bucket"},
+		{"a bucket of a month without its P", "bucket=1M&agg=mean", "bucket"},
+		{"a bucket of a thousand years", "bucket=P1000Y&agg=mean", "bucket"},
+		{"a bucket twice", "bucket=P1D&bucket=P1D&agg=mean", "bucket"},
+		{"an empty tz", "tz=", "tz"},
+		{"the server's own zone", "tz=Local", "tz"},
+		{"the server's own zone as a file", "tz=localtime", "tz"},
+		{"a zone with leap seconds", "tz=right/Europe/Berlin", "tz"},
+		{"a zone that there is not", "tz=Europe/Atlantis", "tz"},
+		{"a zone in lower case", "tz=europe/berlin", "tz"},
+		{"an offset as a zone", "tz=%2B01:00", "tz"},
+		{"a path as a zone", "tz=Europe/../../../../etc/passwd", "tz"},
+		{"a folder as a zone", "tz=Europe", "tz"},
+		{"a zone twice", "tz=UTC&tz=UTC", "tz"},
+		{"days_ahead without time_of_day", "days_ahead=1", "time_of_day"},
+		{"time_of_day without days_ahead", "time_of_day=12:00", "days_ahead"},
+		{"days_ahead with lead", "days_ahead=1&time_of_day=12:00&lead=PT0H", "lead"},
+		{"negative days_ahead", "days_ahead=-1&time_of_day=12:00", "days_ahead"},
+		{"half days_ahead", "days_ahead=0.5&time_of_day=12:00", "days_ahead"},
+		{"more days_ahead than there are", "days_ahead=65536&time_of_day=12:00", "days_ahead"},
+		{"empty days_ahead", "days_ahead=&time_of_day=12:00", "days_ahead"},
+		{"an empty time_of_day", "days_ahead=1&time_of_day=", "time_of_day"},
+		{"a time_of_day of one digit", "days_ahead=1&time_of_day=9:30", "time_of_day"},
+		{"a time_of_day of 24 hours", "days_ahead=1&time_of_day=24:00", "time_of_day"},
+		{"a time_of_day of 60 minutes", "days_ahead=1&time_of_day=12:60", "time_of_day"},
+		{"a time_of_day of 60 seconds", "days_ahead=1&time_of_day=12:00:60", "time_of_day"},
+		{"a time_of_day with a fraction", "days_ahead=1&time_of_day=12:00:00.5", "time_of_day"},
+		{"a time_of_day with an offset", "days_ahead=1&time_of_day=12:00Z", "time_of_day"},
+		{"a time_of_day with an offset of hours", "days_ahead=1&time_of_day=12:00%2B01", "time_of_day"},
+		{"a time_of_day in words", "days_ahead=1&time_of_day=noon", "time_of_day"},
 		{"a bucket of no width", "bucket=0s&agg=mean", "bucket"},
 		{"a bucket of negative width", "bucket=-1h&agg=mean", "bucket"},
 		{"a bucket of less than a microsecond", "bucket=1ns&agg=mean", "bucket"},
@@ -490,6 +549,315 @@ func TestFirstUploadIsThereAsOfItsOwnChangeTime(t *testing.T) {
 	}
 }
 
+// mustHalfHours uploads a series with a value of 1 each half hour of a time, given as two instants.
+func (s *testServer) mustHalfHours(t *testing.T, key, series, start, end string) {
+	t.Helper()
+	lines := []byte("valid_time,value_key,value\n")
+	last := mustInstant(t, end)
+	for at := mustInstant(t, start); at.Before(last); at = at.Add(30 * time.Minute) {
+		lines = fmt.Appendf(lines, "%s,%s,1\n", at.Format(time.RFC3339), series)
+	}
+	s.must(t, 200, "POST", "/upload?run_start_time=2025-01-01", key, string(lines), "Content-Type: text/csv")
+}
+
+// mustInstant is a time such as 2025-01-31T23:30.
+func mustInstant(t *testing.T, text string) time.Time {
+	t.Helper()
+	at, err := time.Parse("2006-01-02T15:04", text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at
+}
+
+func TestBucketsFollowTheCalendarOfTheirZone(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	// Each case has a value every half hour from start up to end. What it wants is by hand: of each bucket when it
+	// begins in UTC, and how many half hours it has.
+	for i, c := range []struct{ name, tz, bucket, start, end, want string }{
+		{"days are UTC's by default", "", "P1D", "2025-03-30T00:00", "2025-04-01T00:00",
+			"2025-03-30T00:00=48, 2025-03-31T00:00=48"},
+		{"a day of 23 hours", "Europe/Berlin", "P1D", "2025-03-28T23:00", "2025-03-31T22:00",
+			"2025-03-28T23:00=48, 2025-03-29T23:00=46, 2025-03-30T22:00=48"},
+		{"a day of 25 hours", "Europe/Berlin", "P1D", "2025-10-24T22:00", "2025-10-27T23:00",
+			"2025-10-24T22:00=48, 2025-10-25T22:00=50, 2025-10-26T23:00=48"},
+		{"a day of 24 hours and a half", "Australia/Lord_Howe", "P1D", "2025-04-04T13:00", "2025-04-07T13:30",
+			"2025-04-04T13:00=48, 2025-04-05T13:00=49, 2025-04-06T13:30=48"},
+		{"a day of 23 hours and a half", "Australia/Lord_Howe", "P1D", "2025-10-03T13:30", "2025-10-06T13:00",
+			"2025-10-03T13:30=48, 2025-10-04T13:30=47, 2025-10-05T13:00=48"},
+		{"a day that begins at one in Brazil", "America/Sao_Paulo", "P1D", "2018-11-03T03:00", "2018-11-06T02:00",
+			"2018-11-03T03:00=48, 2018-11-04T03:00=46, 2018-11-05T02:00=48"},
+		{"a day that ends with eleven at night twice", "America/Sao_Paulo", "P1D", "2018-02-16T02:00",
+			"2018-02-19T03:00", "2018-02-16T02:00=48, 2018-02-17T02:00=50, 2018-02-18T03:00=48"},
+		{"a day that begins at one in Lebanon", "Asia/Beirut", "P1D", "2022-03-25T22:00", "2022-03-28T21:00",
+			"2022-03-25T22:00=48, 2022-03-26T22:00=46, 2022-03-27T21:00=48"},
+		{"a day that begins at one in Egypt", "Africa/Cairo", "P1D", "2024-04-24T22:00", "2024-04-27T21:00",
+			"2024-04-24T22:00=48, 2024-04-25T22:00=46, 2024-04-26T21:00=48"},
+		{"a day whose first hour comes twice", "America/Havana", "P1D", "2024-11-02T04:00", "2024-11-05T05:00",
+			"2024-11-02T04:00=48, 2024-11-03T04:00=50, 2024-11-04T05:00=48"},
+		{"a day whose first minute is before the last hour of the one before", "America/St_Johns", "P1D",
+			"2006-10-28T02:30", "2006-10-31T03:30", "2006-10-28T02:30=48, 2006-10-29T02:30=50, 2006-10-30T03:30=48"},
+		{"a day that was left out", "Pacific/Apia", "P1D", "2011-12-29T10:00", "2012-01-01T10:00",
+			"2011-12-29T10:00=48, 2011-12-30T10:00=48, 2011-12-31T10:00=48"},
+		{"two days of which the first was left out", "Pacific/Apia", "P2D", "2011-12-29T10:00", "2012-01-01T10:00",
+			"2011-12-28T10:00=48, 2011-12-30T10:00=48, 2011-12-31T10:00=48"},
+		{"hours of a day are exact", "Europe/Berlin", "24h", "2025-03-29T00:00", "2025-03-31T00:00",
+			"2025-03-29T00:00=48, 2025-03-30T00:00=48"},
+		{"so is a day without its P", "Europe/Berlin", "1d", "2025-03-29T00:00", "2025-03-31T00:00",
+			"2025-03-29T00:00=48, 2025-03-30T00:00=48"},
+		{"and hours as ISO 8601 has them", "Europe/Berlin", "PT24H", "2025-03-29T00:00", "2025-03-31T00:00",
+			"2025-03-29T00:00=48, 2025-03-30T00:00=48"},
+		{"a week without its P begins on Thursdays", "", "1W", "2025-01-01T00:00", "2025-01-03T00:00",
+			"2024-12-26T00:00=48, 2025-01-02T00:00=48"},
+		{"weeks begin on Mondays", "", "P1W", "2025-01-05T00:00", "2025-01-07T00:00",
+			"2024-12-30T00:00=48, 2025-01-06T00:00=48"},
+		{"seven days are counted from 1970-01-01, a Thursday", "", "P7D", "2025-01-01T00:00", "2025-01-03T00:00",
+			"2024-12-26T00:00=48, 2025-01-02T00:00=48"},
+		{"weeks in a zone", "America/New_York", "P1W", "2025-03-03T05:00", "2025-03-17T04:00",
+			"2025-03-03T05:00=334, 2025-03-10T04:00=336"},
+		{"two weeks since 1969-12-29", "", "P2W", "1970-01-11T23:00", "1970-01-12T01:00",
+			"1969-12-29T00:00=2, 1970-01-12T00:00=2"},
+		{"weeks before that", "", "P1W", "1969-12-28T23:00", "1969-12-29T01:00",
+			"1969-12-22T00:00=2, 1969-12-29T00:00=2"},
+		{"a month of 743 hours", "Europe/Berlin", "P1M", "2025-02-28T23:00", "2025-04-30T22:00",
+			"2025-02-28T23:00=1486, 2025-03-31T22:00=1440"},
+		{"a leap month", "Asia/Kolkata", "P1M", "2024-01-31T18:00", "2024-02-29T19:00",
+			"2023-12-31T18:30=1, 2024-01-31T18:30=1392, 2024-02-29T18:30=1"},
+		{"quarters", "Europe/Berlin", "P3M", "2024-12-31T22:00", "2025-03-31T23:00",
+			"2024-09-30T22:00=2, 2024-12-31T23:00=4318, 2025-03-31T22:00=2"},
+		{"years", "Asia/Tokyo", "P1Y", "2024-12-31T14:00", "2024-12-31T16:00",
+			"2023-12-31T15:00=2, 2024-12-31T15:00=2"},
+		{"five years", "", "P5Y", "2024-12-31T23:00", "2025-01-01T01:00",
+			"2020-01-01T00:00=2, 2025-01-01T00:00=2"},
+		{"eighteen months", "", "P18M", "1973-01-01T00:00", "1973-01-01T01:00", "1973-01-01T00:00=2"},
+		{"days before 1970", "America/New_York", "P1D", "1967-04-29T05:00", "1967-05-02T04:00",
+			"1967-04-29T05:00=48, 1967-04-30T05:00=46, 1967-05-01T04:00=48"},
+		{"three days before 1970", "", "P3D", "1969-12-31T23:00", "1970-01-01T01:00",
+			"1969-12-29T00:00=2, 1970-01-01T00:00=2"},
+		{"quarters before 1970", "", "P3M", "1969-09-30T23:00", "1969-10-01T01:00",
+			"1969-07-01T00:00=2, 1969-10-01T00:00=2"},
+		{"seven years before 1970", "", "P7Y", "1962-12-31T23:00", "1963-01-01T01:00",
+			"1956-01-01T00:00=2, 1963-01-01T00:00=2"},
+		{"local mean time", "Europe/Berlin", "P1M", "1892-12-31T23:00", "1893-01-01T00:00",
+			"1892-11-30T23:06=1, 1892-12-31T23:06=1"},
+		{"the longest", "", "P999Y", "1677-01-01T00:00", "1677-01-01T01:00", "0971-01-01T00:00=2"},
+		{"a year that has not been decided yet", "Europe/Berlin", "P1M", "2262-06-30T21:00", "2262-06-30T23:00",
+			"2262-05-31T22:00=2, 2262-06-30T22:00=2"},
+		{"the last day of a leap year, for which Go has no table", "Europe/Berlin", "P1D", "2040-12-30T22:00",
+			"2041-01-01T00:00", "2040-12-29T23:00=2, 2040-12-30T23:00=48, 2040-12-31T23:00=2"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			series := fmt.Sprint("s", i)
+			s.mustHalfHours(t, key, series, c.start, c.end)
+			path := "/values?agg=count&series_key=" + series + "&bucket=" + c.bucket
+			if c.tz != "" {
+				path += "&tz=" + c.tz
+			}
+			var got []string
+			for _, row := range s.mustRead(t, path, key) {
+				got = append(got, fmt.Sprintf("%s=%g", row.Valid.UTC().Format("2006-01-02T15:04"), *row.Value))
+			}
+			if strings.Join(got, ", ") != c.want {
+				t.Errorf("%s\nshows %s\nwant  %s", path, strings.Join(got, ", "), c.want)
+			}
+		})
+	}
+}
+
+// PostgreSQL has time zones of its own. Of a midnight that comes twice it takes the second, so Havana is not among
+// these; and a day that begins before the end of the one before it splits, so neither is St. John's.
+func TestCalendarBucketsAgreeWithPostgreSQL(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	stretches := [][2]string{
+		{"1969-07-01T00:00", "1970-07-01T00:00"},
+		{"2011-10-01T00:00", "2012-04-01T00:00"},
+		{"2017-10-01T00:00", "2019-04-01T00:00"},
+	}
+	mustExec(t, s.db, "CREATE TABLE half_hours (series_key text, valid_time timestamptz)")
+	for _, c := range stretches {
+		s.mustHalfHours(t, key, c[0], c[0], c[1])
+		mustExec(t, s.db, `INSERT INTO half_hours SELECT $1, t FROM generate_series(
+			$2::timestamptz, $3::timestamptz - interval '30 minutes', interval '30 minutes') AS t`, c[0], c[0], c[1])
+	}
+	units := map[string]string{"P1D": "day", "P1W": "week", "P1M": "month", "P3M": "quarter", "P1Y": "year"}
+	for _, tz := range []string{"UTC", "Europe/Berlin", "Europe/London", "Europe/Dublin", "America/New_York",
+		"America/Sao_Paulo", "America/Caracas", "Australia/Lord_Howe", "Asia/Kathmandu", "Asia/Beirut", "Pacific/Apia",
+		"Pacific/Chatham", "Africa/Cairo", "Africa/Casablanca", "Antarctica/Troll"} {
+		for bucket, unit := range units {
+			t.Run(tz+" "+unit, func(t *testing.T) {
+				want := mustQuery(t, s.db, `SELECT string_agg(line, ' ' ORDER BY line COLLATE "C") FROM (
+					SELECT series_key || to_char(date_trunc($1, valid_time, $2) AT TIME ZONE 'UTC',
+					       '@YYYY-MM-DD"T"HH24:MI=') || count(*) AS line
+					FROM half_hours GROUP BY series_key, date_trunc($1, valid_time, $2)) AS x`, unit, tz)
+				var got []string
+				for _, row := range s.mustRead(t, "/values?agg=sum&bucket="+bucket+"&tz="+tz, key) {
+					got = append(got, fmt.Sprintf("%s@%s=%g", row.Key, row.Valid.UTC().Format("2006-01-02T15:04"), *row.Value))
+				}
+				for i, line := range strings.Fields(want) {
+					if i >= len(got) || got[i] != line {
+						t.Fatalf("PostgreSQL has %s, and after %d that agree it shows %v", line, i, got[i:min(i+1, len(got))])
+					}
+				}
+				if len(got) != strings.Count(want, " ")+1 {
+					t.Errorf("it shows %d buckets, PostgreSQL fewer", len(got))
+				}
+			})
+		}
+	}
+}
+
+// expectTiles checks that the bucket around an instant has it, and that all in it are in the same bucket.
+func expectTiles(t *testing.T, w width, z zone, at timestamp) (begin timestamp) {
+	t.Helper()
+	begin, end := w.around(at, z)
+	if begin <= 0 || begin > at || end <= at {
+		t.Fatalf("%s is in the bucket of %+v in %s from %s up to %s", at, w, z, begin, end)
+	}
+	for _, inside := range []timestamp{begin, end - 1} {
+		if b, e := w.around(inside, z); b != begin || e != end {
+			t.Fatalf("%s is in the bucket of %+v in %s from %s up to %s, but %s in that from %s up to %s",
+				at, w, z, begin, end, inside, b, e)
+		}
+	}
+	return begin
+}
+
+// Every zone that PostgreSQL knows is tried at random moments and around those at which its clock changes.
+func TestCalendarBucketsOfEveryZoneTile(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	names := strings.Fields(mustQuery(t, s.db,
+		`SELECT string_agg(name, ' ') FROM pg_timezone_names WHERE name ~ '^[A-Z]'`))
+	if len(names) < 300 {
+		t.Fatalf("PostgreSQL knows only %q", names)
+	}
+	dateOf := func(at timestamp, z zone) int { return daysSince1970(at.utc().In(z.Location)) }
+	for _, name := range names {
+		var z zone
+		if err := z.UnmarshalText([]byte(name)); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		for _, text := range []string{"P1D", "P1W", "P1M", "P7Y", "P999Y", "P9999D", "P9999W", "P9999M"} {
+			var w width
+			if err := w.UnmarshalText([]byte(text)); err != nil {
+				t.Fatal(text, err)
+			}
+			for range 5 {
+				at := firstTime + timestamp(rand.Int63n(int64(lastTime-firstTime)))
+				begin := expectTiles(t, w, z, at)
+				if dateOf(begin-1, z) >= dateOf(begin, z) {
+					t.Errorf("in %s no date begins at %s", name, begin)
+				}
+				_, change := at.utc().In(z.Location).ZoneBounds()
+				if at = timestampOf(change); at < firstTime || at >= lastTime {
+					continue
+				}
+				expectTiles(t, w, z, at)
+				expectTiles(t, w, z, at-timestamp(rand.Int63n(int64(day))))
+			}
+		}
+	}
+}
+
+func TestSeveralAggregatesAreColumnsInTheOrderAskedFor(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, series := mustPicture(t, s)
+	const path = "/values?series_key=load&bucket=PT2H"
+	row := func(begin, values string) string {
+		return `{"valid_time":"2025-01-01T` + begin + `:00:00+00:00","series_id":"` + series["load"] + `",` + values +
+			`,"series_key":"load","series_unit":"dimensionless"}`
+	}
+	line := func(begin, values string) string {
+		return "2025-01-01T" + begin + ":00:00+00:00," + series["load"] + "," + values + `,"load","dimensionless",` + "\n"
+	}
+	for _, c := range []struct{ name, query, want string }{
+		{"one is the value", "&agg=count", `{"data":[` + row("00", `"value":2.0`) + "," + row("02", `"value":2.0`) +
+			`],"count":2}` + "\n"},
+		{"two", "&agg=max&agg=count", `{"data":[` + row("00", `"max":2.5,"count":2.0`) + "," +
+			row("02", `"max":9.0,"count":2.0`) + `],"count":2}` + "\n"},
+		{"all, as CSV", "&format=csv&agg=last&agg=mean&agg=first&agg=sum&agg=min&agg=count&agg=max",
+			"valid_time,series_id,last,mean,first,sum,min,count,max,series_key,series_unit,valid_time_end\n" +
+				line("00", "2.5,1.75,1.0,3.5,1.0,2.0,2.5") + line("02", "9.0,6.375,3.75,12.75,3.75,2.0,9.0")},
+		{"one as CSV", "&format=csv&agg=first", "valid_time,series_id,value,series_key,series_unit,valid_time_end\n" +
+			line("00", "1.0") + line("02", "3.75")},
+		{"a limit counts rows", "&agg=max&agg=min&limit=1", `{"data":[` + row("00", `"max":2.5,"min":1.0`) +
+			`],"count":1}` + "\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if got := s.must(t, 200, "GET", path+c.query, key, ""); got != c.want {
+				t.Errorf("GET %s\nshows %s\nwant  %s", path+c.query, got, c.want)
+			}
+		})
+	}
+	t.Run("a sum beyond a float is named", func(t *testing.T) {
+		s.must(t, 200, "POST", "/upload", key, runWith("",
+			seriesRow("huge", "2025-01-01T00:00Z", "1.7e308"), seriesRow("huge", "2025-01-01T01:00Z", "1.7e308")))
+		text := s.must(t, 422, "GET", "/values?series_key=huge&bucket=P1D&agg=max&agg=sum", key, "")
+		expectIn(t, "the refusal", text, "sum", "huge")
+	})
+}
+
+func TestGateClosesAtALocalTime(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	// What each case wants is by hand: the moment up to which a run must be known.
+	for i, c := range []struct{ name, valid, daysAhead, timeOfDay, tz, want string }{
+		{"noon of the day before in UTC", "2025-01-02T00:00:00Z", "1", "12:00", "UTC", "2025-01-01T12:00:00Z"},
+		{"of the last moment of that day", "2025-01-02T23:59:59.999999Z", "1", "12:00", "UTC", "2025-01-01T12:00:00Z"},
+		{"of the same day", "2025-01-02T23:00:00Z", "0", "00:00", "UTC", "2025-01-02T00:00:00Z"},
+		{"over the end of a year and a leap day", "2024-03-01T12:00:00Z", "61", "23:59:59", "UTC", "2023-12-31T23:59:59Z"},
+		{"in Berlin in winter", "2025-01-01T23:00:00Z", "1", "09:30", "Europe/Berlin", "2025-01-01T08:30:00Z"},
+		{"a moment before midnight there", "2025-01-01T22:59:59Z", "1", "09:30", "Europe/Berlin", "2024-12-31T08:30:00Z"},
+		{"in Berlin in summer", "2025-07-02T12:00:00Z", "1", "09:30", "Europe/Berlin", "2025-07-01T07:30:00Z"},
+		{"before the clock goes forward, of a day after", "2025-03-31T12:00:00Z", "2", "09:30", "Europe/Berlin",
+			"2025-03-29T08:30:00Z"},
+		{"a time that the clock skips", "2025-03-31T12:00:00Z", "1", "02:30", "Europe/Berlin", "2025-03-30T01:00:00Z"},
+		{"the time to which it jumps", "2025-03-31T12:00:00Z", "1", "03:00", "Europe/Berlin", "2025-03-30T01:00:00Z"},
+		{"a second later", "2025-03-31T12:00:00Z", "1", "03:00:01", "Europe/Berlin", "2025-03-30T01:00:01Z"},
+		{"a time that the clock repeats", "2025-10-27T12:00:00Z", "1", "02:30", "Europe/Berlin", "2025-10-26T00:30:00Z"},
+		{"the time after which it does not", "2025-10-27T12:00:00Z", "1", "03:00", "Europe/Berlin", "2025-10-26T02:00:00Z"},
+		{"a midnight that is skipped", "2018-11-05T12:00:00Z", "1", "00:00", "America/Sao_Paulo", "2018-11-04T03:00:00Z"},
+		{"of the first moment after it", "2018-11-04T03:00:00Z", "0", "00:30", "America/Sao_Paulo", "2018-11-04T03:00:00Z"},
+		{"of the last moment before it", "2018-11-04T02:59:59Z", "0", "00:30", "America/Sao_Paulo", "2018-11-03T03:30:00Z"},
+		{"of a time that comes twice, the second time", "2018-02-18T02:30:00Z", "0", "23:30", "America/Sao_Paulo",
+			"2018-02-18T01:30:00Z"},
+		{"a midnight that comes twice", "2024-11-04T12:00:00Z", "1", "00:00", "America/Havana", "2024-11-03T04:00:00Z"},
+		{"a day that was left out", "2011-12-30T12:00:00Z", "1", "09:00", "Pacific/Apia", "2011-12-30T10:00:00Z"},
+		{"the day before that", "2011-12-30T12:00:00Z", "2", "09:00", "Pacific/Apia", "2011-12-29T19:00:00Z"},
+		{"half an hour skipped", "2025-10-04T13:30:00Z", "0", "02:15", "Australia/Lord_Howe", "2025-10-04T15:30:00Z"},
+		{"half an hour repeated", "2025-04-05T13:00:00Z", "0", "01:45", "Australia/Lord_Howe", "2025-04-05T14:45:00Z"},
+		{"of a day that has begun, although its clock shows the one before", "2006-10-29T03:00:00Z", "1", "12:00",
+			"America/St_Johns", "2006-10-28T14:30:00Z"},
+		{"before 1970", "1969-12-31T12:00:00Z", "1", "18:00", "America/New_York", "1969-12-30T23:00:00Z"},
+		{"as many days ahead as can be", "2200-01-01T12:00:00Z", "65535", "12:00", "UTC", "2020-07-28T12:00:00Z"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			gate, err := time.Parse(time.RFC3339, c.want)
+			if err != nil {
+				t.Fatal(err)
+			}
+			series := fmt.Sprint("s", i)
+			for value, known := range []time.Time{gate.Add(-time.Second), gate, gate.Add(time.Microsecond)} {
+				s.must(t, 200, "POST", "/upload", key, runWith(
+					`"known_time":"`+known.Format(time.RFC3339Nano)+`",`, seriesRow(series, c.valid, fmt.Sprint(value))))
+			}
+			path := fmt.Sprintf("/values?series_key=%s&days_ahead=%s&time_of_day=%s&tz=%s",
+				series, c.daysAhead, c.timeOfDay, c.tz)
+			rows := s.mustRead(t, path+"&mode=overlapping", key)
+			if len(rows) != 2 || *rows[0].Value != 0 || *rows[1].Value != 1 {
+				t.Errorf("%s shows %v, want what was known up to %s", path, jsonText(rows), c.want)
+			}
+			if rows := s.mustRead(t, path, key); len(rows) != 1 || *rows[0].Value != 1 {
+				t.Errorf("%s shows %v, want what was known at %s", path, jsonText(rows), c.want)
+			}
+		})
+	}
+}
+
 // ---- Reads against a naive model
 
 // A history is some uploads and corrections of one tenant, sent over HTTP and mirrored in the plainest possible model:
@@ -503,6 +871,7 @@ type history struct {
 	versions []modelVersion
 	series   map[string]modelSeries
 	moments  []modelMoment
+	day      int64 // when the first valid_time can be
 }
 
 type modelRun struct {
@@ -544,15 +913,92 @@ type modelMoment struct {
 }
 
 const (
-	minute   = int64(time.Minute / time.Microsecond)
-	hour     = 60 * minute
-	modelDay = int64(1_735_689_600_000_000) // 2025-01-01
+	minute = int64(time.Minute / time.Microsecond)
+	hour   = 60 * minute
 )
+
+// modelDays are what histories are about: some hours from each of these. In the first two years begin
+// somewhere, one of them before 1970; in the others a clock of modelZones changes.
+var modelDays = []time.Time{
+	time.Date(1968, 12, 31, 20, 0, 0, 0, time.UTC),
+	time.Date(2024, 12, 31, 20, 0, 0, 0, time.UTC),
+	time.Date(2018, 11, 4, 0, 0, 0, 0, time.UTC),   // America/Sao_Paulo: midnight is skipped
+	time.Date(2006, 10, 28, 23, 0, 0, 0, time.UTC), // America/St_Johns: midnight comes twice
+	time.Date(2011, 12, 30, 6, 0, 0, 0, time.UTC),  // Pacific/Apia: a day is skipped
+	time.Date(2025, 4, 5, 10, 0, 0, 0, time.UTC),   // Australia/Lord_Howe: half an hour comes twice
+	time.Date(2025, 10, 25, 21, 0, 0, 0, time.UTC), // Europe/Berlin: an hour comes twice
+}
+
+var modelZones = []string{"UTC", "America/Sao_Paulo", "America/St_Johns", "Pacific/Apia", "Australia/Lord_Howe",
+	"Europe/Berlin"}
 
 // modelSpans are the durations that questions ask for, as lead or as bucket.
 var modelSpans = map[string]int64{
 	"0s": 0, "7m": 7 * minute, "1h": hour, "2h": 2 * hour, "PT3H": 3 * hour, "PT6H": 6 * hour,
-	"PT20H30M": 20*hour + 30*minute, "P1D": 24 * hour, "P1W": 7 * 24 * hour,
+	"PT20H30M": 20*hour + 30*minute, "P1D": 24 * hour, "24h": 24 * hour,
+}
+
+// modelUnits are buckets of the calendar: each gives the number of the one that a date is in.
+var modelUnits = map[string]func(date time.Time) int{
+	"P1D": daysSince1970,
+	"P2D": func(date time.Time) int { return floorDiv(daysSince1970(date), 2) },
+	"P1W": func(date time.Time) int { return floorDiv(daysSince1970(date)+3, 7) },
+	"P1M": monthsSince1970,
+	"P3M": func(date time.Time) int { return floorDiv(monthsSince1970(date), 3) },
+	"P1Y": time.Time.Year,
+	"P2Y": func(date time.Time) int { return floorDiv(date.Year()-1970, 2) },
+}
+
+func daysSince1970(date time.Time) int {
+	return floorDiv(int(time.Date(date.Year(), date.Month(), date.Day(), 0, 0, 0, 0, time.UTC).Unix()), 24*60*60)
+}
+
+func monthsSince1970(date time.Time) int { return 12*(date.Year()-1970) + int(date.Month()) - 1 }
+
+func floorMod(a, b int) int { return (a%b + b) % b }
+
+func floorDiv(a, b int) int { return (a - floorMod(a, b)) / b }
+
+// modelBucket is a bucket of the calendar, by a time in it, that time's half hour.
+type modelBucket struct {
+	t          int64
+	bucket, tz string
+}
+
+var modelBegins sync.Map // of a modelBucket when it begins: to find that takes milliseconds
+
+// modelBegin is when the bucket begins that t is in. It looks at each half hour before: the last of all dates that a
+// clock has shown up to t is the one that counts.
+func modelBegin(t int64, bucket, tz string) int64 {
+	t -= int64(floorMod(int(t), int(30*minute)))
+	key := modelBucket{t, bucket, tz}
+	if begin, found := modelBegins.Load(key); found {
+		return begin.(int64)
+	}
+	zone := mustZone(tz)
+	number := func(u int64) int { return modelUnits[bucket](time.UnixMicro(u).In(zone)) }
+	const longest = 50 // hours for which a clock may show an earlier date again
+	last := number(t)
+	for u := t; u > t-longest*hour; u -= 30 * minute {
+		last = max(last, number(u))
+	}
+	begin := t
+	for u := t; u > begin-longest*hour; u -= 30 * minute {
+		if number(u) >= last {
+			begin = u
+		}
+	}
+	modelBegins.Store(key, begin)
+	return begin
+}
+
+// mustZone is a zone by its name; "" is UTC.
+func mustZone(tz string) *time.Location {
+	zone, err := time.LoadLocation(tz)
+	if err != nil {
+		panic(err)
+	}
+	return zone
 }
 
 func iso(t int64) string { return time.UnixMicro(t).UTC().Format("2006-01-02T15:04:05.999999-07:00") }
@@ -575,6 +1021,7 @@ func TestReadsAgreeWithNaiveModel(t *testing.T) {
 				return
 			}
 			h := &history{s: s, rng: rand.New(rand.NewSource(base + i)), series: map[string]modelSeries{}}
+			h.day = pick(h.rng, modelDays...).UnixMicro()
 			if err := h.play(); err != nil {
 				failed.Add(1)
 				t.Errorf("%v\nagain: go test -run TestReadsAgreeWithNaiveModel -histories 1 -seed %d", err, base+i)
@@ -669,7 +1116,7 @@ func pick[T any](rng *rand.Rand, from ...T) T { return from[rng.Intn(len(from))]
 
 // point returns a random valid_time, and an end or 0. There are few, so that they often meet.
 func (h *history) point() (valid, end int64) {
-	valid = modelDay + int64(h.rng.Intn(8))*hour
+	valid = h.day + int64(h.rng.Intn(8))*hour
 	if h.chance(10) {
 		valid += 40 * 24 * hour
 	}
@@ -695,7 +1142,7 @@ func (h *history) when(t int64) string {
 
 // upload sends a random run.
 func (h *history) upload(user int) error {
-	run := modelRun{known: modelDay - int64(h.rng.Intn(4))*6*hour}
+	run := modelRun{known: h.day - int64(h.rng.Intn(4))*6*hour + pick(h.rng, 0, 0, 3*hour)}
 	members := map[string]any{"run_start_time": "2025-01-01"}
 	knownNow := h.chance(10) // the server says when
 	if !knownNow {
@@ -739,7 +1186,7 @@ func (h *history) places() []spot {
 	}
 	if h.chance(1) { // more than one block of values_table
 		for i := range int64(1100) {
-			picked = append(picked, spot{"a", modelDay + i*minute, 0})
+			picked = append(picked, spot{"a", h.day + i*minute, 0})
 		}
 	}
 	var once []spot
@@ -887,7 +1334,7 @@ func (h *history) nameRun(sent map[string]any, u *modelUpdate) {
 		sent["run_id"] = u.runID
 	}
 	if h.chance(40) {
-		known := pick(h.rng, run.known, run.known, run.known, modelDay-6*hour, modelDay+1)
+		known := pick(h.rng, run.known, run.known, run.known, h.day-6*hour, h.day+1)
 		u.known = &known
 		sent["known_time"] = h.when(known)
 	}
@@ -1089,23 +1536,29 @@ func sameLines(a, b []string) bool {
 func (h *history) question() url.Values {
 	q := url.Values{}
 	if h.chance(40) {
-		start := modelDay + int64(h.rng.Intn(6))*hour
+		start := h.day + int64(h.rng.Intn(6))*hour
 		q.Set("start_valid", iso(start))
 		if h.chance(60) {
 			q.Set("end_valid", iso(start+int64(1+h.rng.Intn(5))*hour))
 		}
 	}
 	if h.chance(20) {
-		q.Set("start_known", iso(modelDay-int64(h.rng.Intn(4))*6*hour))
+		q.Set("start_known", iso(h.day-int64(h.rng.Intn(4))*6*hour))
 	}
 	if h.chance(20) {
-		q.Set("end_known", iso(modelDay+1-int64(h.rng.Intn(3))*6*hour))
+		q.Set("end_known", iso(h.day+1-int64(h.rng.Intn(3))*6*hour))
 		if q.Get("end_known") <= q.Get("start_known") {
 			q.Del("start_known")
 		}
 	}
 	if h.chance(20) {
 		q.Set("lead", pick(h.rng, "1h", "PT6H", "P1D", "PT20H30M", "0s"))
+	} else if h.chance(30) {
+		q.Set("days_ahead", pick(h.rng, "0", "1", "2"))
+		q.Set("time_of_day", pick(h.rng, "00:00", "00:30", "02:15", "12:00", "23:30:00"))
+	}
+	if h.chance(60) {
+		q.Set("tz", pick(h.rng, modelZones...))
 	}
 	for range h.rng.Intn(3) {
 		name := pick(h.rng, "a", "b", "c")
@@ -1115,9 +1568,10 @@ func (h *history) question() url.Values {
 			q.Add("series_key", name)
 		}
 	}
-	if h.chance(20) {
-		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m", "P1W"))
-		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count"))
+	if h.chance(30) {
+		exact := pick(h.rng, "2h", "PT3H", "24h", "7m")
+		q.Set("bucket", pick(h.rng, exact, pick(h.rng, slices.Sorted(maps.Keys(modelUnits))...)))
+		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count", "first", "last"))
 		return q
 	}
 	q.Set("mode", pick(h.rng, "flat", "overlapping"))
@@ -1192,8 +1646,33 @@ func (h *history) within(q url.Values) func(modelVersion) bool {
 	return func(v modelVersion) bool {
 		known := h.runs[v.run].known
 		return startValid <= v.valid && v.valid < endValid &&
-			startKnown <= known && known < endKnown && v.valid-known >= lead
+			startKnown <= known && known < endKnown && v.valid-known >= lead &&
+			(!q.Has("days_ahead") || passesGate(q, v.valid, known))
 	}
+}
+
+// passesGate tells whether a run was known in time for a value. It was, if up to the moment before no clock had shown
+// the time at which the gate closes, or a later one.
+func passesGate(q url.Values, valid, known int64) bool {
+	zone := mustZone(q.Get("tz"))
+	daysAhead, err := strconv.Atoi(q.Get("days_ahead"))
+	clock, clockErr := time.Parse("15:04:05", (q.Get("time_of_day") + ":00")[:len("15:04:05")])
+	if err != nil || clockErr != nil {
+		panic(q)
+	}
+	day := daysSince1970(time.UnixMicro(modelBegin(valid, "P1D", q.Get("tz"))).In(zone))
+	closing := time.Date(1970, 1, 1+day-daysAhead, clock.Hour(), clock.Minute(), clock.Second(), 0, time.UTC)
+	if known < closing.UnixMicro()-26*hour {
+		return true // no clock has shown it yet
+	}
+	for u := known - 1; u > known-26*hour; u -= minute {
+		local := time.UnixMicro(u).In(zone)
+		_, offset := local.Zone()
+		if !local.UTC().Add(time.Duration(offset) * time.Second).Before(closing) {
+			return false
+		}
+	}
+	return true
 }
 
 // latest keeps the latest version of each spot or, of overlapping runs, of each slot.
@@ -1236,10 +1715,19 @@ func (h *history) rowShown(q url.Values, v modelVersion) answerRow {
 // buckets aggregates what a flat read shows.
 func (h *history) buckets(q url.Values, shown []modelVersion) []string {
 	width := modelSpans[q.Get("bucket")]
+	_, isCalendar := modelUnits[q.Get("bucket")]
 	values := map[spot][]float64{}
+	slices.SortFunc(shown, func(v, w modelVersion) int {
+		return cmp.Or(cmp.Compare(v.valid, w.valid), cmp.Compare(uint64(v.end), uint64(w.end))) // no end comes first
+	})
 	for _, v := range shown {
 		if v.value != nil {
-			bucket := spot{series: v.series, valid: v.valid - v.valid%width}
+			bucket := spot{series: v.series}
+			if isCalendar {
+				bucket.valid = modelBegin(v.valid, q.Get("bucket"), q.Get("tz"))
+			} else {
+				bucket.valid = v.valid - int64(floorMod(int(v.valid), int(width)))
+			}
 			values[bucket] = append(values[bucket], *v.value)
 		}
 	}
@@ -1268,6 +1756,10 @@ func modelAggregate(agg string, values []float64) float64 {
 		return slices.Max(values)
 	case "sum":
 		return sum
+	case "first":
+		return values[0]
+	case "last":
+		return values[len(values)-1]
 	}
 	return float64(len(values)) // count
 }
@@ -2510,6 +3002,44 @@ func FuzzSpan(f *testing.F) {
 		d, goErr := time.ParseDuration(s)
 		if goErr == nil && err == nil && int64(timestamp(got)) != d.Microseconds() {
 			t.Errorf("%q is read as %d µs, want %v", s, timestamp(got), d)
+		}
+	})
+}
+
+func FuzzWidth(f *testing.F) {
+	for _, seed := range []string{"P1D", "P7D", "P1W", "P2W", "P1M", "P3M", "P1Y", "P999Y", "P1M2D", "P1DT12H", "24h",
+		"1d", "PT24H", "P", "P0D", "PT0S", "P9999W", "P\u0661D"} {
+		f.Add(seed, "Europe/Berlin", int64(0))
+	}
+	f.Add("P1D", "America/St_Johns", int64(unixEpoch)+1_162_089_000_000_000) // 2006-10-29T02:30Z
+	f.Add("P1M", "Pacific/Apia", int64(unixEpoch)+1_325_239_200_000_000)     // 2011-12-30T10:00Z
+	f.Add("P1M", "Africa/Cairo", int64(unixEpoch)+4_888_684_800_000_000)     // 2124-12-01
+	f.Add("P1Y", "localtime", int64(unixEpoch)-1)
+	f.Add("P1D", "../etc/passwd", int64(lastTime))
+	f.Fuzz(func(t *testing.T, length, tz string, at int64) {
+		var w width
+		var z zone
+		if w.UnmarshalText([]byte(length)) != nil || z.UnmarshalText([]byte(tz)) != nil {
+			return
+		}
+		if z.Location == nil || z.String() != tz {
+			t.Fatalf("the zone %q is %v", tz, z.Location)
+		}
+		instant := min(max(timestamp(at), firstTime), lastTime-1)
+		expectTiles(t, w, z, instant)
+	})
+}
+
+func FuzzTimeOfDay(f *testing.F) {
+	for _, seed := range []string{"00:00", "23:59:59", "9:30", "24:00", "12:00Z", "12:00:00.5", "12:00+01", "", "12"} {
+		f.Add(seed)
+	}
+	strict := regexp.MustCompile(`^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?$`)
+	f.Fuzz(func(t *testing.T, s string) {
+		var got timeOfDay
+		err := got.UnmarshalText([]byte(s))
+		if (err == nil) != strict.MatchString(s) || got < 0 || got >= timeOfDay(day) {
+			t.Errorf("%q is read as %d, %v", s, got, err)
 		}
 	})
 }
