@@ -167,7 +167,7 @@ class Client:
 
 
 def _times(column):
-    return pd.to_datetime(column, utc=True, **ISO)
+    return pd.to_datetime(column, utc=True, **ISO).astype("datetime64[ns, UTC]")  # which holds all years that timedb has
 
 
 def _parameter(value):
