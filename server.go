@@ -177,7 +177,11 @@ func inputError(field string, err error) error {
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return invalid("%s: the input ends too early", field)
 	}
-	return invalid("%s: %s", field, strings.TrimPrefix(err.Error(), "json: "))
+	text := strings.TrimPrefix(err.Error(), "json: ")
+	if strings.Contains(text, "character 'N'") || strings.Contains(text, "character 'I'") {
+		text += ": in place of NaN or Infinity send null"
+	}
+	return invalid("%s: %s", field, text)
 }
 
 // expectation says which texts a type takes.
@@ -191,6 +195,8 @@ func expectation(t reflect.Type) string {
 	switch t.Kind() {
 	case reflect.Slice:
 		return "list of texts"
+	case reflect.Bool:
+		return boolean(false).expected()
 	}
 	return "an object"
 }
@@ -489,9 +495,14 @@ type body struct {
 	digest hash.Hash
 }
 
-// openBody returns the body, which is refused unless it is of one of types.
+// openBody returns the body, which is refused unless it is of one of types. Without a Content-Type
+// it is of the first.
 func openBody(w *response, r *http.Request, types ...string) (*body, error) {
-	kind, options, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	given := r.Header.Get("Content-Type")
+	if given == "" {
+		given = types[0]
+	}
+	kind, options, err := mime.ParseMediaType(given)
 	charset := options["charset"]
 	isUTF8 := charset == "" || strings.EqualFold(charset, "utf-8")
 	if err != nil || !slices.Contains(types, kind) || !isUTF8 {
@@ -543,7 +554,11 @@ func (b *body) Read(p []byte) (int, error) {
 // decodeJSON reads the body as one JSON object, as decodeObject does.
 func (b *body) decodeJSON(members map[string]any) error {
 	b.json = json.NewDecoder(b)
-	if err := decodeObject(b.json, members); err != nil {
+	err := decodeObject(b.json, members)
+	if err == io.EOF && b.size == 0 {
+		return invalid("body: expected a JSON object, and it is empty")
+	}
+	if err != nil {
 		return inputError("body", err)
 	}
 	if _, err := b.json.Token(); err != io.EOF {
@@ -612,38 +627,9 @@ func eachItem(dec *json.Decoder, opening json.Delim, item func(i int) error) err
 // unknownName refuses a name that is none of known, and suggests the nearest of those.
 func unknownName(what, name string, known []string) error {
 	if nearest := nearestName(name, known); nearest != "" {
-		return invalid("%.40s: unknown %s; did you mean %s?", name, what, nearest)
+		return invalid("%.100s: unknown %s; did you mean %s?", name, what, nearest)
 	}
-	return invalid("%.40s: unknown %s; there are %s", name, what, strings.Join(known, ", "))
-}
-
-// nearestName returns the one of known that name was probably meant to be, or "".
-func nearestName(name string, known []string) string {
-	nearest := ""
-	most := 0
-	for _, candidate := range known {
-		alike := lettersAlike(name, candidate)
-		longer := max(len(name), len(candidate))
-		if alike > most && 3*alike >= 2*longer {
-			nearest = candidate
-			most = alike
-		}
-	}
-	return nearest
-}
-
-// lettersAlike counts the letters before and after a typo: those with which both begin, and end.
-func lettersAlike(a, b string) int {
-	shorter := min(len(a), len(b))
-	begin := 0
-	for begin < shorter && a[begin] == b[begin] {
-		begin++
-	}
-	end := 0
-	for end < shorter-begin && a[len(a)-1-end] == b[len(b)-1-end] {
-		end++
-	}
-	return begin + end
+	return invalid("%.100s: unknown %s; there are %s", name, what, strings.Join(known, ", "))
 }
 
 // ---- Parameters
@@ -819,7 +805,8 @@ type uploadRow struct {
 	ValidTime    timestamp `json:"valid_time"`
 	ValidTimeEnd timestamp `json:"valid_time_end"`
 	SeriesID     uuid      `json:"series_id"`
-	ValueKey     label     `json:"value_key"`
+	ValueKey     seriesRef `json:"value_key"`
+	SeriesKey    seriesRef `json:"series_key"` // the same by the name that it has in answers
 	Value        number    `json:"value"`
 }
 
@@ -832,10 +819,17 @@ type uploadReader struct {
 	memory   *claim
 }
 
-// addRow checks the row that was read, and adds it to the upload.
-func (u *uploadReader) addRow() error {
+// addRow checks the row that was read, which has this number, and adds it to the upload.
+func (u *uploadReader) addRow(number int) error {
 	row := &u.row
-	ref := seriesRef{ID: row.SeriesID, Key: row.ValueKey}
+	ref := row.ValueKey
+	switch {
+	case ref.Key == "":
+		ref = row.SeriesKey
+	case row.SeriesKey.Key != "" && row.SeriesKey.Key != ref.Key:
+		return invalid("series_key: expected the same as value_key, or one of both")
+	}
+	ref.ID = row.SeriesID
 	if row.Value == notGiven {
 		return invalid("value is required (a number or null)")
 	}
@@ -845,20 +839,24 @@ func (u *uploadReader) addRow() error {
 	if ref == (seriesRef{}) {
 		return invalid("value_key or series_id is required")
 	}
-	points, known := u.points[ref]
-	if !known {
-		u.keyBytes += len(ref.Key)
+	rows := u.series[ref]
+	if rows == nil {
+		rows = &seriesRows{}
+		u.series[ref] = rows
+		u.keyBytes += len(ref.Key) + len(ref.Given)
 	}
-	u.points[ref] = append(points,
+	rows.points = append(rows.points,
 		point{row.ValidTime, row.ValidTimeEnd, float64(row.Value)})
+	// #nosec G115 -- a body has fewer lines than it has bytes
+	rows.numbers = append(rows.numbers, int32(number))
 	u.rows++
-	if len(u.points) > maxSeries {
+	if len(u.series) > maxSeries {
 		return invalid("series: expected at most %d in one upload", maxSeries)
 	}
 	if u.rows > maxRows {
 		return invalid("value: expected at most %d rows in one upload", maxRows)
 	}
-	held := u.rows*rowBytes + len(u.points)*newSeriesBytes + u.keyBytes*keyCopies
+	held := u.rows*rowBytes + len(u.series)*newSeriesBytes + u.keyBytes*keyCopies
 	return u.memory.reach(u.ctx, bodyBytes+int64(held))
 }
 
@@ -880,7 +878,8 @@ func (s *server) postUpload(w *response, r *http.Request, c Caller) error {
 	}
 	u := &uploadReader{ctx: r.Context(), memory: w.memory}
 	u.workflowID = "api-workflow"
-	u.points = map[seriesRef][]point{}
+	u.createSeries = true
+	u.series = map[seriesRef]*seriesRows{}
 	if b.kind == "text/csv" {
 		err = u.readCSV(b, readParameters(r), c)
 	} else {
@@ -929,8 +928,9 @@ func (u *uploadReader) fields() []field {
 func (u *uploadReader) readJSON(b *body, p *parameters, c Caller) error {
 	var tenant uuid
 	members := map[string]any{
-		"tenant_id":  &tenant,
-		"value_rows": func() error { return u.readRows(b.json) },
+		"tenant_id":     &tenant,
+		"create_series": &u.createSeries,
+		"value_rows":    func() error { return u.readRows(b.json) },
 	}
 	for _, f := range u.fields() {
 		members[f.name] = f.into
@@ -946,14 +946,15 @@ func (u *uploadReader) readJSON(b *body, p *parameters, c Caller) error {
 
 // readRows reads a list of rows.
 func (u *uploadReader) readRows(dec *json.Decoder) error {
+	u.list = "value_rows"
 	return eachItem(dec, '[', func(i int) error {
 		u.row = uploadRow{Value: notGiven}
 		err := dec.Decode(&u.row)
 		if err == nil {
-			err = u.addRow()
+			err = u.addRow(i)
 		}
 		if err != nil {
-			return refuseElement("value_rows", i, err)
+			return refuseElement(u.list, i, err)
 		}
 		return nil
 	})
@@ -961,16 +962,20 @@ func (u *uploadReader) readRows(dec *json.Decoder) error {
 
 // check checks what is not a row.
 func (u *uploadReader) check() error {
-	if u.start == 0 {
-		return invalid("run_start_time is required")
+	start := cmp.Or(u.start, u.known)
+	if start == 0 {
+		start = timestampOf(time.Now())
 	}
-	if u.finish != 0 && u.finish < u.start {
-		return invalid("run_finish_time: expected a time not before run_start_time")
+	if u.finish != 0 && u.finish < start {
+		return invalid("run_finish_time: expected a time not before run_start_time, which is " +
+			"known_time, or else now, if it is left out")
 	}
-	for _, key := range slices.Sorted(maps.Keys(u.descriptions)) {
-		if u.points[seriesRef{Key: key}] == nil {
-			return invalid("series_descriptions: no row has the value_key %q", key)
-		}
+	unused := maps.Clone(u.descriptions)
+	for ref := range u.series {
+		delete(unused, ref.Key)
+	}
+	for _, key := range slices.Sorted(maps.Keys(unused)) {
+		return invalid("series_descriptions: no row has the value_key %q", key)
 	}
 	return nil
 }
@@ -981,9 +986,11 @@ func (u *uploadReader) readCSV(in io.Reader, p *parameters, c Caller) error {
 	for _, f := range u.fields() {
 		p.read(f.name, f.into)
 	}
+	p.read("create_series", (*boolean)(&u.createSeries))
 	if err := p.finish(c); err != nil {
 		return err
 	}
+	u.list = "line"
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxLine+1)
 	var columns []field
@@ -1001,15 +1008,15 @@ func (u *uploadReader) readCSV(in io.Reader, p *parameters, c Caller) error {
 		case n == 1:
 			columns, err = u.columns(cells)
 		case len(line) > 0:
-			err = u.addCells(columns, cells)
+			err = u.addCells(n, columns, cells)
 		}
 		// Of a line that was cut short the scanner's error, below, is the cause.
 		if err != nil && lines.Err() == nil {
-			return refuseElement("line", n, err)
+			return refuseElement(u.list, n, err)
 		}
 	}
 	if lines.Err() == nil && n == 1 {
-		return invalid("header: the body is empty")
+		return invalid("header: expected valid_time,value_key,value, and the body is empty")
 	}
 	return inputError(fmt.Sprintf("line[%d]", n), lines.Err())
 }
@@ -1019,32 +1026,45 @@ func (u *uploadReader) columns(header [][]byte) ([]field, error) {
 	into := map[string]encoding.TextUnmarshaler{
 		"valid_time":     &u.row.ValidTime,
 		"value_key":      &u.row.ValueKey,
+		"series_key":     &u.row.SeriesKey,
 		"value":          &u.row.Value,
 		"valid_time_end": &u.row.ValidTimeEnd,
 		"series_id":      &u.row.SeriesID,
 	}
 	var columns []field
+	var unknown []string
 	given := map[string]bool{}
 	for _, cell := range header {
 		name := string(cell)
-		if into[name] == nil {
-			return nil, unknownName("column of the header", name, slices.Sorted(maps.Keys(into)))
-		}
-		if given[name] {
+		switch {
+		case name == "":
+			return nil, invalid("header: a column has no name; in pandas, to_csv(index=False) " +
+				"leaves the index out")
+		case strings.ContainsAny(name, ";\t"):
+			return nil, invalid("header: expected commas between columns, not semicolons or tabs")
+		case given[name]:
 			return nil, invalid("header: %s: given twice", name)
+		case into[name] == nil:
+			unknown = append(unknown, name)
 		}
 		given[name] = true
 		columns = append(columns, field{name, into[name]})
 	}
-	if !given["valid_time"] || !given["value"] || !given["value_key"] && !given["series_id"] {
-		return nil, invalid("header: expected valid_time, value, and value_key or series_id")
+	if len(unknown) > 0 {
+		return nil, unknownName("in the header, to be dropped or renamed",
+			strings.Join(unknown, ", "), slices.Sorted(maps.Keys(into)))
+	}
+	hasSeries := given["value_key"] || given["series_key"] || given["series_id"]
+	if !given["valid_time"] || !given["value"] || !hasSeries {
+		return nil, invalid("header: expected valid_time, value, and value_key, series_key or " +
+			"series_id")
 	}
 	return columns, nil
 }
 
 // addCells reads the cells of one line as a row. An empty value is NULL; another empty cell is not
 // given.
-func (u *uploadReader) addCells(columns []field, cells [][]byte) error {
+func (u *uploadReader) addCells(number int, columns []field, cells [][]byte) error {
 	if len(cells) != len(columns) {
 		return fmt.Errorf("expected %d cells, as in the header", len(columns))
 	}
@@ -1058,7 +1078,7 @@ func (u *uploadReader) addCells(columns []field, cells [][]byte) error {
 			return inputError(column.name, err)
 		}
 	}
-	return u.addRow()
+	return u.addRow(number)
 }
 
 // appendCells appends the cells of a line of CSV. Quotes, which are rare, are left to encoding/csv.
@@ -1087,7 +1107,7 @@ func readUpdate(dec *json.Decoder, c Caller) (correction, error) {
 		"run_id":         &x.of.id,
 		"tenant_id":      &tenant,
 		"series_id":      &x.ref.ID,
-		"series_key":     &x.ref.Key,
+		"series_key":     &x.ref,
 		"value":          &x.value,
 		"annotation":     &x.annotation,
 		"tags":           &x.tags,
@@ -1165,9 +1185,9 @@ func parseRead(r *http.Request, c Caller) (readRequest, error) {
 		return err
 	})
 	p.each("series_key", func(text []byte) error {
-		var key label
-		err := key.UnmarshalText(text)
-		q.series = append(q.series, seriesRef{Key: key})
+		var ref seriesRef
+		err := ref.UnmarshalText(text)
+		q.series = append(q.series, ref)
 		return err
 	})
 	p.read("start_valid", &q.start)

@@ -997,6 +997,135 @@ func TestUploadIsKnownNowUnlessItSaysOtherwise(t *testing.T) {
 	}
 }
 
+func TestRunStartsWhenItIsKnownUnlessItSaysOtherwise(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	const header = "valid_time,value_key,value\n"
+	for _, c := range []struct{ name, query, kind, body, want string }{
+		{"JSON, with known_time", "", "application/json", `{"known_time":"2025-01-02T03:00Z","value_rows":[]}`, "2025-01-02 03:00:00+00"},
+		{"CSV, with known_time", "?known_time=2025-01-02T03:00Z", "text/csv", header, "2025-01-02 03:00:00+00"},
+		{"both", "", "application/json", `{"known_time":"2025-01-02","run_start_time":"2025-01-01"}`, "2025-01-01 00:00:00+00"},
+		{"neither", "", "application/json", `{"run_start_time":null,"value_rows":[]}`, "now"},
+		{"neither, and a finish to come", "", "application/json", `{"run_finish_time":"2200-01-01"}`, "now"},
+		{"CSV, with neither", "", "text/csv", header, "now"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			run := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload"+c.query, key, c.body, "Content-Type: "+c.kind)).RunID
+			got := mustQuery(t, s.db, `SELECT CASE WHEN run_start_time = inserted_at AND known_time = inserted_at THEN 'now'
+				ELSE (run_start_time AT TIME ZONE 'UTC')::text || '+00' END FROM runs_table WHERE run_id = $1`, run)
+			if got != c.want {
+				t.Errorf("it started %s, want %s", got, c.want)
+			}
+		})
+	}
+}
+
+func TestBodyWithoutContentTypeIsTakenForJSON(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	for _, c := range []struct{ name, request, body string }{
+		{"an upload", "POST /upload", oneValue},
+		{"a correction", "PUT /values", update(`"value":2.5`)},
+		{"a series", "POST /series", `{"name":"s"}`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			line := s.mustRaw(t, fmt.Sprintf("%s HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Length: %d\r\n\r\n%s",
+				c.request, key, len(c.body), c.body))
+			if line != "HTTP/1.1 200 OK" {
+				t.Errorf("it is answered %s", line)
+			}
+		})
+	}
+}
+
+func TestUploadThatMayCreateNoSeriesRefusesUnknownKeys(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	other := s.mustUser(t, tenantB, "b@example.com")
+	load := s.mustUpload(t, key, oneValue).SeriesIDs["load"]
+	s.mustUpload(t, other, runWith("", seriesRow("steam turbine", "2025-01-01", "1")))
+	no := func(rows ...string) string { return runWith(`"create_series":false,`, rows...) }
+	for _, c := range []struct {
+		name, body string
+		want       string // of the refusal; "" if there is none
+	}{
+		{"a known key", no(at("2025-02-01", "1")), ""},
+		{"a known key with white space", no(seriesRow(" load ", "2025-02-01", "1")), ""},
+		{"a series_id alone", no(`{"valid_time":"2025-02-01","series_id":"` + load + `","value":1}`), ""},
+		{"no rows", no(), ""},
+		{"a misspelt key", no(goodRow, seriesRow("lod", "2025-02-01", "1")),
+			`series_key: there is no series \"lod\"; did you mean \"load\"?`},
+		{"a key like none", no(goodRow, seriesRow("wind", "2025-02-01", "1")), `there is no series \"wind\"` + "\"}"},
+		{"a key like another tenant's", no(seriesRow("steam turbin", "2025-02-01", "1")), `there is no series \"steam turbin\"` + "\"}"},
+		{"a series_id of nobody", no(`{"valid_time":"2025-02-01","series_id":"` + nobody + `","value":1}`), nobody},
+	} {
+		t.Run("JSON: "+c.name, func(t *testing.T) {
+			if c.want == "" {
+				s.must(t, 200, "POST", "/upload", key, c.body)
+				return
+			}
+			s.mustRefuseUpload(t, key, "/upload", badUpload{c.name, c.body, 404, c.want})
+		})
+	}
+	const asCSV, lines = "Content-Type: text/csv", "valid_time,series_key,value\n2025-02-01,loud,1\n"
+	t.Run("CSV: refused", func(t *testing.T) {
+		refused := badUpload{"a misspelt key", lines, 404, `there is no series \"loud\"; did you mean \"load\"?`}
+		s.mustRefuseUpload(t, key, "/upload?create_series=false", refused, asCSV)
+	})
+	t.Run("CSV: created", func(t *testing.T) {
+		s.must(t, 200, "POST", "/upload?create_series=true", key, lines, asCSV)
+		s.must(t, 200, "POST", "/upload?create_series=false", key, lines, asCSV)
+	})
+	if n := mustQuery(t, s.db, `SELECT count(*) FROM series_table`); n != "3" {
+		t.Errorf("%s series are stored, want load, loud and the other tenant's", n)
+	}
+}
+
+// What a read answers as CSV is an upload once the columns that no upload has are dropped.
+func TestCSVOfAReadCanBeUploaded(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, _ := mustPicture(t, s)
+	other := s.mustUser(t, tenantB, "b@example.com")
+	const csvRead, asCSV = "/values?format=csv", "Content-Type: text/csv"
+	text := s.must(t, 200, "GET", csvRead, key, "")
+	expectIn(t, "a read", s.must(t, 422, "POST", "/upload", key, text, asCSV),
+		"line[1].series_unit: unknown in the header, to be dropped or renamed")
+	without := func(text string, columns ...string) string {
+		lines, err := csv.NewReader(strings.NewReader(text)).ReadAll()
+		if err != nil {
+			t.Fatal(err)
+		}
+		header := slices.Clone(lines[0])
+		var out bytes.Buffer
+		w := csv.NewWriter(&out)
+		for _, line := range lines {
+			var kept []string
+			for i, cell := range line {
+				if !slices.Contains(columns, header[i]) {
+					kept = append(kept, cell)
+				}
+			}
+			w.Write(kept)
+		}
+		w.Flush()
+		return out.String()
+	}
+	t.Run("by its tenant", func(t *testing.T) {
+		s.must(t, 200, "POST", "/upload", key, without(text, "series_unit"), asCSV)
+		if again := s.must(t, 200, "GET", csvRead, key, ""); again != text {
+			t.Errorf("it reads as\n%s\nbefore it was\n%s", again, text)
+		}
+	})
+	t.Run("by another tenant, without the ids", func(t *testing.T) {
+		s.must(t, 200, "POST", "/upload", other, without(text, "series_unit", "series_id"), asCSV)
+		copied := s.must(t, 200, "GET", csvRead, other, "")
+		if without(copied, "series_id") != without(text, "series_id") {
+			t.Errorf("it reads as\n%s\nit was\n%s", copied, text)
+		}
+	})
+}
+
 func TestRunsAreFilteredAndTheNewestKnownComesFirst(t *testing.T) {
 	t.Parallel()
 	s, key := mustTenant(t)
@@ -1047,7 +1176,7 @@ var goodRow = at("2025-02-01T00:00:00Z", "1")
 func badBodies() []badUpload {
 	good := runWith("", goodRow)
 	return []badUpload{
-		{"nothing", ``, 415, "Content-Type"},
+		{"nothing", ``, 422, "body: expected a JSON object, and it is empty"},
 		{"an open brace", `{`, 422, "body"},
 		{"an array", `[]`, 422, "body"},
 		{"null", `null`, 422, "body"},
@@ -1069,16 +1198,19 @@ func badMembers() []badUpload {
 		return strings.Repeat(open, depth) + inner + strings.Repeat(end, depth)
 	}
 	return []badUpload{
-		{"no run_start_time", `{"value_rows":[` + goodRow + `]}`, 422, "run_start_time"},
-		{"run_start_time null", `{"run_start_time":null,"value_rows":[` + goodRow + `]}`, 422, "run_start_time"},
 		{"run_start_time a number", `{"run_start_time":5,"value_rows":[]}`, 422, "run_start_time"},
 		{"run_start_time a word", `{"run_start_time":"yesterday","value_rows":[]}`, 422, "run_start_time"},
 		{"run_finish_time before the start", with(`"run_finish_time":"2024-12-31T23:59:59Z"`), 422, "run_finish_time"},
+		{"run_finish_time before known_time, and no start",
+			`{"known_time":"2025-01-02","run_finish_time":"2025-01-01","value_rows":[]}`, 422, "run_finish_time"},
+		{"run_finish_time before now, and no start",
+			`{"run_finish_time":"2025-01-01","value_rows":[]}`, 422, "run_finish_time"},
 		{"known_time a word", with(`"known_time":"soon"`), 422, "known_time"},
 
 		{"workflow_id a number", with(`"workflow_id":7`), 422, "workflow_id"},
 		{"workflow_id blank", with(`"workflow_id":" "`), 422, "workflow_id"},
 		{"workflow_id with NUL", with(`"workflow_id":"a\u0000b"`), 422, "workflow_id"},
+		{"workflow_id with a zero width space", with(`"workflow_id":"a\u200bb"`), 422, "workflow_id"},
 		{"workflow_id not UTF-8", with("\"workflow_id\":\"a\xffb\""), 422, "workflow_id"},
 		{"workflow_id twice", with(`"workflow_id":"a","workflow_id":"b"`), 422, "workflow_id"},
 
@@ -1093,6 +1225,10 @@ func badMembers() []badUpload {
 		{"run_params 2,500 objects deep beside an unknown member",
 			with(`"run_params":` + nested(`{"a":`, `1`, `}`, 2_500) + `,"nope":1`), 422, "nope"},
 
+		{"create_series a text", with(`"create_series":"no"`), 422, "create_series: expected true or false"},
+		{"create_series a number", with(`"create_series":0`), 422, "create_series: expected true or false"},
+
+		{"series_descriptions of no row", with(`"series_descriptions":{"wind":"w"}`), 422, "wind"},
 		{"series_descriptions an array", with(`"series_descriptions":[]`), 422, "series_descriptions"},
 		{"series_descriptions with a number", with(`"series_descriptions":{"load":5}`), 422, "series_descriptions"},
 
@@ -1137,6 +1273,14 @@ func badRows(seriesA, seriesB string) []badUpload {
 		{"value_key blank", row(`"value_key":" \t","value":1`), 422, "value_key"},
 		{"value_key a number", row(`"value_key":5,"value":1`), 422, "value_key"},
 		{"value_key with NUL", row(`"value_key":"a\u0000","value":1`), 422, "value_key"},
+		{"value_key with a zero width space at its end", row(`"value_key":"load\u200b","value":1`), 422, "value_key"},
+		{"value_key that turns the direction", row(`"value_key":"lo\u202ead","value":1`), 422, "value_key"},
+		{"value_key of 500 bytes and a space",
+			row(`"value_key":"` + strings.Repeat("x", 500) + ` ","value":1`), 422, "value_key"},
+		{"value_key and another series_key",
+			row(`"value_key":"load","series_key":"wind","value":1`), 422, "value_rows[1].series_key"},
+		{"series_key blank", row(`"series_key":" ","value":1`), 422, "value_rows[1].series_key"},
+		{"series_key a number", row(`"series_key":5,"value":1`), 422, "series_key: expected text"},
 		{"value_key not UTF-8", row("\"value_key\":\"\xff\",\"value\":1"), 422, "value_key"},
 		{"series_id no UUID", row(`"series_id":"nope","value":1`), 422, "series_id"},
 		{"series_id of no series", row(`"series_id":"` + nobody + `","value":1`), 404, "series_id"},
@@ -1147,16 +1291,25 @@ func badRows(seriesA, seriesB string) []badUpload {
 		{"no value", row(`"value_key":"load"`), 422, "value_rows[1].value"},
 		{"value a string", load(`"1"`), 422, "value"},
 		{"value true", load(`true`), 422, "value"},
-		{"value NaN", load(`NaN`), 422, "value_rows[1]"},
+		{"value NaN", load(`NaN`), 422, "in place of NaN or Infinity send null"},
+		{"value Infinity", load(`Infinity`), 422, "in place of NaN or Infinity send null"},
 		{"value too large", load(`1e999`), 422, "value"},
-		{"value -Infinity", load(`-Infinity`), 422, "value_rows[1]"},
+		{"value -Infinity", load(`-Infinity`), 422, "in place of NaN or Infinity send null"},
 		{"value NaN as a string", load(`"NaN"`), 422, "value"},
 		{"value an array", load(`[1]`), 422, "value"},
 
-		{"the same row twice", second(goodRow), 422, "2025-02-01T00:00:00"},
+		{"the same row twice", second(goodRow), 422,
+			`value_rows[1]: valid_time 2025-02-01T00:00:00+00:00 occurs twice for series \"load\"`},
+		{"one time three times, among others", runWith("", goodRow, at("2025-02-03", "1"),
+			seriesRow("wind", "2025-02-01", "1"), at("2025-02-01", "1"), at("2025-02-02", "1"),
+			at("2025-02-01", "1")), 422, `value_rows[3]: valid_time 2025-02-01T00:00:00+00:00`},
 		{"one time twice, written in two zones", second(at("2025-02-01T01:00:00+01:00", "2")), 422, "twice"},
 		{"one series twice, by key and by id",
-			second(`{"valid_time":"2025-02-01","series_id":"` + seriesA + `","value":1}`), 422, "twice"},
+			second(`{"valid_time":"2025-02-01","series_id":"` + seriesA + `","value":1}`), 422, "value_rows[1]"},
+		{"one series twice, by key and by id, the id first",
+			runWith("", `{"valid_time":"2025-02-01","series_id":"`+seriesA+`","value":1}`, at("2025-02-02", "1"), goodRow),
+			422, `value_rows[2]: valid_time 2025-02-01T00:00:00+00:00 occurs twice for series \"load\"`},
+		{"one series twice, with a space and without", second(seriesRow("load ", "2025-02-01", "1")), 422, "value_rows[1]"},
 		{"one interval twice", runWith("", at("2025-01-01", "1", `,"valid_time_end":"2025-01-02"`),
 			at("2025-01-01", "2", `,"valid_time_end":"2025-01-02T00:00:00Z"`)), 422, "twice"},
 		{"one microsecond twice", runWith("", at(first, "1"), at(again, "1")), 422, "twice"},
@@ -1187,7 +1340,7 @@ func badCSVs() []badUpload {
 	const good = header + "2025-02-01,load,1\n"
 	commas := strings.Repeat(",", 1<<20)
 	return []badUpload{
-		{"nothing", "", 422, "header"},
+		{"nothing", "", 422, "header: expected valid_time,value_key,value, and the body is empty"},
 		{"no column value", "valid_time,value_key\n2025-01-01,load\n", 422, "value"},
 		{"no column value and no row", "valid_time,value_key\n", 422, "value"},
 		{"no column valid_time", "value_key,value\n2025,x\n", 422, "valid_time"},
@@ -1196,7 +1349,13 @@ func badCSVs() []badUpload {
 		{"an unknown column", "valid_time,value_key,value,extra\n", 422, "extra"},
 		{"a column twice", "valid_time,value,value_key,value\n", 422, "value"},
 		{"a column in capitals", "Valid_Time,value_key,value\n", 422, "Valid_Time"},
-		{"semicolons", "valid_time;value_key;value\n", 422, "there are series_id, valid_time"},
+		{"semicolons", "valid_time;value_key;value\n", 422, "header: expected commas"},
+		{"tabs", "valid_time\tvalue_key\tvalue\n", 422, "header: expected commas"},
+		{"the index of pandas", ",valid_time,value_key,value\n0,2025-01-01,load,1\n", 422, "to_csv(index=False)"},
+		{"the columns of a read in detail", "valid_time,series_id,value,series_key,series_unit,run_id,known_time," +
+			"valid_time_end,change_time,changed_by,annotation,tags,version\n", 422, "line[1].series_unit, run_id, known_time, " +
+			"change_time, changed_by, annotation, tags, version: unknown in the header, to be dropped or renamed; there are series_id, "},
+		{"a misspelt column", "valid_tim,value_key,value\n", 422, "did you mean valid_time?"},
 
 		{"a short line", good + "2025-02-02,load\n", 422, "3"},
 		{"a value that is a word", good + "2025-02-02,load,one\n", 422, "value"},
@@ -1207,8 +1366,14 @@ func badCSVs() []badUpload {
 		{"no valid_time", header + ",load,1\n", 422, "valid_time"},
 		{"a valid_time that is a word", header + "soon,load,1\n", 422, "valid_time"},
 		{"no value_key", header + "2025-02-01,,1\n", 422, "value_key"},
+		{"value_key and another series_key",
+			"valid_time,value_key,value,series_key\n2025-02-01,load,1,wind\n", 422, "line[2].series_key"},
+		{"a value_key with a byte order mark", header + "2025-02-01,\ufeffload,1\n", 422, "line[2].value_key"},
 		{"a value_key not UTF-8", header + "2025-02-01,\xff,1\n", 422, "value_key"},
-		{"one time twice", good + "2025-02-01 00:00,load,2\n", 422, "twice"},
+		{"one time twice", good + "2025-02-01 00:00,load,2\n", 422, "line[3]"},
+		{"one time twice, among others and after an empty line", header + "2025-10-26 01:00,load,1\n\n2025-10-26 02:00,load,1\n" +
+			"2025-10-26 02:00,wind,1\n2025-10-26 02:30,load,1\n2025-10-26 02:00,load,1\n", 422,
+			`line[7]: valid_time 2025-10-26T02:00:00+00:00 occurs twice for series \"load\"; a time without an offset`},
 
 		{"a quote that is not closed", header + "2025-02-01,\"load,1\n", 422, ""},
 		{"quotes that are not closed, over many lines",
@@ -1270,7 +1435,8 @@ func TestBadUploadIsRefusedAndStoresNothing(t *testing.T) { // S21, S22
 	for _, c := range []struct{ name, kind, query, body, want string }{
 		{"unknown, beside JSON", inJSON, "?nope=1", good, "nope"},
 		{"of CSV, beside JSON", inJSON, "?workflow_id=x", good, "workflow_id"},
-		{"missing", inCSV, "", header, "run_start_time"},
+		{"create_series neither true nor false", inCSV, "?create_series=no", header, "create_series: expected true or false"},
+		{"create_series, beside JSON", inJSON, "?create_series=false", good, "create_series"},
 		{"no timestamp", inCSV, "?run_start_time=x", header, "run_start_time"},
 		{"value_rows", inCSV, "?run_start_time=2025-01-01&value_rows=x", header, "value_rows"},
 		{"unknown, beside CSV", inCSV, "?run_start_time=2025-01-01&nope=1", "", "nope"},
@@ -1353,6 +1519,9 @@ func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
 		{"empty", parameters, named(strings.Replace(csvBody, "NaN", "", 1), "empty"), []string{asCSV}},
 		{"both", parameters, gzipped(named(csvBody, "both")), []string{asCSV, zipped}},
 		{"excel", parameters, "\ufeff" + named(csvBody, "excel"), []string{asCSV}}, // with a byte order mark
+		{"column", parameters, named(strings.Replace(csvBody, "value_key", "series_key", 1), "column"), []string{asCSV}},
+		{"member", "", strings.ReplaceAll(named(jsonBody, "member"), "value_key", "series_key"), nil},
+		{"padded", parameters, strings.ReplaceAll(csvBody, "load", " \u00a0padded\u3000 "), []string{asCSV}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s.must(t, 200, "POST", "/upload"+c.query, key, c.body, c.header...)
@@ -1363,8 +1532,8 @@ func TestCSVAndGzipStoreWhatJSONStores(t *testing.T) {
 	}
 	got := mustQuery(t, s.db, `SELECT count(*) FROM runs_table
 		WHERE workflow_id = 'csv' AND run_params->>'a' = '1'`)
-	if got != "4" {
-		t.Errorf("%s of 4 CSV uploads have their run_params", got)
+	if got != "6" {
+		t.Errorf("%s of 6 CSV uploads have their run_params", got)
 	}
 }
 
@@ -2420,6 +2589,7 @@ func FuzzUploadCSV(f *testing.F) {
 		"value,series_id,valid_time\n",
 		"valid_time,value_key,value,valid_time_end\r\n\"2025-01-01 00:00\",\"a\"\"b\",NaN,2025-01-02\r\n",
 		"valid_time,value\n1\n",
+		"valid_time,series_key,value,value_key\n2025-01-01, a ,1,a\n\n2025-01-01,a,1,\n",
 		"\"",
 		"",
 	} {
@@ -2474,7 +2644,7 @@ func ampleClaim() *claim { return &claim{of: newShares(1<<40, 1<<40)} }
 // newUploadReader reads an upload as POST /upload does, without a database.
 func newUploadReader(t testing.TB) *uploadReader {
 	u := &uploadReader{ctx: t.Context(), memory: ampleClaim()}
-	u.points = map[seriesRef][]point{}
+	u.series = map[seriesRef]*seriesRows{}
 	return u
 }
 
@@ -2489,7 +2659,8 @@ func mustBeRefusal(t *testing.T, text []byte, err error, kinds ...errorKind) {
 
 func FuzzUploadJSON(f *testing.F) {
 	params := runWith(`"run_params":{"a":[{}]},`, at("2025-01-01", "null"))
-	for _, seed := range []string{emptyRun, oneValue, params, `{"value_rows":[{},]}`, `{} {`} {
+	const keys = `{"create_series":false,"value_rows":[{"valid_time":"2025-01-01","value_key":" a ","series_key":"a","value":1}]}`
+	for _, seed := range []string{emptyRun, oneValue, params, keys, `{"value_rows":[{},]}`, `{} {`} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {

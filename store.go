@@ -296,21 +296,27 @@ func (u *uuid) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// label is a key, unit, workflow_id, e-mail address or tag.
+// label is a key, unit, workflow_id, e-mail address or tag, without white space around it.
 type label string
 
 const maxLabel = 500 // bytes; PostgreSQL indexes keys of up to some 2,700
 
-func (label) expected() string { return "text of 1 to 500 bytes without control characters" }
+func (label) expected() string {
+	return "text of 1 to 500 bytes without control or format characters"
+}
 
 func (l *label) UnmarshalText(text []byte) error {
-	blank := len(bytes.TrimSpace(text)) == 0
-	if blank || len(text) > maxLabel || bytes.ContainsFunc(text, unprintable) {
+	bare := bytes.TrimSpace(text)
+	if len(bare) == 0 || len(text) > maxLabel || bytes.ContainsFunc(bare, invisible) {
 		return unfit[label](text)
 	}
-	*l = label(text)
+	*l = label(bare)
 	return nil
 }
+
+// invisible is true of what makes two texts that look the same differ: format characters, which
+// have no width or turn the direction, too.
+func invisible(r rune) bool { return unprintable(r) || unicode.Is(unicode.Cf, r) }
 
 // unprintable is true of control characters and of what stands for bytes that are not UTF-8.
 func unprintable(r rune) bool { return r == unicode.ReplacementChar || unicode.IsControl(r) }
@@ -448,6 +454,35 @@ type optional[T any] struct {
 func (o *optional[T]) UnmarshalJSON(b []byte) error {
 	o.given = true
 	return json.Unmarshal(b, &o.value)
+}
+
+// nearestName returns the one of known that name was probably meant to be, or "".
+func nearestName(name string, known []string) string {
+	nearest := ""
+	most := 0
+	for _, candidate := range known {
+		alike := lettersAlike(name, candidate)
+		longer := max(len(name), len(candidate))
+		if alike > most && 3*alike >= 2*longer {
+			nearest = candidate
+			most = alike
+		}
+	}
+	return nearest
+}
+
+// lettersAlike counts the letters before and after a typo: those with which both begin, and end.
+func lettersAlike(a, b string) int {
+	shorter := min(len(a), len(b))
+	begin := 0
+	for begin < shorter && a[begin] == b[begin] {
+		begin++
+	}
+	end := 0
+	for end < shorter-begin && a[len(a)-1-end] == b[len(b)-1-end] {
+		end++
+	}
+	return begin + end
 }
 
 // ---- Errors
@@ -1395,10 +1430,23 @@ const defaultUnit = "dimensionless" // of a series that an upload creates
 
 type series struct{ ID, Key, Unit string }
 
-// seriesRef names a series by id, by key, or by both.
+// seriesRef names a series by id, by key, or by both. Given is the key with the white space that
+// was around it: by it a key is found that was stored before keys were trimmed.
 type seriesRef struct {
-	ID  uuid  `json:"id"`
-	Key label `json:"key"`
+	ID    uuid   `json:"id"`
+	Key   label  `json:"key"`
+	Given string `json:"given"` // "": as Key
+}
+
+func (seriesRef) expected() string { return label("").expected() }
+
+// UnmarshalText reads a key.
+func (r *seriesRef) UnmarshalText(text []byte) error {
+	err := r.Key.UnmarshalText(text)
+	if len(r.Key) < len(text) {
+		r.Given = string(text)
+	}
+	return err
 }
 
 // noSeries is the error of a reference to nothing.
@@ -1414,14 +1462,19 @@ func noSeries(ref seriesRef) error {
 func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) (
 	[]series, error) {
 	var found []series
+	var unknown []seriesRef
 	err := s.eachRow(ctx, tx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
-		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text))
-		     WITH ORDINALITY AS ref (id, key, number)
-		LEFT JOIN LATERAL (
+		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text, given text))
+		     WITH ORDINALITY AS ref (id, key, given, number)
+		LEFT JOIN LATERAL (SELECT * FROM (
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
 			UNION ALL
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = ''
+			UNION ALL
+			SELECT * FROM series_table
+			WHERE tenant_id = $1 AND series_key = nullif(ref.given, '') AND ref.id = ''
+			) AS s ORDER BY series_key = ref.key LIMIT 1
 		) AS s ON true
 		ORDER BY ref.number`,
 		[]any{c.tenant, asJSON(refs)}, func(rows *sql.Rows) error {
@@ -1430,16 +1483,45 @@ func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []ser
 				return err
 			}
 			ref := refs[len(found)]
-			if x.ID == "" {
-				return noSeries(ref)
-			}
-			if ref.Key != "" && string(ref.Key) != x.Key {
+			found = append(found, x)
+			switch {
+			case x.ID == "":
+				unknown = append(unknown, ref)
+			case ref.Key != "" && x.Key != string(ref.Key) && x.Key != ref.Given:
 				return invalid("series_id: %s is not the series %q", ref.ID, ref.Key)
 			}
-			found = append(found, x)
 			return nil
 		})
+	if err == nil && len(unknown) > 0 {
+		return nil, s.suggestSeries(ctx, c, tx, unknown[0])
+	}
 	return found, err
+}
+
+// maxSuggested is how many keys are compared to suggest one, which takes some 50 ms.
+const maxSuggested = 100_000
+
+// suggestSeries is noSeries with the key of the caller's tenant that was probably meant.
+func (s *store) suggestSeries(ctx context.Context, c Caller, tx *sql.Tx, ref seriesRef) error {
+	if ref.ID != "" {
+		return noSeries(ref)
+	}
+	nearest := ""
+	err := s.eachRow(ctx, tx, `
+		SELECT series_key FROM series_table WHERE tenant_id = $1 ORDER BY series_key LIMIT $2`,
+		[]any{c.tenant, maxSuggested}, func(rows *sql.Rows) error {
+			var key string
+			err := rows.Scan(&key)
+			nearest = nearestName(string(ref.Key), []string{nearest, key})
+			return err
+		})
+	switch {
+	case err != nil:
+		return err
+	case nearest == "":
+		return noSeries(ref)
+	}
+	return refuse(notFound, "series_key: there is no series %q; did you mean %q?", ref.Key, nearest)
 }
 
 // ensureSeries returns the series that each ref names, after creating those named by a key that is
@@ -1452,10 +1534,13 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 		WITH created AS (
 			INSERT INTO series_table (tenant_id, series_key, unit, description)
 			SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '')
-			FROM json_to_recordset($3) AS n (id text, key text)
+			FROM json_to_recordset($3) AS n (id text, key text, given text)
 			WHERE n.id = '' AND (  -- not NOT EXISTS, which compares all with all
 				SELECT series_id FROM series_table t
 				WHERE t.tenant_id = $1 AND t.series_key = n.key) IS NULL
+			  AND (
+				SELECT series_id FROM series_table t
+				WHERE t.tenant_id = $1 AND t.series_key = nullif(n.given, '')) IS NULL
 			ORDER BY n.key COLLATE "C"
 			ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING series_id)
 		SELECT count(*) FROM created`,
@@ -1506,15 +1591,23 @@ func comparePoints(a, b point) int {
 	return cmp.Or(cmp.Compare(a.time, b.time), cmp.Compare(a.end, b.end))
 }
 
+// seriesRows are the rows of one series, as they were sent.
+type seriesRows struct {
+	points  []point
+	numbers []int32 // where in the request each row stands
+}
+
 // upload is one run with its values.
 type upload struct {
 	runID                uuid // "": the database makes one
 	workflowID           label
-	start, finish, known timestamp // the latter two may be 0
+	start, finish, known timestamp // may be 0
 	params               object    // or nil
 	descriptions         descriptions
-	points               map[seriesRef][]point
+	createSeries         bool // those that are new; false: they are refused
+	series               map[seriesRef]*seriesRows
 	rows                 int
+	list                 string // what the numbers of rows count
 	digest               []byte // of the request, to tell a retry from a clash
 }
 
@@ -1530,22 +1623,27 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 	ids := map[string]string{}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		// The series first: as of the run's change_time they must exist.
-		refs := slices.AppendSeq([]seriesRef{}, maps.Keys(u.points))
-		found, _, err := s.ensureSeries(ctx, c, tx, refs, defaultUnit, u.descriptions)
+		refs := slices.AppendSeq([]seriesRef{}, maps.Keys(u.series))
+		var found []series
+		var err error
+		if u.createSeries {
+			found, _, err = s.ensureSeries(ctx, c, tx, refs, defaultUnit, u.descriptions)
+		} else {
+			found, err = s.findSeries(ctx, c, tx, refs)
+		}
 		if err != nil {
 			return err
 		}
-		points := map[string][]point{}
+		rows := map[series][]*seriesRows{}
 		for i, x := range found {
 			ids[x.Key] = x.ID
-			// Two refs may name one series.
-			points[x.ID] = append(points[x.ID], u.points[refs[i]]...)
+			rows[x] = append(rows[x], u.series[refs[i]]) // two refs may name one series
 		}
 		isNew, err := insertRun(ctx, c, tx, u)
 		if err != nil || !isNew {
 			return err
 		}
-		blocks, err := cutBlocks(points)
+		blocks, err := cutBlocks(u.list, rows)
 		if err != nil {
 			return err
 		}
@@ -1565,8 +1663,9 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 	err = tx.QueryRowContext(ctx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time,
 		       known_time, run_params, rows_inserted, request_digest, changed_by, inserted_at)
-		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3, $4::timestamptz,
-		       $5::timestamptz, coalesce($6::timestamptz, now), nullif($7, '')::json, $8::integer,
+		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3,
+		       coalesce($4::timestamptz, $6, now), $5::timestamptz,
+		       coalesce($6::timestamptz, now), nullif($7, '')::json, $8::integer,
 		       $9::bytea, nullif($10, ''), now
 		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
@@ -1607,24 +1706,42 @@ type block struct {
 
 // cutBlocks sorts the points of each series and cuts them into blocks. A point that occurs twice is
 // invalid.
-func cutBlocks(bySeries map[string][]point) ([]block, error) {
+func cutBlocks(list string, bySeries map[series][]*seriesRows) ([]block, error) {
 	var blocks []block
-	for id, points := range bySeries {
+	for of, parts := range bySeries {
+		var points []point
+		for _, part := range parts {
+			points = append(points, part.points...)
+		}
 		slices.SortFunc(points, comparePoints) // quick on what is in order
 		begin := 0
 		for i, p := range points {
 			if i > 0 && comparePoints(points[i-1], p) == 0 {
-				return nil, invalid("value_rows: the valid_time %s occurs twice for one series",
-					p.time)
+				return nil, invalid("%s[%d]: valid_time %s occurs twice for series %q; a time "+
+					"without an offset is taken for UTC", list, secondRow(parts, p), p.time, of.Key)
 			}
 			if i-begin == maxBlockValues || p.time-points[begin].time > maxBlockSpan {
-				blocks = append(blocks, block{id, points[begin:i]})
+				blocks = append(blocks, block{of.ID, points[begin:i]})
 				begin = i
 			}
 		}
-		blocks = append(blocks, block{id, points[begin:]})
+		blocks = append(blocks, block{of.ID, points[begin:]})
 	}
 	return blocks, nil
+}
+
+// secondRow is where the point p, which occurs twice or more, occurs for the second time.
+func secondRow(parts []*seriesRows, p point) int32 {
+	var numbers []int32
+	for _, part := range parts {
+		for i, other := range part.points {
+			if comparePoints(other, p) == 0 {
+				numbers = append(numbers, part.numbers[i])
+			}
+		}
+	}
+	slices.Sort(numbers)
+	return numbers[1]
 }
 
 // stretch says which elements of the arrays sent with it belong to one block, counted from 1.
@@ -1936,12 +2053,16 @@ const (
 		SELECT DISTINCT ON (s.series_key COLLATE "C")
 		       s.series_id, s.series_key, s.unit, wanted.id AS wanted_id, wanted.key AS wanted_key,
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
-		FROM json_to_recordset($7) AS wanted (id text, key text)
-		LEFT JOIN LATERAL (
+		FROM json_to_recordset($7) AS wanted (id text, key text, given text)
+		LEFT JOIN LATERAL (SELECT * FROM (
 			SELECT * FROM series_table
 			WHERE tenant_id = $1 AND series_id = nullif(wanted.id, '')::uuid
 			UNION ALL
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = wanted.key
+			UNION ALL
+			SELECT * FROM series_table
+			WHERE tenant_id = $1 AND series_key = nullif(wanted.given, '')
+			) AS s ORDER BY series_key = wanted.key LIMIT 1
 		) AS s ON s.inserted_at <= $6
 		ORDER BY s.series_key COLLATE "C" NULLS FIRST`
 
@@ -2544,7 +2665,7 @@ func (x *correction) apply(v *corrected) {
 func sortedTags(tags []label) pq.StringArray {
 	var sorted pq.StringArray
 	for _, tag := range tags {
-		sorted = append(sorted, strings.ToLower(strings.TrimSpace(string(tag))))
+		sorted = append(sorted, strings.ToLower(string(tag)))
 	}
 	slices.Sort(sorted)
 	return slices.Compact(sorted)

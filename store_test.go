@@ -195,6 +195,9 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 		{"a blank name", "POST", "/series", `{"name":" "}`, 422, []string{"name"}},
 		{"no name", "POST", "/series", `{}`, 422, []string{"name"}},
 		{"an empty unit", "POST", "/series", `{"name":"x","unit":""}`, 422, []string{"unit"}},
+		{"a name with a zero width joiner", "POST", "/series", `{"name":"lo\u200dad"}`, 422, []string{"name", "format characters"}},
+		{"a unit with a mark of direction", "POST", "/series", `{"name":"x","unit":"M\u200eW"}`, 422, []string{"unit"}},
+		{"a name and a unit with white space", "POST", "/series", `{"name":" load\n","unit":"\u00a0MW\t"}`, 200, []string{first.ID}},
 		{"a number as name", "POST", "/series", `{"name":5}`, 422, []string{"name"}},
 		{"an unknown member", "POST", "/series", `{"name":"x","extra":1}`, 422, []string{"extra"}},
 		{"a member twice", "POST", "/series", `{"name":"x","name":"y"}`, 422, []string{"name"}},
@@ -216,6 +219,63 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	if text := s.must(t, 200, "GET", "/values", key, ""); strings.Count(text, `"series_unit":"MW"`) != 3 {
 		t.Errorf("GET /values: %s", text)
 	}
+}
+
+// Keys were once stored with the white space around them. They are found by just that, and no other is.
+func TestKeysStoredWithWhiteSpaceAreStillFound(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	storeAsBefore := func(t *testing.T, name string) (id string) {
+		t.Helper()
+		return mustQuery(t, s.db, `INSERT INTO series_table (tenant_id, series_key, unit)
+			VALUES ($1, $2, 'MW') RETURNING series_id`, tenantA, name)
+	}
+	pad, both := storeAsBefore(t, " pad "), storeAsBefore(t, "both ")
+	bare := s.mustUpload(t, key, runWith("", seriesRow("both", "2025-01-01", "1"))).SeriesIDs["both"]
+	if bare == both || bare == "" {
+		t.Fatalf("a new key is the old one with a space: %s", bare)
+	}
+	for _, c := range []struct{ name, key, want string }{ // want: the series; "" if there is none
+		{"as it is stored", " pad ", pad},
+		{"without the white space", "pad", ""},
+		{"with other white space", "  pad ", ""},
+		{"of two as the old one is stored", "both ", both},
+		{"of two the new one", "both", bare},
+		{"of two the new one, with other white space", " both", bare},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			upload := runWith(`"create_series":false,`, seriesRow(c.key, "2025-01-02", "1"))
+			correct := corrections(`{"valid_time":"2025-01-02","series_key":"` + c.key + `","value":2}`)
+			if c.want == "" {
+				s.must(t, 404, "POST", "/upload", key, upload)
+				s.must(t, 404, "GET", "/values?series_key="+url.QueryEscape(c.key), key, "")
+				s.must(t, 404, "PUT", "/values", key, correct)
+				return
+			}
+			if got := s.mustUpload(t, key, upload).SeriesIDs; len(got) != 1 || slices.Collect(maps.Values(got))[0] != c.want {
+				t.Errorf("an upload finds %v, want %s", got, c.want)
+			}
+			for _, row := range s.mustRead(t, "/values?series_key="+url.QueryEscape(c.key), key) {
+				if row.Series != c.want {
+					t.Errorf("a read shows %s, want %s", row.line(), c.want)
+				}
+			}
+			expectIn(t, "a correction", s.must(t, 200, "PUT", "/values", key, correct), c.want)
+		})
+	}
+	t.Run("an upload makes no second one", func(t *testing.T) {
+		body := runWith("", seriesRow(" pad ", "2025-01-03", "1"), `{"valid_time":"2025-01-04","value_key":" pad ","series_id":"`+pad+`","value":1}`)
+		if got := s.mustUpload(t, key, body).SeriesIDs; got[" pad "] != pad || len(got) != 1 {
+			t.Errorf("it finds %v, want %s", got, pad)
+		}
+	})
+	t.Run("but of the key without it", func(t *testing.T) {
+		body := runWith(`"series_descriptions":{"pad ":"new"},`, seriesRow("pad", "2025-01-03", "1"), seriesRow("  pad", "2025-01-04", "1"))
+		if got := s.mustUpload(t, key, body).SeriesIDs; got["pad"] == pad || len(got) != 1 {
+			t.Errorf("it finds %v, want one that is new", got)
+		}
+		expectIn(t, "the list", s.must(t, 200, "GET", "/list_timeseries", key, ""), `"description":"new"`)
+	})
 }
 
 // ---- Reads
@@ -1966,12 +2026,14 @@ func claimOf(c Caller) *claim { return &claim{of: newShares(1<<30, 1<<30), calle
 // uploadTo uploads a day of hourly values of some series.
 func uploadTo(s *store, c Caller, known timestamp, keys ...string) error {
 	u := &upload{workflowID: "w", start: hour1(0), known: known, digest: make([]byte, 32)}
-	u.points = map[seriesRef][]point{}
+	u.createSeries = true
+	u.series = map[seriesRef]*seriesRows{}
 	for _, key := range keys {
+		rows := &seriesRows{}
 		for h := range 24 {
-			ref := seriesRef{Key: label(key)}
-			u.points[ref] = append(u.points[ref], point{time: hour1(h), value: 1})
+			rows.points = append(rows.points, point{time: hour1(h), value: 1})
 		}
+		u.series[seriesRef{Key: label(key)}] = rows
 	}
 	_, err := s.Upload(context.Background(), c, u)
 	return err
@@ -2011,6 +2073,14 @@ var plannedRequests = []plannedRequest{
 	}},
 	{"upload a few rows", false, func(s *plannedStore, c Caller, n int) error {
 		return uploadTo(s.store, c, hour1(24)+timestamp(n), "s4", "s5", fmt.Sprint("new ", n))
+	}},
+	{"suggest a key", true, func(s *plannedStore, c Caller, _ int) error {
+		u := &upload{series: map[seriesRef]*seriesRows{{Key: "s33"}: {}}}
+		_, err := s.Upload(context.Background(), c, u)
+		if refused, ok := errors.AsType[*refusal](err); !ok || !strings.HasSuffix(refused.message, `did you mean "s3"?`) {
+			return fmt.Errorf("it is not suggested but: %w", err)
+		}
+		return nil
 	}},
 	{"correct a value", false, func(s *plannedStore, c Caller, n int) error {
 		return correctAt(s, c, hour1(5), 0, 100+n)
