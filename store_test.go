@@ -492,7 +492,7 @@ func TestFirstUploadIsThereAsOfItsOwnChangeTime(t *testing.T) {
 
 // ---- Reads against a naive model
 
-// A history is some uploads and corrections of one tenant, sent over HTTP and mirrored in the plainest possible model:
+// A history is some uploads, corrections and withdrawals of one tenant, sent over HTTP and mirrored in the plainest possible model:
 // a list of every version ever written. Times are microseconds since 1970.
 type history struct {
 	s        *testServer
@@ -506,8 +506,10 @@ type history struct {
 }
 
 type modelRun struct {
-	id    string
-	known int64
+	id         string
+	known      int64
+	gone       int    // if it is withdrawn, how many moments there were before that; there was one
+	withdrawal string // what that was answered
 }
 
 type modelSeries struct {
@@ -529,10 +531,11 @@ type slot struct {
 
 type modelVersion struct {
 	slot
-	number   int
-	value    *float64
-	note, by string
-	tags     []string
+	number     int
+	value, old *float64 // old is of the version before it
+	note, by   string
+	tags       []string
+	batch      int // of a correction; those of one request have one change_time
 }
 
 // modelMoment is a time by the database's clock, how many versions there were then, and what a read answered then.
@@ -590,8 +593,11 @@ func (h *history) play() error {
 	}
 	for step := range 2 + h.rng.Intn(5) {
 		act := h.correct
-		if step == 0 || h.chance(50) {
+		switch {
+		case step == 0 || h.chance(40):
 			act = h.upload
+		case h.chance(25):
+			act = h.withdraw
 		}
 		if err := act(h.rng.Intn(2)); err != nil {
 			return err
@@ -605,7 +611,7 @@ func (h *history) play() error {
 			return err
 		}
 	}
-	return nil
+	return h.compareFeed()
 }
 
 // createUsers writes the users into the table: two thousand commands would take too long.
@@ -725,6 +731,36 @@ func (h *history) upload(user int) error {
 	}
 	h.runs = append(h.runs, run)
 	return err
+}
+
+// withdraw withdraws a random run, which may be withdrawn already: then it is answered as the first time.
+func (h *history) withdraw(user int) error {
+	run := &h.runs[h.rng.Intn(len(h.runs))]
+	note := pick(h.rng, modelNotes...)
+	path := "/runs/" + pick(h.rng, run.id, strings.ToUpper(run.id)) + "/withdraw"
+	resp, answer, err := h.s.do("POST", path, h.keys[user], jsonText(map[string]any{"annotation": note.sent}))
+	if err != nil || resp.StatusCode != 200 {
+		return fmt.Errorf("POST %s: %v %v %s", path, resp, err, answer)
+	}
+	if run.gone > 0 && answer != run.withdrawal {
+		return fmt.Errorf("POST %s again: %s, first %s", path, answer, run.withdrawal)
+	}
+	if run.gone > 0 {
+		return nil
+	}
+	run.gone = len(h.moments)
+	run.withdrawal = answer
+	want := fmt.Sprintf(`,"withdrawn_by":%q,"annotation":%s}`, h.email(user), strings.Replace(jsonText(note.stored), `""`, "null", 1))
+	if !strings.HasPrefix(answer, `{"run_id":"`+run.id+`","withdrawn_at":"`) || !strings.HasSuffix(answer, want+"\n") {
+		return fmt.Errorf("POST %s: %s, want it to end in %s", path, answer, want)
+	}
+	return nil
+}
+
+// withdrawn tells whether a run was withdrawn at a moment.
+func (h *history) withdrawn(run, moment int) bool {
+	gone := h.runs[run].gone
+	return gone > 0 && gone <= moment
 }
 
 // places picks where an upload has values, each spot once.
@@ -890,7 +926,7 @@ func (h *history) nameRun(sent map[string]any, u *modelUpdate) {
 	}
 }
 
-// outcome is what an update must lead to: a status of 200, 404 or 422 and, with 200, the version that holds then.
+// outcome is what an update must lead to: a status of 200, 404, 409 or 422 and, with 200, the version that holds then.
 type outcome struct {
 	status  int
 	version modelVersion
@@ -904,16 +940,18 @@ func (h *history) outcomeOf(u modelUpdate, user int) outcome {
 	}
 	before, found := h.current(u)
 	if !found {
-		run := h.lastRun(u)
-		if run < 0 {
-			return outcome{status: 404}
+		run, status := h.lastRun(u)
+		if status != 200 {
+			return outcome{status: status}
 		}
-		if !u.setsValue {
+		if !u.setsValue || h.hasIntervalOnly(u, run) {
 			return outcome{status: 422}
 		}
-		before = modelVersion{slot: slot{u.spot, run}} // the run gains a value
+		before = modelVersion{slot: slot{u.spot, run}, number: 1} // the run gains a value
 	}
 	v := before
+	v.old = before.value
+	v.batch = len(h.moments)
 	if u.setsValue {
 		v.value = u.value
 	}
@@ -946,25 +984,37 @@ func (u modelUpdate) matches(run modelRun) bool {
 // current finds the version that u is about.
 func (h *history) current(u modelUpdate) (found modelVersion, ok bool) {
 	for _, v := range h.versions {
-		if v.spot == u.spot && u.matches(h.runs[v.run]) && (!ok || h.later(v, found)) {
+		if v.spot == u.spot && u.matches(h.runs[v.run]) && h.runs[v.run].gone == 0 && (!ok || h.later(v, found)) {
 			found, ok = v, true
 		}
 	}
 	return found, ok
 }
 
-// lastRun is the run that u names, the last one if a known_time names several; -1 if it names none.
-func (h *history) lastRun(u modelUpdate) int {
+// hasIntervalOnly tells whether u is of a moment, where a run, which has no value of it, has an interval.
+func (h *history) hasIntervalOnly(u modelUpdate, run int) bool {
+	return u.end == 0 && slices.ContainsFunc(h.versions, func(v modelVersion) bool {
+		return v.run == run && v.series == u.series && v.valid == u.valid
+	})
+}
+
+// lastRun is the run that u names, the last one if a known_time names several, and 200; or the status that says that
+// there is none, or that it is withdrawn.
+func (h *history) lastRun(u modelUpdate) (last, status int) {
+	status = 404
 	if u.runID == "" && u.known == nil {
-		return -1
+		return 0, status
 	}
-	last := -1
 	for i, run := range h.runs {
-		if u.matches(run) {
-			last = i
+		switch {
+		case !u.matches(run):
+		case run.gone == 0:
+			last, status = i, 200
+		case status == 404:
+			status = 409
 		}
 	}
-	return last
+	return last, status
 }
 
 // later tells whether v counts rather than w, of versions of one spot.
@@ -1136,7 +1186,7 @@ func (h *history) expect(q url.Values, versions, moment int) (lines []string, fo
 	within := h.within(q)
 	var shown []modelVersion
 	for _, v := range h.versions[:versions] {
-		if wanted[v.series] && within(v) {
+		if wanted[v.series] && within(v) && !h.withdrawn(v.run, moment) {
 			shown = append(shown, v)
 		}
 	}
@@ -1334,6 +1384,100 @@ func (h *history) compareLimit(q url.Values, text string) error {
 	same := func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }
 	if !slices.EqualFunc(part.Data, all.Data[:limit], same) {
 		return fmt.Errorf("GET %s: %s\nwithout limit %s", path, limited, text)
+	}
+	return nil
+}
+
+// feedRow is a row of GET /corrections.
+type feedRow struct {
+	answerRow
+	Old *float64 `json:"old_value"`
+}
+
+// feedQuestion makes a random query of the feed, and tells which corrections it asks for.
+func (h *history) feedQuestion() (q url.Values, asked func(modelVersion) bool) {
+	q = url.Values{}
+	within := func(modelVersion) bool { return true }
+	if h.chance(30) {
+		start := modelDay + int64(h.rng.Intn(6))*hour
+		q.Set("start_valid", iso(start))
+		q.Set("end_valid", iso(start+int64(h.rng.Intn(6))*hour))
+		within = h.within(q)
+	}
+	if h.chance(30) {
+		q.Set("tag", pick(h.rng, "a", " B", "c", "d"))
+	}
+	if h.chance(30) {
+		q.Set("changed_by", h.email(h.rng.Intn(2)))
+	}
+	names := map[string]bool{}
+	if h.chance(30) {
+		name := pick(h.rng, slices.Collect(maps.Keys(h.series))...)
+		names[name] = true
+		if h.chance(50) {
+			q.Set("series_key", name)
+		} else {
+			q.Set("series_id", h.series[name].id)
+		}
+	}
+	if h.chance(30) {
+		pattern := pick(h.rng, "b", "?", "*", "c*", "*x", "B")
+		q.Set("match", pattern)
+		for _, name := range []string{"a", "b", "c"} {
+			names[name] = names[name] || pattern == "?" || pattern == "*" || strings.TrimSuffix(pattern, "*") == name
+		}
+	}
+	tag := strings.ToLower(strings.TrimSpace(q.Get("tag")))
+	return q, func(v modelVersion) bool {
+		return v.number > 1 && within(v) && (tag == "" || slices.Contains(v.tags, tag)) &&
+			(!q.Has("changed_by") || v.by == q.Get("changed_by")) && (len(names) == 0 || names[v.series])
+	}
+}
+
+// compareFeed reads the feed page by page, which must show all corrections that a random query asks for.
+func (h *history) compareFeed() error {
+	q, asked := h.feedQuestion()
+	batches := map[int][]string{} // of one change_time each
+	for _, v := range h.versions {
+		if asked(v) {
+			row := h.rowShown(url.Values{"detail": {"true"}}, v)
+			batches[v.batch] = append(batches[v.batch], jsonText(v.old)+" "+row.line())
+		}
+	}
+	newest := slices.Sorted(maps.Keys(batches))
+	limit := 1 + h.rng.Intn(4)
+	q.Set("limit", strconv.Itoa(limit))
+	for more := true; more; {
+		var want []string
+		for len(want) < limit && len(newest) > 0 {
+			want = append(want, batches[newest[len(newest)-1]]...)
+			newest = newest[:len(newest)-1]
+		}
+		more = len(newest) > 0
+		resp, text, err := h.s.do("GET", "/corrections?"+q.Encode(), h.keys[0], "")
+		if err != nil || resp.StatusCode != 200 {
+			return fmt.Errorf("GET /corrections?%s: %v %v %s", q.Encode(), resp, err, text)
+		}
+		var got struct {
+			Data  []feedRow
+			Count int
+			More  bool
+		}
+		if err := json.Unmarshal([]byte(text), &got); err != nil {
+			return err
+		}
+		var lines []string
+		for i, row := range got.Data {
+			lines = append(lines, jsonText(row.Old)+" "+row.line())
+			if i > 0 && row.Change > got.Data[i-1].Change {
+				return fmt.Errorf("GET /corrections?%s: out of order: %s", q.Encode(), text)
+			}
+			q.Set("until", row.Change)
+		}
+		if !sameLines(lines, want) || got.Count != len(lines) || got.More != more {
+			return fmt.Errorf("GET /corrections?%s\nshows %d rows %q, more: %v\nwant  %q, more: %v",
+				q.Encode(), got.Count, lines, got.More, want, more)
+		}
 	}
 	return nil
 }
@@ -1980,9 +2124,9 @@ func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
 			[]string{`"version":2`}},
 		{"a run gains a value", corrections(
 			correctionAt("01", `"series_key":"wind","run_id":"`+runs[0]+`","value":6,"annotation":"late"`)),
-			[]string{`"version":1`}},
+			[]string{`"version":2`}},
 		{"a run gains a null", corrections(correctionAt("01", `"series_key":"wind","run_id":"`+runs[1]+`","value":null`)),
-			[]string{`"version":1`}},
+			[]string{`"version":2`}},
 		{"the last of two of one value counts", corrections(correctionAt("01", `"series_key":"load","value":1`),
 			correctionAt("01", `"series_key":"load","value":2`)), []string{`"version":3`}},
 		{"no updates", corrections(), []string{`"updated":[]`, `"skipped_no_ops":[]`}},
@@ -1999,7 +2143,7 @@ func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
 	const want = "00/load 00=1 v1, 00/load 01=9 v3, 00/load 02=null v1, " +
 		"12/load 01=2 v3, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1, " +
 		"12/price 00-01=10 v1, 12/price 00-02=21 v2, " +
-		"00/wind 00=0.5 v1, 00/wind 01=6 v1, 12/wind 01=null v1"
+		"00/wind 00=0.5 v1, 00/wind 01=6 v2, 12/wind 01=null v2"
 	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping&detail=true", key, "")); got != want {
 		t.Errorf("after the corrections\nit is %s\nwant  %s", got, want)
 	}
