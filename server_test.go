@@ -589,6 +589,8 @@ func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
 		{"/values", []string{"GET", "PUT"}},
 		{"/series", []string{"POST"}},
 		{"/list_timeseries", []string{"GET"}},
+		{"/corrections", []string{"GET"}},
+		{withdraw(nobody), []string{"POST"}},
 		{"/", []string{"GET"}},
 		{"/docs", []string{"GET"}},
 	} {
