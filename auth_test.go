@@ -159,7 +159,7 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	paths := []string{
-		"/upload", "/values", "/series", "/list_timeseries", "/runs",
+		"/upload", "/values", "/series", "/list_timeseries", "/runs", "/corrections", withdraw(nobody),
 		"/", "/healthz", "/docs", "/openapi.json",
 		"/nope", "/values/", "/docs/", "/values/x", "//values", "/./values", "/upload?x=%zz",
 		"/users", "/debug/pprof/", "/.git/config",
@@ -1252,6 +1252,7 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 	seriesA, runA := uploaded.SeriesIDs["load"], uploaded.RunID
 	ownValue := strings.NewReplacer("load", "own", "known_time", "run_finish_time").Replace(oneValue)
 	seriesB := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", b, ownValue)).SeriesIDs["own"]
+	s.must(t, 200, "PUT", "/values", a, update(`"value":2`))
 	before := s.stored(t)
 	dataOfA := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "")
 
@@ -1279,6 +1280,10 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 		{"upload to a series by id and key", "POST /upload", "",
 			startOfRun + `{"series_id":"ID","value_key":"load",` + endOfRow, seriesA, nobody},
 		{"upload CSV to a series by id", "POST /upload", "?run_start_time=2025-01-01", csvRow, seriesA, nobody},
+		{"withdraw a run", "POST /runs/{run_id}/withdraw", "", "", runA, nobody},
+		{"withdraw a run and say why", "POST /runs/{run_id}/withdraw", "", `{"annotation":"ID"}`, runA, nobody},
+		{"list the corrections of a series by id", "GET /corrections", "?series_id=ID", "", seriesA, nobody},
+		{"list the corrections of a series by key", "GET /corrections", "?series_key=ID", "", "load", "liad"},
 	}
 	// These are answered, and must not show anything of tenant A's.
 	probedReads := []struct{ name, route, query string }{
@@ -1290,6 +1295,9 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 		{"values known on their own day", "GET /values", "?days_ahead=0&time_of_day=23:59&tz=Asia/Tokyo"},
 		{"values as of a time", "GET /values", "?as_of=2100-01-01"},
 		{"series", "GET /list_timeseries", ""},
+		{"corrections", "GET /corrections", ""},
+		{"corrections of a pattern", "GET /corrections", "?match=*"},
+		{"corrections by a user", "GET /corrections", "?changed_by=a@example.com"},
 		{"runs", "GET /runs", ""},
 		{"runs of a workflow", "GET /runs", "?workflow_id=api-workflow"},
 		{"runs known since a time", "GET /runs", "?start_known=2000-01-01"},
@@ -1323,12 +1331,13 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 				t.Fatalf("there is no %s", c.route)
 			}
 			contentType := "application/json"
-			if !strings.HasPrefix(c.body, "{") {
+			if c.body == csvRow {
 				contentType = "text/csv"
 			}
-			method, path, _ := strings.Cut(c.route, " ")
+			method, pattern, _ := strings.Cut(c.route, " ")
 			answer := func(id string) string {
 				t.Helper()
+				path := strings.Replace(pattern, "{run_id}", id, 1)
 				query := strings.ReplaceAll(c.query, "ID", url.QueryEscape(id))
 				body := strings.ReplaceAll(c.body, "ID", id)
 				text := s.must(t, 404, method, path+query, b, body, "Content-Type: "+contentType)
@@ -1396,7 +1405,7 @@ func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
 		UNION ALL SELECT indrelid::regclass::text, indexrelid::regclass::text, indkey[0], indrelid
 			FROM pg_index WHERE indisunique) k
 		JOIN pg_attribute a ON a.attrelid = k.rel AND a.attnum = k.col
-		WHERE tab IN ('runs_table', 'series_table', 'values_table')`
+		WHERE tab IN ('runs_table', 'series_table', 'values_table', 'withdrawals_table')`
 	bad := mustQuery(t, db, `SELECT string_agg(tab || ': ' || name, ', ') FROM `+firstColumns+`
 		AND attname <> 'tenant_id'`)
 	if bad != "" {
@@ -1539,7 +1548,7 @@ func calledName(call *ast.CallExpr) string {
 
 func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
 	touchesTenantData := regexp.MustCompile(
-		`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|current_values)\b`)
+		`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|withdrawals_table|current_values)\b`)
 	namesTenant := regexp.MustCompile(`tenant_id = \$1|\(tenant_id,`)
 	statements, functions := 0, 0
 	// check looks at each text under a node that touches tenant data.

@@ -1334,6 +1334,8 @@ func TestMissingTablesAre503UntilTheyAreCreated(t *testing.T) { // S25
 		{"uploading", "POST", "/upload", oneValue},
 		{"updating", "PUT", "/values", oneUpdate},
 		{"creating a series", "POST", "/series", `{"name":"x"}`},
+		{"listing corrections", "GET", "/corrections", ""},
+		{"withdrawing a run", "POST", withdraw(nobody), ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			text := s.must(t, 503, c.method, c.path, "", c.body)

@@ -61,6 +61,7 @@ const (
 	maxUpdates     = 10_000    // of PUT /values: they hold their tenant's lock together
 	maxTags        = 100       // of one value
 	maxRuns        = 10_000    // of GET /runs
+	maxCorrections = 10_000    // of GET /corrections, which can be paged
 
 	// Lines a minute that the log has at most on requests that act for nobody: of one address and
 	// status; and of one dead key from there, because whether a leaked key is still tried must not
@@ -244,6 +245,8 @@ func (s *server) routes() []route {
 		{"POST /series", writes, s.postSeries},
 		{"GET /list_timeseries", reads, s.getSeries},
 		{"GET /runs", reads, s.getRuns},
+		{"POST /runs/{run_id}/withdraw", writes, s.postWithdrawal},
+		{"GET /corrections", reads, s.getCorrections},
 	}
 }
 
@@ -672,6 +675,37 @@ func (p *parameters) read(name string, into encoding.TextUnmarshaler) {
 	}
 }
 
+// series reads which series are named.
+func (p *parameters) series() []seriesRef {
+	refs := []seriesRef{}
+	p.each("series_id", func(text []byte) error {
+		var id uuid
+		err := id.UnmarshalText(text)
+		refs = append(refs, seriesRef{ID: id})
+		return err
+	})
+	p.each("series_key", func(text []byte) error {
+		var ref seriesRef
+		err := ref.UnmarshalText(text)
+		refs = append(refs, ref)
+		return err
+	})
+	return refs
+}
+
+// format reads whether rows are asked for as CSV.
+func (p *parameters) format(r *http.Request) (csv bool) {
+	format := label("json")
+	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
+		format = "csv"
+	}
+	p.read("format", &format)
+	if format != "json" && format != "csv" {
+		p.fail(invalid("format: expected json or csv"))
+	}
+	return format == "csv"
+}
+
 // finish returns the first error. A parameter that nobody asked for is one: a misspelt filter must
 // never widen an answer. So is a tenant_id that is not the caller's.
 func (p *parameters) finish(c Caller) error {
@@ -730,7 +764,7 @@ func (s *server) getHealth(w *response, r *http.Request, _ Caller) error {
 
 func (s *server) postSeries(w *response, r *http.Request, c Caller) error {
 	var name label
-	var description prose
+	var description *prose
 	unit := label(defaultUnit)
 	b, err := openBody(w, r, "application/json")
 	if err != nil {
@@ -797,6 +831,33 @@ func (s *server) getRuns(w *response, r *http.Request, c Caller) error {
 		return err
 	}
 	return out.finish(fmt.Sprintf("],\"count\":%d}\n", n))
+}
+
+// postWithdrawal takes a body or none.
+func (s *server) postWithdrawal(w *response, r *http.Request, c Caller) error {
+	var run uuid
+	var annotation prose
+	name := strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/runs/"), "/withdraw")
+	if err := run.UnmarshalText([]byte(name)); err != nil {
+		return inputError("run_id", err)
+	}
+	if r.ContentLength == 0 {
+		r.Body = io.NopCloser(strings.NewReader("{}"))
+		r.Header.Set("Content-Type", "application/json")
+	}
+	b, err := openBody(w, r, "application/json")
+	if err != nil {
+		return err
+	}
+	members := map[string]any{"annotation": &annotation}
+	if err := b.decodeRequest(r, c, members); err != nil {
+		return err
+	}
+	shown, err := s.store.Withdraw(r.Context(), c, run, annotation)
+	if err != nil {
+		return err
+	}
+	return w.sendJSON(shown)
 }
 
 // uploadRow is one of value_rows. encoding/json reads it as it is: it folds the case of names, and
@@ -1173,23 +1234,10 @@ type readRequest struct {
 
 func parseRead(r *http.Request, c Caller) (readRequest, error) {
 	q := readRequest{readQuery: anyValue}
-	mode, format := label("flat"), label("json")
-	if strings.Contains(r.Header.Get("Accept"), "text/csv") {
-		format = "csv"
-	}
+	mode := label("flat")
 	p := readParameters(r)
-	p.each("series_id", func(text []byte) error {
-		var id uuid
-		err := id.UnmarshalText(text)
-		q.series = append(q.series, seriesRef{ID: id})
-		return err
-	})
-	p.each("series_key", func(text []byte) error {
-		var ref seriesRef
-		err := ref.UnmarshalText(text)
-		q.series = append(q.series, ref)
-		return err
-	})
+	q.series = p.series()
+	q.csv = p.format(r)
 	p.read("start_valid", &q.start)
 	p.read("end_valid", &q.end)
 	p.read("start_known", &q.startKnown)
@@ -1205,16 +1253,11 @@ func parseRead(r *http.Request, c Caller) (readRequest, error) {
 	p.each("agg", q.aggs.UnmarshalText)
 	p.read("detail", (*boolean)(&q.detail))
 	p.read("limit", &q.limit)
-	p.read("format", &format)
 	if mode != "flat" && mode != "overlapping" {
 		p.fail(invalid("mode: expected flat or overlapping"))
 	}
-	if format != "json" && format != "csv" {
-		p.fail(invalid("format: expected json or csv"))
-	}
 	q.overlapping = mode == "overlapping"
 	q.detail = q.detail || q.allVersions
-	q.csv = format == "csv"
 	p.fail(q.check())
 	return q, p.finish(c)
 }
@@ -1248,10 +1291,18 @@ func (q *readRequest) check() error {
 // errEnough ends a read that has reached its limit.
 var errEnough = errors.New("limit reached")
 
+// refuseOldProtocol refuses what an answer that streams cannot be sent by.
+func refuseOldProtocol(r *http.Request) error {
+	if r.ProtoAtLeast(1, 1) {
+		return nil
+	}
+	return refuse(oldProtocol,
+		"HTTP/1.0 cannot tell a broken answer from a complete one: use HTTP/1.1.")
+}
+
 func (s *server) getValues(w *response, r *http.Request, c Caller) error {
-	if !r.ProtoAtLeast(1, 1) {
-		return refuse(oldProtocol,
-			"HTTP/1.0 cannot tell a broken answer from a complete one: use HTTP/1.1.")
+	if err := refuseOldProtocol(r); err != nil {
+		return err
 	}
 	q, err := parseRead(r, c)
 	if err != nil {
@@ -1271,6 +1322,78 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) error {
 		return err
 	}
 	return out.finish()
+}
+
+// correctionsRequest is a list of corrections, and how it is to be answered.
+type correctionsRequest struct {
+	correctionsQuery
+	limit count
+	csv   bool
+}
+
+func parseCorrections(r *http.Request, c Caller) (correctionsRequest, error) {
+	q := correctionsRequest{limit: 1000}
+	q.since = firstTime
+	q.until = lastTime
+	q.start = firstTime
+	q.end = lastTime
+	p := readParameters(r)
+	q.series = p.series()
+	p.each("match", func(text []byte) error {
+		var pattern label
+		err := pattern.UnmarshalText(text)
+		q.match = append(q.match, likePattern(pattern))
+		return err
+	})
+	p.read("since", &q.since)
+	p.read("until", &q.until)
+	p.read("start_valid", &q.start)
+	p.read("end_valid", &q.end)
+	p.read("changed_by", &q.changedBy)
+	p.read("tag", &q.tag)
+	p.read("limit", &q.limit)
+	q.csv = p.format(r)
+	switch {
+	case q.until < q.since:
+		p.fail(invalid("until: expected a time not before since"))
+	case q.end < q.start:
+		p.fail(invalid("end_valid: expected a time not before start_valid"))
+	case q.limit > maxCorrections:
+		p.fail(invalid("limit: expected at most %d", maxCorrections))
+	}
+	return q, p.finish(c)
+}
+
+// getCorrections ends its answer between two change_times only, so that until pages.
+func (s *server) getCorrections(w *response, r *http.Request, c Caller) error {
+	if err := refuseOldProtocol(r); err != nil {
+		return err
+	}
+	q, err := parseCorrections(r, c)
+	if err != nil {
+		return err
+	}
+	out := newRowWriter(w, q.csv, "change_time", "changed_by", "series_id", "series_key",
+		"series_unit", "valid_time", "valid_time_end", "run_id", "known_time", "version",
+		"old_value", "value", "annotation", "tags")
+	last := timestamp(0)
+	more := false
+	err = s.store.ListCorrections(r.Context(), c, q.correctionsQuery,
+		func(e *element, old float64) error {
+			more = out.count >= int64(q.limit) && e.from.Change != last
+			if more {
+				return errEnough
+			}
+			last = e.from.Change
+			return out.correction(e, old)
+		})
+	if err != nil && err != errEnough {
+		return err
+	}
+	if q.csv {
+		return out.finish()
+	}
+	return out.stream.finish(fmt.Sprintf("],\"count\":%d,\"more\":%t}\n", out.count, more))
 }
 
 // ---- Rows
@@ -1476,5 +1599,24 @@ func (o *valueWriter) row(e *element) error {
 	o.text(e.from.Annotation)
 	o.texts(e.from.Tags)
 	o.cell([]byte(strconv.Itoa(e.from.Number)))
+	return o.endRow()
+}
+
+// correction writes a correction, with the value before it.
+func (o *rowWriter) correction(e *element, old float64) error {
+	o.time(e.from.Change)
+	o.text(e.from.ChangedBy)
+	o.text(&e.from.of.ID)
+	o.text(&e.from.of.Key)
+	o.text(&e.from.of.Unit)
+	o.time(e.time)
+	o.time(e.end)
+	o.text(&e.from.RunID)
+	o.time(e.from.Known)
+	o.cell([]byte(strconv.Itoa(e.from.Number)))
+	o.number(old)
+	o.number(e.value)
+	o.text(e.from.Annotation)
+	o.texts(e.from.Tags)
 	return o.endRow()
 }

@@ -590,6 +590,8 @@ func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
 		{"/values", []string{"GET", "PUT"}},
 		{"/series", []string{"POST"}},
 		{"/list_timeseries", []string{"GET"}},
+		{"/corrections", []string{"GET"}},
+		{withdraw(nobody), []string{"POST"}},
 		{"/", []string{"GET"}},
 		{"/docs", []string{"GET"}},
 	} {
@@ -2072,12 +2074,29 @@ func (d *document) try(
 	t.Helper()
 	method, path, _ := strings.Cut(request, " ")
 	operation, _, _ := strings.Cut(request, "?")
+	operation = ofOneRun.ReplaceAllString(operation, "/runs/{run_id}/")
 	resp, text, err := s.do(method, path, key, body, header...)
 	if err != nil || resp.StatusCode != want {
 		t.Fatalf("%s %.300s: %v %v %s, want %d", request, body, err, resp, text, want)
 	}
 	d.check(t, operation, resp, text)
 	return text
+}
+
+var ofOneRun = regexp.MustCompile(`/runs/[^/]+/`)
+
+// requestOf is an operation with the examples of its path parameters in their places.
+func (d *document) requestOf(operation string) string {
+	request := operation
+	all, _ := d.operations[operation]["parameters"].([]any)
+	for _, node := range all {
+		parameter := d.at(node)
+		if parameter["in"] == "path" {
+			request = strings.Replace(request,
+				"{"+parameter["name"].(string)+"}", parameter["example"].(string), 1)
+		}
+	}
+	return request
 }
 
 // tryRaw sends bytes as they are; their answer must be as described.
@@ -2175,14 +2194,24 @@ func (d *document) tryRequests(t *testing.T, s *testServer, key string) {
 		{"a correction of no series", 404, "PUT /values", strings.Replace(update(`"value":1`), "load", "nope", 1)},
 		{"a run_id that is taken", 409, "POST /upload", runWith(named, at("2025-01-01", "1"))},
 		{"a series in another unit", 409, "POST /series", `{"name":"s","unit":"kW"}`},
+		{"corrections", 200, "GET /corrections", ""},
+		{"corrections as CSV", 200, "GET /corrections?format=csv", ""},
+		{"corrections of no series", 404, "GET /corrections?series_key=nope", ""},
+		{"a withdrawal", 200, "POST /runs/" + nobody + "/withdraw", ""},
+		{"a withdrawal with an annotation", 200, "POST /runs/" + nobody + "/withdraw", `{"annotation":"x"}`},
+		{"a withdrawal of no run", 404, "POST /runs/" + tenantB + "/withdraw", ""},
+		{"a correction of a withdrawn run", 409, "PUT /values", update(named + `"value":1`)},
+		{"runs, one of them withdrawn", 200, "GET /runs", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d.try(t, s, c.status, c.request, key, c.body)
 		})
 	}
-	t.Run("HTTP/1.0", func(t *testing.T) {
-		d.tryRaw(t, s, "GET /values", "GET /values HTTP/1.0\r\nX-API-Key: "+key+"\r\n\r\n")
-	})
+	for _, operation := range []string{"GET /values", "GET /corrections"} {
+		t.Run("HTTP/1.0 of "+operation, func(t *testing.T) {
+			d.tryRaw(t, s, operation, operation+" HTTP/1.0\r\nX-API-Key: "+key+"\r\n\r\n")
+		})
+	}
 }
 
 // tryRefusals provokes the refusals that every operation with a key has in common, and those of every one with a
@@ -2201,6 +2230,8 @@ func (d *document) tryRefusals(t *testing.T, s *testServer, key string) {
 		"POST /upload": oneValue,
 		"PUT /values":  update(`"value":1`),
 		"POST /series": `{"name":"x"}`,
+
+		"POST /runs/{run_id}/withdraw": `{"annotation":"x"}`,
 	}
 	tooLarge := gzipped(`{"` + strings.Repeat("x", maxBody)) // one long name: it is read the fastest
 	for operation, spec := range d.operations {
@@ -2208,21 +2239,22 @@ func (d *document) tryRefusals(t *testing.T, s *testServer, key string) {
 			continue // it needs no key
 		}
 		body := bodies[operation]
+		request := d.requestOf(operation)
 		t.Run("refusals of "+operation, func(t *testing.T) {
-			d.try(t, s, 401, operation, "", body)
-			d.try(t, s, 403, operation+"?tenant_id="+tenantB, key, body)
-			d.try(t, s, 422, operation+"?nope=1", key, body)
-			d.try(t, bug, 500, operation, "", body)
-			d.try(t, down, 503, operation, "", body)
+			d.try(t, s, 401, request, "", body)
+			d.try(t, s, 403, request+"?tenant_id="+tenantB, key, body)
+			d.try(t, s, 422, request+"?nope=1", key, body)
+			d.try(t, bug, 500, request, "", body)
+			d.try(t, down, 503, request, "", body)
 		})
 		if body == "" {
 			continue
 		}
 		t.Run("refusals of a body of "+operation, func(t *testing.T) {
-			d.try(t, s, 403, operation, readOnly, body)
-			d.try(t, s, 413, operation, key, tooLarge, "Content-Encoding: gzip")
-			d.try(t, s, 415, operation, key, body, "Content-Type: text/plain")
-			d.tryRaw(t, hasty, operation, operation+" HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"+
+			d.try(t, s, 403, request, readOnly, body)
+			d.try(t, s, 413, request, key, tooLarge, "Content-Encoding: gzip")
+			d.try(t, s, 415, request, key, body, "Content-Type: text/plain")
+			d.tryRaw(t, hasty, operation, request+" HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"+
 				"Content-Length: 9\r\n\r\n{") // and then nothing
 		})
 	}
@@ -2234,7 +2266,7 @@ func (d *document) tryTooManyBadKeys(t *testing.T, s *testServer) {
 		if spec["security"] != nil {
 			continue // it needs no key
 		}
-		method, path, _ := strings.Cut(operation, " ")
+		method, path, _ := strings.Cut(d.requestOf(operation), " ")
 		for range 3 * failureBurst {
 			if d.seen[operation+" 429 application/json"] {
 				break
@@ -2289,7 +2321,7 @@ func TestExamplesOfTheDocumentFitTheirSchemas(t *testing.T) {
 	}
 }
 
-var variesInAnswers = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|"(change_time|inserted_at|value_id)":[^,}]*`)
+var variesInAnswers = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|"(change_time|inserted_at|withdrawn_at|value_id)":[^,}]*`)
 
 // essence is what two answers to one request must have in common: everything but ids and times of writing. It is cut
 // into sorted parts, because members may be in any order.
@@ -2352,7 +2384,8 @@ func (x exchange) send(t *testing.T, d *document, s *testServer, key string) (an
 	case jsonObject:
 		body = asJSON(value)
 	}
-	text := d.try(t, s, 200, x.request+"?"+query.Encode(), key, body, "Content-Type: "+x.kind)
+	request := d.requestOf(x.request) + "?" + query.Encode()
+	text := d.try(t, s, 200, request, key, body, "Content-Type: "+x.kind)
 	if err := json.Unmarshal([]byte(text), &answer); err != nil {
 		return text // CSV
 	}
@@ -2409,12 +2442,15 @@ func TestDocumentNamesTheParametersAndFieldsThatThereAre(t *testing.T) {
 		{"members of updates", "PUT /values", `{"nope":1}`, inJSON, "Updates"},
 		{"members of one update", "PUT /values", `{"updates":[{"nope":1}]}`, inJSON, "Update"},
 		{"members of a series", "POST /series", `{"nope":1}`, inJSON, "NewSeries"},
+		{"parameters of GET /corrections", "GET /corrections?nope=1", "", inJSON, ""},
+		{"parameters of a withdrawal", "POST /runs/" + nobody + "/withdraw?nope=1", `{}`, inJSON, ""},
+		{"members of a withdrawal", "POST /runs/" + nobody + "/withdraw", `{"nope":1}`, inJSON, "NewWithdrawal"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			text := d.try(t, s, 422, c.request, key, c.body, "Content-Type: "+c.kind)
 			_, taken, _ := strings.Cut(strings.ReplaceAll(text, "also ", ""), "there are ")
 			operation, _, _ := strings.Cut(c.request, "?")
-			names := d.parameters(operation)
+			names := d.parameters(ofOneRun.ReplaceAllString(operation, "/runs/{run_id}/"))
 			if c.schema != "" {
 				properties := d.at(d.root, "components", "schemas", c.schema, "properties")
 				names = slices.Collect(maps.Keys(properties))

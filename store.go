@@ -318,6 +318,9 @@ func (l *label) UnmarshalText(text []byte) error {
 // have no width or turn the direction, too.
 func invisible(r rune) bool { return unprintable(r) || unicode.Is(unicode.Cf, r) }
 
+// asTag is l in the form in which tags are stored.
+func (l label) asTag() string { return strings.ToLower(string(l)) }
+
 // unprintable is true of control characters and of what stands for bytes that are not UTF-8.
 func unprintable(r rune) bool { return r == unicode.ReplacementChar || unicode.IsControl(r) }
 
@@ -1461,7 +1464,7 @@ func noSeries(ref seriesRef) error {
 // exist is notFound, an id with another key than the one given invalid.
 func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) (
 	[]series, error) {
-	var found []series
+	found := []series{} // not nil, which JSON shows as null
 	var unknown []seriesRef
 	err := s.eachRow(ctx, tx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
@@ -1553,8 +1556,8 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 }
 
 // CreateSeries makes a series or finds the one of that key. created tells which. Another unit is a
-// conflict.
-func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, description prose) (
+// conflict, and so is another description, unless it is nil.
+func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, description *prose) (
 	id string, created bool, err error) {
 	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
@@ -1562,7 +1565,10 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, des
 	}
 	defer leave()
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		about := descriptions{key: description}
+		about := descriptions{}
+		if description != nil {
+			about[key] = *description
+		}
 		found, n, err := s.ensureSeries(ctx, c, tx, []seriesRef{{Key: key}}, unit, about)
 		if err != nil {
 			return err
@@ -1573,7 +1579,18 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, des
 		}
 		id = found[0].ID
 		created = n == 1
-		return nil
+		if description == nil {
+			return nil
+		}
+		var described prose
+		err = tx.QueryRowContext(ctx, `
+			SELECT coalesce(description, '') FROM series_table
+			WHERE tenant_id = $1 AND series_id = $2`, c.tenant, id).Scan(&described)
+		if err == nil && described != *description {
+			return refuse(conflict, "description: the series %q exists with the description %q",
+				key, described)
+		}
+		return err
 	})
 	return id, created, err
 }
@@ -2087,7 +2104,8 @@ const (
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
 	// into them: OFFSET 0 keeps PostgreSQL from unpacking them for each. A block spans 768 hours
-	// at most, so both bounds on valid_from make a range of the primary key.
+	// at most, so both bounds on valid_from make a range of the primary key. Whether its run
+	// is withdrawn is looked up for each block: NOT EXISTS might read all withdrawals first.
 	selectBlocks = `
 	SELECT w.wanted_id, w.wanted_key, coalesce(w.series_id::text, ''), coalesce(w.series_key, ''),
 	       coalesce(w.unit, ''), coalesce(b.run_id::text, ''), coalesce(b.run_order, 0),
@@ -2106,6 +2124,8 @@ const (
 			  AND v.valid_from >= w.window_start - interval '768 hours'
 			  AND v.valid_from < w.window_end
 			  AND v.known_time >= $4 AND v.known_time < $5 AND v.change_time <= $6
+			  AND (SELECT d.change_time FROM withdrawals_table d
+			       WHERE d.tenant_id = $1 AND d.run_id = v.run_id AND d.change_time <= $6) IS NULL
 			ORDER BY `
 	endBlocks = `) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
 	WHERE b.version IS NOT NULL OR w.series_id IS NULL`
@@ -2473,7 +2493,7 @@ type corrected struct {
 	Version int    `json:"version"`
 	ValueID int64  `json:"value_id,omitempty"` // if it was stored
 
-	value      float64
+	value, old float64 // old is of the version before; NULL if there was none
 	annotation *string
 	tags       pq.StringArray
 	changed    bool
@@ -2492,18 +2512,18 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 	updated = []corrected{} // not nil, which JSON shows as null
 	unchanged = []corrected{}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		// Corrections within a tenant wait for each other, so that each sees the one before. This
-		// lock needs no UPDATE privilege. Two tenants with the same hash would merely wait.
-		_, err := tx.ExecContext(ctx,
-			`SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, c.tenant)
+		if err := lockRuns(ctx, c, tx); err != nil {
+			return err
+		}
+		stored, err := s.findTargets(ctx, c, tx, corrections)
 		if err != nil {
 			return err
 		}
-		stored, err := s.findStored(ctx, c, tx, corrections, memory)
+		intervals, err := s.findStored(ctx, c, tx, corrections, stored, memory)
 		if err != nil {
 			return err
 		}
-		if err := s.gainValues(ctx, c, tx, corrections, stored); err != nil {
+		if err := s.gainValues(ctx, c, tx, corrections, stored, intervals); err != nil {
 			return err
 		}
 		last := map[target]int{} // the last correction of each
@@ -2530,10 +2550,18 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 	return updated, unchanged, err
 }
 
-// findStored returns what each correction is about as it is stored, by the rule and the query of
-// any read. Where nothing is stored, there is no run.
-func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
-	memory *claim) ([]corrected, error) {
+// lockRuns has corrections and withdrawals within a tenant wait for each other, so that each sees
+// the one before. This lock needs no UPDATE privilege. Two tenants with the same hash would merely
+// wait.
+func lockRuns(ctx context.Context, c Caller, tx *sql.Tx) error {
+	_, err := tx.ExecContext(ctx,
+		`SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, c.tenant)
+	return err
+}
+
+// findTargets returns what each correction is about, as yet without a run.
+func (s *store) findTargets(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction) (
+	[]corrected, error) {
 	refs := []seriesRef{}
 	for _, x := range corrections {
 		refs = append(refs, x.ref)
@@ -2542,15 +2570,24 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 	if err != nil {
 		return nil, err
 	}
-	targets := []target{}
-	wanted := map[target][]int{} // which corrections are about it
-	stored := make([]corrected, len(corrections))
+	stored := []corrected{}
 	for i, x := range corrections {
 		t := target{Series: named[i].ID, Time: x.point.time, end: x.point.end}
-		targets = append(targets, t)
-		wanted[t] = append(wanted[t], i)
-		stored[i] = corrected{target: t, Tenant: c.tenant, value: math.NaN()}
+		stored = append(stored, corrected{target: t, Tenant: c.tenant, value: math.NaN()})
 	}
+	return stored, nil
+}
+
+// findStored completes stored, what each correction is about, by the rule and the query of any
+// read. Where nothing is stored, there is no run. It returns where a correction without an end
+// meets a run's interval that begins at its time.
+func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
+	stored []corrected, memory *claim) (intervals map[target]bool, err error) {
+	wanted := map[target][]int{} // which corrections are about it
+	for i, v := range stored {
+		wanted[v.target] = append(wanted[v.target], i)
+	}
+	intervals = map[target]bool{}
 	from := make([]*version, len(corrections))
 	kept := int64(0) // bytes of these
 	namesRun := slices.ContainsFunc(corrections, func(x correction) bool {
@@ -2558,6 +2595,12 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 	})
 	read := blockReader{merger: merger{everyRun: namesRun}, lead: -1, memory: memory}
 	read.emit = func(e *element) error {
+		begins := target{Series: e.from.of.ID, Time: e.time}
+		if e.end != 0 && namesRun && wanted[begins] != nil {
+			begins.Run = e.from.RunID
+			intervals[begins] = true
+			kept += elementBytes // of which versionCopies are what the map takes
+		}
 		for _, i := range wanted[target{Series: e.from.of.ID, Time: e.time, end: e.end}] {
 			if !corrections[i].of.names(e.from) || from[i] != nil && from[i].supersedes(e.from) {
 				continue
@@ -2571,7 +2614,7 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		}
 		return memory.reach(ctx, read.heldBefore+read.bytes+kept*versionCopies)
 	}
-	args := []any{c.tenant, firstTime, lastTime, firstTime, lastTime, lastTime, asJSON(targets)}
+	args := []any{c.tenant, firstTime, lastTime, firstTime, lastTime, lastTime, asJSON(stored)}
 	err = s.readBlocks(ctx, tx, selectPlaces, args, &read)
 	for i, v := range from {
 		if v != nil {
@@ -2581,12 +2624,12 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 			stored[i].tags = v.Tags
 		}
 	}
-	return stored, err
+	return intervals, err
 }
 
 // gainValues finds a run for each value that is not stored yet, and so gains it by its correction.
 func (s *store) gainValues(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
-	stored []corrected) error {
+	stored []corrected, intervals map[target]bool) error {
 	runs := map[runName]string{}
 	for i, x := range corrections {
 		v := &stored[i]
@@ -2600,41 +2643,62 @@ func (s *store) gainValues(ctx context.Context, c Caller, tx *sql.Tx, correction
 		if err == nil && !x.value.given {
 			err = invalid("value is required, because the run has none at this valid_time")
 		}
+		v.Run = runs[x.of]
+		if err == nil && intervals[v.target] {
+			err = invalid("valid_time_end is required, because the run has an interval that " +
+				"begins at this valid_time")
+		}
 		if err != nil {
 			return prefix(fmt.Sprintf("updates[%d]: ", i), err)
 		}
-		v.Run = runs[x.of]
 	}
 	return nil
 }
 
-// gainingRun is the run that gains a value by a correction: the latest inserted of those named.
+// gainingRun is the run that gains a value by a correction: of those named that are not withdrawn
+// the latest inserted.
 func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, name runName) (
 	run string, err error) {
 	if name == (runName{}) {
 		return "", refuse(notFound, "the series has no value at this valid_time and valid_time_end")
 	}
+	withdrawn := false
 	err = s.eachRow(ctx, tx, `
-		SELECT run_id FROM runs_table
-		WHERE tenant_id = $1 AND run_id = nullif($2, '')::uuid
-		  AND known_time = coalesce($3::timestamptz, known_time)
-		UNION ALL (
-		SELECT run_id FROM runs_table
-		WHERE tenant_id = $1 AND known_time = $3::timestamptz AND $2 = ''
-		ORDER BY run_order DESC LIMIT 1)`,
+		SELECT run_id, withdrawn FROM (
+			SELECT run_id, (SELECT change_time FROM withdrawals_table d WHERE d.tenant_id = $1
+			                AND d.run_id = r.run_id) IS NOT NULL AS withdrawn
+			FROM runs_table r
+			WHERE tenant_id = $1 AND run_id = nullif($2, '')::uuid
+			  AND known_time = coalesce($3::timestamptz, known_time)
+			UNION ALL (
+			SELECT run_id, false FROM runs_table r
+			WHERE tenant_id = $1 AND known_time = $3::timestamptz AND $2 = ''
+			  AND (SELECT change_time FROM withdrawals_table d WHERE d.tenant_id = $1
+			       AND d.run_id = r.run_id) IS NULL
+			ORDER BY run_order DESC LIMIT 1)
+			UNION ALL (  -- if it is the only one, all are withdrawn
+			SELECT run_id, true FROM runs_table r
+			WHERE tenant_id = $1 AND known_time = $3::timestamptz AND $2 = '' LIMIT 1)
+		) AS named ORDER BY withdrawn LIMIT 1`,
 		[]any{c.tenant, name.id, name.known}, func(rows *sql.Rows) error {
-			return rows.Scan(&run)
+			return rows.Scan(&run, &withdrawn)
 		})
-	if err == nil && run == "" {
+	switch {
+	case err != nil:
+		return "", err
+	case run == "":
 		return "", refuse(notFound, "no run has this run_id or known_time")
+	case withdrawn:
+		return "", refuse(conflict, "the run is withdrawn, and takes no corrections")
 	}
-	return run, err
+	return run, nil
 }
 
 // apply makes v what it is after the correction. It changes if it was not stored, or if its value,
 // annotation or tags do: the value by its bits, because 0.0 and -0.0 are different numbers here.
 func (x *correction) apply(v *corrected) {
 	before := *v
+	v.old = before.value
 	if x.value.given {
 		v.value = math.NaN()
 		if x.value.value != nil {
@@ -2657,7 +2721,7 @@ func (x *correction) apply(v *corrected) {
 		math.Float64bits(v.value) != math.Float64bits(before.value) ||
 		asJSON(v.annotation) != asJSON(before.annotation) || !slices.Equal(v.tags, before.tags)
 	if v.changed {
-		v.Version++
+		v.Version = max(v.Version, 1) + 1 // version 1 is always the upload's
 	}
 }
 
@@ -2665,7 +2729,7 @@ func (x *correction) apply(v *corrected) {
 func sortedTags(tags []label) pq.StringArray {
 	var sorted pq.StringArray
 	for _, tag := range tags {
-		sorted = append(sorted, strings.ToLower(string(tag)))
+		sorted = append(sorted, tag.asTag())
 	}
 	slices.Sort(sorted)
 	return slices.Compact(sorted)
@@ -2677,11 +2741,12 @@ const versionsPerStatement = 1000
 // insertCorrected stores versions in one statement, and sets their value_ids.
 func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 	versions []corrected) error {
-	var points []point
+	var points, before []point
 	var annotations []*string
 	var tags []string
 	for _, v := range versions {
 		points = append(points, point{v.Time, v.end, v.value})
+		before = append(before, point{value: v.old})
 		annotations = append(annotations, v.annotation)
 		tags = append(tags, asJSON(v.tags))
 	}
@@ -2691,19 +2756,19 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 			SELECT * FROM ROWS FROM (
 				json_to_recordset($3) AS (series_id uuid, run_id uuid, version integer),
 				unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]),
-				unnest($7::text[]), unnest($8::json[]))
+				unnest($7::text[]), unnest($8::json[]), unnest($9::float8[]))
 			WITH ORDINALITY AS n (series_id, run_id, version, valid_time, valid_time_end, value,
-			                      annotation, tags, number)
+			                      annotation, tags, old_value, number)
 		), stored AS (
 			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
 			       change_time, changed_by, annotation, tags, valid_from, valid_to, valid_times,
-			       valid_time_ends, "values")
+			       valid_time_ends, "values", old_value)
 			SELECT r.tenant_id, n.series_id, r.run_id, r.run_order, n.version, r.known_time, now,
 			       nullif($2, ''), n.annotation,
 			       CASE json_typeof(n.tags) WHEN 'array'
 			            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
 			       n.valid_time, n.valid_time, ARRAY[n.valid_time],
-			       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value]
+			       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value], n.old_value
 			FROM n CROSS JOIN LATERAL (
 				SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
 			CROSS JOIN clock_timestamp() AS now
@@ -2713,11 +2778,107 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 		     AND s.valid_from = n.valid_time AND s.valid_end IS NOT DISTINCT FROM n.valid_time_end
 		ORDER BY n.number`,
 		[]any{c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
-			encodeValues(points), pq.Array(annotations), pq.Array(tags)},
+			encodeValues(points), pq.Array(annotations), pq.Array(tags), encodeValues(before)},
 		func(rows *sql.Rows) error {
 			stored++
 			return rows.Scan(&versions[stored-1].ValueID)
 		})
+}
+
+// Withdraw has reads leave out a run, but those as of a moment before. It returns the JSON that
+// shows the withdrawal; if the run was withdrawn before, the first one.
+func (s *store) Withdraw(ctx context.Context, c Caller, run uuid, annotation prose) (
+	shown json.RawMessage, err error) {
+	ctx, leave, err := s.enter(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	err = s.inTx(ctx, func(tx *sql.Tx) error {
+		if err := lockRuns(ctx, c, tx); err != nil {
+			return err
+		}
+		// What is inserted is not seen by the rest of the statement, so there is one row at most.
+		return tx.QueryRowContext(ctx, `
+			WITH inserted AS (
+				INSERT INTO withdrawals_table (tenant_id, run_id, changed_by, annotation)
+				SELECT tenant_id, run_id, nullif($3, ''), nullif($4, '')
+				FROM runs_table WHERE tenant_id = $1 AND run_id = $2
+				ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING *)
+			SELECT row_to_json(shown) FROM (
+				SELECT run_id, iso_time(change_time) AS withdrawn_at, changed_by AS withdrawn_by,
+				       annotation
+				FROM (SELECT * FROM inserted UNION ALL SELECT * FROM withdrawals_table
+				      WHERE tenant_id = $1 AND run_id = $2) AS w) AS shown`,
+			c.tenant, run, c.email, annotation).Scan(&shown)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, refuse(notFound, "run_id: there is no run %q", run)
+	}
+	return shown, err
+}
+
+// correctionsQuery says which corrections to list.
+type correctionsQuery struct {
+	series       []seriesRef // with match a union; none of both: all
+	match        []string    // patterns of LIKE
+	since, until timestamp   // since <= change_time < until
+	start, end   timestamp   // start <= valid_time < end
+	changedBy    label       // "": anyone
+	tag          label       // "": any
+}
+
+// likePattern is the pattern of LIKE for one in which * stands for any characters and ? for one.
+func likePattern(pattern label) string {
+	return strings.NewReplacer(`\`, `\\`, "%", `\%`, "_", `\_`, "*", "%", "?", "_").
+		Replace(string(pattern))
+}
+
+// Each correction comes as a block of two: its value, and the one before it. The limit is NULL,
+// which is none; but PostgreSQL plans before it knows, for the first rows, and so walks the index
+// instead of sorting all there is.
+const selectCorrections = `
+	SELECT '', '', v.series_id, s.series_key, s.unit, v.run_id, v.run_order, v.version,
+	       v.changed_by, v.annotation, v.tags,
+	       array_send(ARRAY[v.known_time, v.change_time, v.valid_from]),
+	       array_send(v.valid_times || v.valid_times),
+	       array_send(v.valid_time_ends || v.valid_time_ends),
+	       array_send(v."values" || v.old_value)
+	FROM values_table v CROSS JOIN LATERAL (
+		SELECT series_key, unit FROM series_table
+		WHERE tenant_id = $1 AND series_id = v.series_id OFFSET 0) AS s
+	WHERE v.tenant_id = $1 AND v.version > 1 AND v.change_time >= $2 AND v.change_time < $3
+	  AND v.valid_from >= $4 AND v.valid_from < $5
+	  AND ($6 OR s.series_key LIKE ANY ($7::text[]) OR v.series_id IN (
+	           SELECT "ID" FROM json_to_recordset($8) AS named ("ID" uuid)))
+	  AND ($9 = '' OR lower(v.changed_by) = lower($9)) AND ($10 = '' OR $10 = ANY (v.tags))
+	ORDER BY v.change_time DESC LIMIT $11`
+
+// ListCorrections calls emit, with the value before it, for each of the tenant's corrections that q
+// asks for, the newest first. An unknown series is notFound. An error of emit ends it.
+func (s *store) ListCorrections(ctx context.Context, c Caller, q correctionsQuery,
+	emit func(e *element, old float64) error) error {
+	ctx, leave, err := s.enter(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	named, err := s.findSeries(ctx, c, nil, q.series)
+	if err != nil {
+		return err
+	}
+	all := len(q.series)+len(q.match) == 0
+	args := []any{c.tenant, q.since, q.until, q.start, q.end,
+		all, pq.Array(q.match), asJSON(named),
+		q.changedBy, q.tag.asTag(), nil}
+	read := blockReader{lead: -1}
+	return s.eachRow(ctx, nil, selectCorrections, args, func(rows *sql.Rows) error {
+		_, block, err := read.decode(rows)
+		if err != nil {
+			return err
+		}
+		return emit(&block[0], block[1].value)
+	})
 }
 
 // ---- Lists
@@ -2762,7 +2923,11 @@ func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
 	}
 	defer leave()
 	return s.eachRow(ctx, nil, `
-		SELECT row_to_json(r) FROM (
+		SELECT left(row_to_json(r)::text, -1) || coalesce((  -- or the members of its withdrawal
+			SELECT ',' || substr(row_to_json(w)::text, 2) FROM (
+				SELECT iso_time(change_time) AS withdrawn_at, changed_by AS withdrawn_by, annotation
+				FROM withdrawals_table WHERE tenant_id = $1 AND run_id = r.run_id) AS w), '}')
+		FROM (
 			SELECT run_id, workflow_id, iso_time(run_start_time) AS run_start_time,
 			       iso_time(run_finish_time) AS run_finish_time,
 			       iso_time(t.known_time) AS known_time, run_params, changed_by,

@@ -192,6 +192,14 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 	s.runRequests(t, key, []requestCase{
 		{"an existing name without its unit", "POST", "/series", `{"name":"load"}`, 409, []string{"unit"}},
 		{"an existing name with another unit", "POST", "/series", `{"name":"load","unit":"kW"}`, 409, []string{"unit"}},
+		{"an existing name with another description", "POST", "/series",
+			`{"name":"load","unit":"MW","description":"x"}`, 409, []string{"description", "Load"}},
+		{"an existing name with an empty description", "POST", "/series",
+			`{"name":"load","unit":"MW","description":" "}`, 409, []string{"description"}},
+		{"an existing name with its description", "POST", "/series",
+			`{"name":"load","unit":"MW","description":" Load <&> ü "}`, 200, []string{"already exists", first.ID}},
+		{"an existing name with a description of null", "POST", "/series",
+			`{"name":"load","unit":"MW","description":null}`, 200, []string{"already exists", first.ID}},
 		{"a blank name", "POST", "/series", `{"name":" "}`, 422, []string{"name"}},
 		{"no name", "POST", "/series", `{}`, 422, []string{"name"}},
 		{"an empty unit", "POST", "/series", `{"name":"x","unit":""}`, 422, []string{"unit"}},
@@ -205,6 +213,10 @@ func TestSeriesAreCreatedOncePerNameAndUnit(t *testing.T) {
 		{"an unknown parameter", "POST", "/series?x=1", `{"name":"x"}`, 422, []string{"x"}},
 		{"a form as body", "POST", "/series", `name=x`, 422, []string{"body"}},
 		{"a name alone", "POST", "/series", `{"name":"empty"}`, 200, []string{"Series created successfully"}},
+		{"an empty description where there is none", "POST", "/series", `{"name":"empty","description":""}`, 200,
+			[]string{"already exists"}},
+		{"a description where there is none", "POST", "/series", `{"name":"empty","description":"x"}`, 409,
+			[]string{"description"}},
 		{"the list of series", "GET", "/list_timeseries", "", 200, listed},
 		{"the list with an unknown parameter", "GET", "/list_timeseries?x=1", "", 422, []string{"x"}},
 		{"a series without values", "GET", "/values?series_key=empty", "", 200, []string{`"count":0`, `"data":[]`}},
@@ -920,7 +932,7 @@ func TestGateClosesAtALocalTime(t *testing.T) {
 
 // ---- Reads against a naive model
 
-// A history is some uploads and corrections of one tenant, sent over HTTP and mirrored in the plainest possible model:
+// A history is some uploads, corrections and withdrawals of one tenant, sent over HTTP and mirrored in the plainest possible model:
 // a list of every version ever written. Times are microseconds since 1970.
 type history struct {
 	s        *testServer
@@ -935,8 +947,10 @@ type history struct {
 }
 
 type modelRun struct {
-	id    string
-	known int64
+	id         string
+	known      int64
+	gone       int    // if it is withdrawn, how many moments there were before that; there was one
+	withdrawal string // what that was answered
 }
 
 type modelSeries struct {
@@ -958,10 +972,11 @@ type slot struct {
 
 type modelVersion struct {
 	slot
-	number   int
-	value    *float64
-	note, by string
-	tags     []string
+	number     int
+	value, old *float64 // old is of the version before it
+	note, by   string
+	tags       []string
+	batch      int // of a correction; those of one request have one change_time
 }
 
 // modelMoment is a time by the database's clock, how many versions there were then, and what a read answered then.
@@ -1097,8 +1112,11 @@ func (h *history) play() error {
 	}
 	for step := range 2 + h.rng.Intn(5) {
 		act := h.correct
-		if step == 0 || h.chance(50) {
+		switch {
+		case step == 0 || h.chance(40):
 			act = h.upload
+		case h.chance(25):
+			act = h.withdraw
 		}
 		if err := act(h.rng.Intn(2)); err != nil {
 			return err
@@ -1112,7 +1130,7 @@ func (h *history) play() error {
 			return err
 		}
 	}
-	return nil
+	return h.compareFeed()
 }
 
 // createUsers writes the users into the table: two thousand commands would take too long.
@@ -1235,6 +1253,36 @@ func (h *history) upload(user int) error {
 	}
 	h.runs = append(h.runs, run)
 	return err
+}
+
+// withdraw withdraws a random run, which may be withdrawn already: then it is answered as the first time.
+func (h *history) withdraw(user int) error {
+	run := &h.runs[h.rng.Intn(len(h.runs))]
+	note := pick(h.rng, modelNotes...)
+	path := "/runs/" + pick(h.rng, run.id, strings.ToUpper(run.id)) + "/withdraw"
+	resp, answer, err := h.s.do("POST", path, h.keys[user], jsonText(map[string]any{"annotation": note.sent}))
+	if err != nil || resp.StatusCode != 200 {
+		return fmt.Errorf("POST %s: %v %v %s", path, resp, err, answer)
+	}
+	if run.gone > 0 && answer != run.withdrawal {
+		return fmt.Errorf("POST %s again: %s, first %s", path, answer, run.withdrawal)
+	}
+	if run.gone > 0 {
+		return nil
+	}
+	run.gone = len(h.moments)
+	run.withdrawal = answer
+	want := fmt.Sprintf(`,"withdrawn_by":%q,"annotation":%s}`, h.email(user), strings.Replace(jsonText(note.stored), `""`, "null", 1))
+	if !strings.HasPrefix(answer, `{"run_id":"`+run.id+`","withdrawn_at":"`) || !strings.HasSuffix(answer, want+"\n") {
+		return fmt.Errorf("POST %s: %s, want it to end in %s", path, answer, want)
+	}
+	return nil
+}
+
+// withdrawn tells whether a run was withdrawn at a moment.
+func (h *history) withdrawn(run, moment int) bool {
+	gone := h.runs[run].gone
+	return gone > 0 && gone <= moment
 }
 
 // places picks where an upload has values, each spot once.
@@ -1400,7 +1448,7 @@ func (h *history) nameRun(sent map[string]any, u *modelUpdate) {
 	}
 }
 
-// outcome is what an update must lead to: a status of 200, 404 or 422 and, with 200, the version that holds then.
+// outcome is what an update must lead to: a status of 200, 404, 409 or 422 and, with 200, the version that holds then.
 type outcome struct {
 	status  int
 	version modelVersion
@@ -1414,16 +1462,18 @@ func (h *history) outcomeOf(u modelUpdate, user int) outcome {
 	}
 	before, found := h.current(u)
 	if !found {
-		run := h.lastRun(u)
-		if run < 0 {
-			return outcome{status: 404}
+		run, status := h.lastRun(u)
+		if status != 200 {
+			return outcome{status: status}
 		}
-		if !u.setsValue {
+		if !u.setsValue || h.hasIntervalOnly(u, run) {
 			return outcome{status: 422}
 		}
-		before = modelVersion{slot: slot{u.spot, run}} // the run gains a value
+		before = modelVersion{slot: slot{u.spot, run}, number: 1} // the run gains a value
 	}
 	v := before
+	v.old = before.value
+	v.batch = len(h.moments)
 	if u.setsValue {
 		v.value = u.value
 	}
@@ -1456,25 +1506,37 @@ func (u modelUpdate) matches(run modelRun) bool {
 // current finds the version that u is about.
 func (h *history) current(u modelUpdate) (found modelVersion, ok bool) {
 	for _, v := range h.versions {
-		if v.spot == u.spot && u.matches(h.runs[v.run]) && (!ok || h.later(v, found)) {
+		if v.spot == u.spot && u.matches(h.runs[v.run]) && h.runs[v.run].gone == 0 && (!ok || h.later(v, found)) {
 			found, ok = v, true
 		}
 	}
 	return found, ok
 }
 
-// lastRun is the run that u names, the last one if a known_time names several; -1 if it names none.
-func (h *history) lastRun(u modelUpdate) int {
+// hasIntervalOnly tells whether u is of a moment, where a run, which has no value of it, has an interval.
+func (h *history) hasIntervalOnly(u modelUpdate, run int) bool {
+	return u.end == 0 && slices.ContainsFunc(h.versions, func(v modelVersion) bool {
+		return v.run == run && v.series == u.series && v.valid == u.valid
+	})
+}
+
+// lastRun is the run that u names, the last one if a known_time names several, and 200; or the status that says that
+// there is none, or that it is withdrawn.
+func (h *history) lastRun(u modelUpdate) (last, status int) {
+	status = 404
 	if u.runID == "" && u.known == nil {
-		return -1
+		return 0, status
 	}
-	last := -1
 	for i, run := range h.runs {
-		if u.matches(run) {
-			last = i
+		switch {
+		case !u.matches(run):
+		case run.gone == 0:
+			last, status = i, 200
+		case status == 404:
+			status = 409
 		}
 	}
-	return last
+	return last, status
 }
 
 // later tells whether v counts rather than w, of versions of one spot.
@@ -1653,7 +1715,7 @@ func (h *history) expect(q url.Values, versions, moment int) (lines []string, fo
 	within := h.within(q)
 	var shown []modelVersion
 	for _, v := range h.versions[:versions] {
-		if wanted[v.series] && within(v) {
+		if wanted[v.series] && within(v) && !h.withdrawn(v.run, moment) {
 			shown = append(shown, v)
 		}
 	}
@@ -1893,6 +1955,100 @@ func (h *history) compareLimit(q url.Values, text string) error {
 	return nil
 }
 
+// feedRow is a row of GET /corrections.
+type feedRow struct {
+	answerRow
+	Old *float64 `json:"old_value"`
+}
+
+// feedQuestion makes a random query of the feed, and tells which corrections it asks for.
+func (h *history) feedQuestion() (q url.Values, asked func(modelVersion) bool) {
+	q = url.Values{}
+	within := func(modelVersion) bool { return true }
+	if h.chance(30) {
+		start := h.day + int64(h.rng.Intn(6))*hour
+		q.Set("start_valid", iso(start))
+		q.Set("end_valid", iso(start+int64(h.rng.Intn(6))*hour))
+		within = h.within(q)
+	}
+	if h.chance(30) {
+		q.Set("tag", pick(h.rng, "a", " B", "c", "d"))
+	}
+	if h.chance(30) {
+		q.Set("changed_by", h.email(h.rng.Intn(2)))
+	}
+	names := map[string]bool{}
+	if h.chance(30) {
+		name := pick(h.rng, slices.Collect(maps.Keys(h.series))...)
+		names[name] = true
+		if h.chance(50) {
+			q.Set("series_key", name)
+		} else {
+			q.Set("series_id", h.series[name].id)
+		}
+	}
+	if h.chance(30) {
+		pattern := pick(h.rng, "b", "?", "*", "c*", "*x", "B")
+		q.Set("match", pattern)
+		for _, name := range []string{"a", "b", "c"} {
+			names[name] = names[name] || pattern == "?" || pattern == "*" || strings.TrimSuffix(pattern, "*") == name
+		}
+	}
+	tag := strings.ToLower(strings.TrimSpace(q.Get("tag")))
+	return q, func(v modelVersion) bool {
+		return v.number > 1 && within(v) && (tag == "" || slices.Contains(v.tags, tag)) &&
+			(!q.Has("changed_by") || v.by == q.Get("changed_by")) && (len(names) == 0 || names[v.series])
+	}
+}
+
+// compareFeed reads the feed page by page, which must show all corrections that a random query asks for.
+func (h *history) compareFeed() error {
+	q, asked := h.feedQuestion()
+	batches := map[int][]string{} // of one change_time each
+	for _, v := range h.versions {
+		if asked(v) {
+			row := h.rowShown(url.Values{"detail": {"true"}}, v)
+			batches[v.batch] = append(batches[v.batch], jsonText(v.old)+" "+row.line())
+		}
+	}
+	newest := slices.Sorted(maps.Keys(batches))
+	limit := 1 + h.rng.Intn(4)
+	q.Set("limit", strconv.Itoa(limit))
+	for more := true; more; {
+		var want []string
+		for len(want) < limit && len(newest) > 0 {
+			want = append(want, batches[newest[len(newest)-1]]...)
+			newest = newest[:len(newest)-1]
+		}
+		more = len(newest) > 0
+		resp, text, err := h.s.do("GET", "/corrections?"+q.Encode(), h.keys[0], "")
+		if err != nil || resp.StatusCode != 200 {
+			return fmt.Errorf("GET /corrections?%s: %v %v %s", q.Encode(), resp, err, text)
+		}
+		var got struct {
+			Data  []feedRow
+			Count int
+			More  bool
+		}
+		if err := json.Unmarshal([]byte(text), &got); err != nil {
+			return err
+		}
+		var lines []string
+		for i, row := range got.Data {
+			lines = append(lines, jsonText(row.Old)+" "+row.line())
+			if i > 0 && row.Change > got.Data[i-1].Change {
+				return fmt.Errorf("GET /corrections?%s: out of order: %s", q.Encode(), text)
+			}
+			q.Set("until", row.Change)
+		}
+		if !sameLines(lines, want) || got.Count != len(lines) || got.More != more {
+			return fmt.Errorf("GET /corrections?%s\nshows %d rows %q, more: %v\nwant  %q, more: %v",
+				q.Encode(), got.Count, lines, got.More, want, more)
+		}
+	}
+	return nil
+}
+
 // inOrder tells whether b may follow a: rows are ordered by series_key, then valid_time (overlapping: known_time, then
 // valid_time), then version.
 func inOrder(q url.Values, a, b answerRow) bool {
@@ -2051,6 +2207,15 @@ func correctAt(s *plannedStore, c Caller, at, known timestamp, value int) error 
 	return err
 }
 
+// listCorrections lists corrections with a change to the query.
+func listCorrections(change func(*correctionsQuery)) func(*plannedStore, Caller, int) error {
+	return func(s *plannedStore, c Caller, _ int) error {
+		q := correctionsQuery{series: []seriesRef{}, since: firstTime, until: lastTime, start: firstTime, end: lastTime}
+		change(&q)
+		return s.ListCorrections(context.Background(), c, q, func(*element, float64) error { return nil })
+	}
+}
+
 // plannedRequests are asked with a number that is another each time, and at least 1.
 var plannedRequests = []plannedRequest{
 	{"read a day by key", false, readWith(func(q *readQuery) {
@@ -2091,6 +2256,22 @@ var plannedRequests = []plannedRequest{
 	{"a run gains a value", false, func(s *plannedStore, c Caller, n int) error {
 		return correctAt(s, c, hour1(7)+timestamp(n), hour1(0), 1) // of which B has 100,001 runs
 	}},
+	{"list corrections", false, listCorrections(func(*correctionsQuery) {})},
+	{"list corrections of a series", false, listCorrections(func(q *correctionsQuery) {
+		q.series = []seriesRef{{Key: "s3"}}
+	})},
+	{"list corrections of a pattern", false, listCorrections(func(q *correctionsQuery) {
+		q.match = []string{likePattern("s?")}
+	})},
+	{"withdraw a run", false, func(s *plannedStore, c Caller, n int) error {
+		run := fmt.Sprintf("%08x-0000-4000-8000-000000000000", n)
+		u := &upload{runID: uuid(run), workflowID: "w", start: hour1(0), digest: make([]byte, 32)}
+		if _, err := s.Upload(context.Background(), c, u); err != nil {
+			return err
+		}
+		_, err := s.Withdraw(context.Background(), c, uuid(run), "")
+		return err
+	}},
 	{"look a key up", false, func(s *plannedStore, _ Caller, n int) error {
 		digest := sha256.Sum256([]byte(strconv.Itoa(n)))
 		_, err := s.LookupKey(context.Background(), digest[:])
@@ -2098,8 +2279,7 @@ var plannedRequests = []plannedRequest{
 	}},
 }
 
-// mustFillTenant gives a tenant 100,000 series with a value each, and as many runs. The rows are
-// inserted without triggers, which would take most of the time.
+// mustFillTenant gives a tenant 100,000 series with a value each, and as many runs, of which half are withdrawn. The rows are inserted without triggers, which would take most of the time.
 func mustFillTenant(t *testing.T, db *sql.DB, tenant string) {
 	t.Helper()
 	tx, err := db.Begin()
@@ -2125,6 +2305,9 @@ func mustFillTenant(t *testing.T, db *sql.DB, tenant string) {
 			SELECT $1, i || '@example.com' FROM generate_series(1, 10000) AS i RETURNING *)
 		INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access)
 		SELECT email, tenant_id, user_id, 'default', sha256(email::bytea), 'rw' FROM u`,
+		`INSERT INTO withdrawals_table (tenant_id, run_id)
+		SELECT tenant_id, run_id FROM runs_table r WHERE tenant_id = $1 AND run_id NOT IN (
+			SELECT run_id FROM values_table WHERE tenant_id = $1) AND run_order % 2 = 0 ON CONFLICT DO NOTHING`,
 	} {
 		if _, err := tx.Exec("SET LOCAL session_replication_role = replica"); err != nil {
 			t.Fatal(err)
@@ -2145,7 +2328,7 @@ func TestPlansDoNotDependOnNeighbours(t *testing.T) { // S36
 	dsn := mustDatabase(t)
 	mustCreateTables(t, dsn, "--with-users")
 	db := mustOpen(t, dsn)
-	for _, table := range []string{"runs", "series", "values", "users"} {
+	for _, table := range []string{"runs", "series", "values", "withdrawals", "users"} {
 		// The test alone decides when there are statistics.
 		mustExec(t, db, "ALTER TABLE "+table+"_table SET (autovacuum_enabled = false)")
 	}
@@ -2155,6 +2338,11 @@ func TestPlansDoNotDependOnNeighbours(t *testing.T) { // S36
 		for run := range 10 {
 			keys := []string{"s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9"}
 			if err := uploadTo(first.store, c, hour1(run), keys...); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range 96 { // so that those of the requests below are not most of the corrections
+			if err := correctAt(first, c, hour1(i%24), 0, 50+i); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -2547,9 +2735,9 @@ func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
 			[]string{`"version":2`}},
 		{"a run gains a value", corrections(
 			correctionAt("01", `"series_key":"wind","run_id":"`+runs[0]+`","value":6,"annotation":"late"`)),
-			[]string{`"version":1`}},
+			[]string{`"version":2`}},
 		{"a run gains a null", corrections(correctionAt("01", `"series_key":"wind","run_id":"`+runs[1]+`","value":null`)),
-			[]string{`"version":1`}},
+			[]string{`"version":2`}},
 		{"the last of two of one value counts", corrections(correctionAt("01", `"series_key":"load","value":1`),
 			correctionAt("01", `"series_key":"load","value":2`)), []string{`"version":3`}},
 		{"no updates", corrections(), []string{`"updated":[]`, `"skipped_no_ops":[]`}},
@@ -2566,7 +2754,7 @@ func TestCorrectionFindsTheValueThatItNames(t *testing.T) {
 	const want = "00/load 00=1 v1, 00/load 01=9 v3, 00/load 02=null v1, " +
 		"12/load 01=2 v3, 12/load 02=3.75 v2, 12/load 03=4.5 v1, 12/load 03=9 v1, " +
 		"12/price 00-01=10 v1, 12/price 00-02=21 v2, " +
-		"00/wind 00=0.5 v1, 00/wind 01=6 v1, 12/wind 01=null v1"
+		"00/wind 00=0.5 v1, 00/wind 01=6 v2, 12/wind 01=null v2"
 	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping&detail=true", key, "")); got != want {
 		t.Errorf("after the corrections\nit is %s\nwant  %s", got, want)
 	}
@@ -2597,6 +2785,11 @@ func TestRefusedCorrectionStoresNothing(t *testing.T) { // S22
 		{"a known_time of no run", load(`"known_time":"2024-01-01","value":1`), 404, isNone},
 		{"a run with the known_time of another",
 			load(`"run_id":"` + runs[0] + `","known_time":"2024-12-31T12:00:00Z","value":1`), 404, isNone},
+		{"a moment where the run has an interval",
+			correctionAt("00", `"series_key":"price","run_id":"`+runs[1]+`","value":1`), 422, "valid_time_end"},
+		{"a moment where the run of that known_time has an interval",
+			correctionAt("00", `"series_key":"price","known_time":"2024-12-31T12:00:00Z","run_id":"`+runs[1]+
+				`","value":1`), 422, "valid_time_end"},
 		{"a new value of a run without a value",
 			correctionAt("01", `"series_key":"price","run_id":"`+runs[0]+`","annotation":"x"`), 422, "value"},
 		{"nothing to change", correctionAt("01", `"series_key":"load"`), 422, isNone},
@@ -2711,6 +2904,306 @@ func TestConcurrentCorrectionsOfOneValueAreAllKept(t *testing.T) {
 	if got := mustQuery(t, s.db, versions+` WHERE tags IS NOT NULL`); got != "10 11" {
 		t.Errorf("two at once made the versions %s", got)
 	}
+}
+
+// ---- Withdrawals
+
+// withdraw is the path by which a run is withdrawn.
+func withdraw(run string) string { return "/runs/" + run + "/withdraw" }
+
+func TestWithdrawnRunIsNotShownAndStaysAsOfBefore(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, _ := mustPicture(t, s)
+	runs := mustRuns(t, s)
+	reads := []struct{ name, query, want string }{
+		{"flat", "mode=flat", "load 00=1, load 01=2, load 02=null, load 03=9, wind 00=0.5"},
+		{"overlapping", "mode=overlapping&series_key=load", "00/load 00=1, 00/load 01=2, 00/load 02=null, 12/load 03=9"},
+		{"all versions", "all_versions=true&series_key=load&start_valid=2025-01-01T02:00:00Z",
+			"00/load 02=null v1, 12/load 03=9 v1"},
+		{"a sum", "bucket=P1D&agg=sum", "load 00=12, wind 00=0.5"},
+		{"one series by key", "series_key=price", ""},
+		{"all versions of all runs", "all_versions=true&mode=overlapping",
+			"00/load 00=1 v1, 00/load 01=2 v1, 00/load 02=null v1, 12/load 03=9 v1, 00/wind 00=0.5 v1"},
+	}
+	read := func(query string) string {
+		t.Helper()
+		return s.must(t, 200, "GET", "/values?"+query, key, "")
+	}
+	before := map[string]string{}
+	for _, c := range reads {
+		before[c.name] = read(c.query)
+	}
+	moment := url.QueryEscape(mustQuery(t, s.db, `SELECT iso_time(clock_timestamp())`))
+	stored := s.stored(t)
+	answer := s.must(t, 200, "POST", withdraw(runs[1]), key, `{"annotation":" wrong unit "}`)
+	expectIn(t, "withdrawal", answer, `{"run_id":"`+runs[1]+`"`, `"withdrawn_by":"a@example.com"`,
+		`"annotation":"wrong unit"`)
+	for _, c := range reads {
+		t.Run(c.name, func(t *testing.T) {
+			if got := brief(t, read(c.query)); got != c.want {
+				t.Errorf("GET /values?%s\nshows %s\nwant  %s", c.query, got, c.want)
+			}
+			if got := read(c.query + "&as_of=" + moment); got != before[c.name] {
+				t.Errorf("as of before GET /values?%s\nshows %s\nwant  %s", c.query, got, before[c.name])
+			}
+			if got := brief(t, read(c.query+"&as_of=2100-01-01")); got != c.want {
+				t.Errorf("as of a time to come GET /values?%s\nshows %s\nwant  %s", c.query, got, c.want)
+			}
+		})
+	}
+	if s.stored(t) != stored {
+		t.Error("the withdrawal changed what is stored")
+	}
+	const current = `SELECT string_agg(series_key || value, ' ' ORDER BY series_key, valid_time) FROM current_values`
+	if got := mustQuery(t, s.db, current); got != "load1 load2 load9 wind0.5" {
+		t.Errorf("the view current_values shows %s", got)
+	}
+	t.Run("the list of runs", func(t *testing.T) {
+		withdrawn := mustDecode[jsonObject](t, answer)
+		list := mustDecode[struct{ Data []jsonObject }](t, s.must(t, 200, "GET", "/runs", key, ""))
+		if len(list.Data) != 3 {
+			t.Fatalf("%d runs are listed, want 3", len(list.Data))
+		}
+		for _, run := range list.Data {
+			for _, name := range []string{"withdrawn_at", "withdrawn_by", "annotation"} {
+				member, given := run[name]
+				if given != (run["run_id"] == runs[1]) || given && member != withdrawn[name] {
+					t.Errorf("%s of run %s is %v", name, run["run_id"], member)
+				}
+			}
+		}
+	})
+	t.Run("again", func(t *testing.T) {
+		for _, body := range []string{"", `{"annotation":"another"}`} {
+			if again := s.must(t, 200, "POST", withdraw(runs[1]), key, body); again != answer {
+				t.Errorf("again it answers %s, first %s", again, answer)
+			}
+		}
+	})
+	t.Run("corrections made of it before are listed", func(t *testing.T) {
+		expectIn(t, "corrections", s.must(t, 200, "GET", "/corrections", key, ""), runs[1], `"count":1`)
+	})
+	t.Run("a value of another run is corrected now", func(t *testing.T) {
+		text := s.must(t, 200, "PUT", "/values", key, corrections(correctionAt("01", `"series_key":"load","value":7`)))
+		expectIn(t, "PUT /values", text, runs[0], `"version":2`)
+	})
+}
+
+func TestWithdrawalIsRefused(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	run := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, oneValue)).RunID
+	path := withdraw(run)
+	s.runRequests(t, key, []requestCase{
+		{"of no run", "POST", withdraw(nobody), "", 404, []string{"run_id", nobody}},
+		{"of what is no UUID", "POST", withdraw("nope"), "", 422, []string{"run_id", "UUID"}},
+		{"of a UUID with a letter too many", "POST", withdraw(run + "a"), "", 422, []string{"run_id"}},
+		{"of a UUID with a slash", "POST", withdraw(run + "%2Fwithdraw"), "", 422, []string{"run_id"}},
+		{"of nothing", "POST", "/runs//withdraw", "", 404, nil},
+		{"by another method", "PUT", path, "{}", 405, []string{"POST"}},
+		{"with an unknown member", "POST", path, `{"reason":"x"}`, 422, []string{"reason"}},
+		{"with a number as annotation", "POST", path, `{"annotation":5}`, 422, []string{"annotation"}},
+		{"with a long annotation", "POST", path, `{"annotation":"` + strings.Repeat("x", maxProse+1) + `"}`, 422,
+			[]string{"annotation"}},
+		{"with a member twice", "POST", path, `{"annotation":"x","annotation":"y"}`, 422, []string{"annotation"}},
+		{"with a list", "POST", path, `[]`, 422, []string{"body"}},
+		{"with a parameter", "POST", path + "?x=1", "", 422, []string{"x"}},
+		{"of another tenant's", "POST", path + "?tenant_id=" + tenantB, "", 403, []string{"tenant_id"}},
+	})
+	if got := mustQuery(t, s.db, `SELECT count(*) FROM withdrawals_table`); got != "0" {
+		t.Errorf("a refused withdrawal was stored: %s rows", got)
+	}
+	s.must(t, 200, "POST", path, key, `{}`)
+}
+
+func TestUploadRepeatedAfterItsWithdrawalStaysWithdrawn(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	body := runWith(`"run_id":"`+nobody+`",`, at("2025-01-01", "1"))
+	first := s.must(t, 200, "POST", "/upload", key, body)
+	s.must(t, 200, "POST", withdraw(strings.ToUpper(nobody)), key, "")
+	if again := s.must(t, 200, "POST", "/upload", key, body); again != first {
+		t.Errorf("the same upload again answers %s, first %s", again, first)
+	}
+	if got := s.mustRead(t, "/values", key); len(got) != 0 {
+		t.Errorf("the withdrawn run shows %v", got)
+	}
+}
+
+func TestConcurrentWithdrawalsAndCorrectionsAgree(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	run := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, oneValue)).RunID
+	var answers [4]string
+	together(12, func(i int) {
+		if i%3 == 0 {
+			answers[i/3] = s.expectOK(t, "POST", withdraw(run), key, fmt.Sprintf(`{"annotation":"%d"}`, i))
+			return
+		}
+		resp, text, err := s.do("PUT", "/values", key, update(fmt.Sprintf(`"run_id":"%s","value":%d`, run, 100+i)))
+		if err != nil || resp.StatusCode != 200 && resp.StatusCode != 409 {
+			t.Errorf("a correction is answered %v %v %s, want 200 or 409", resp, err, text)
+		}
+	})
+	for _, answer := range answers {
+		if answer != answers[0] || answer == "" {
+			t.Errorf("one of four withdrawals answers %q, another %q", answer, answers[0])
+		}
+	}
+	const late = `SELECT count(*) FROM values_table v JOIN withdrawals_table w USING (tenant_id, run_id)
+		WHERE v.change_time >= w.change_time`
+	if got := mustQuery(t, s.db, late); got != "0" {
+		t.Errorf("%s versions are written after the withdrawal", got)
+	}
+}
+
+func TestWithdrawnRunTakesNoCorrection(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, _ := mustPicture(t, s)
+	runs := mustRuns(t, s) // 1 and 2 have one known_time
+	load := func(hh, members string) string {
+		return corrections(correctionAt(hh, `"series_key":"load","value":5,`+members))
+	}
+	const noon = `"known_time":"2024-12-31T12:00:00Z"`
+	s.must(t, 200, "POST", withdraw(runs[2]), key, "")
+	before := s.stored(t)
+	s.runRequests(t, key, []requestCase{
+		{"of a value of it", "PUT", "/values", load("03", `"run_id":"`+runs[2]+`"`), 409, []string{"updates[0]", "withdrawn"}},
+		{"of a value that it has not", "PUT", "/values", load("07", `"run_id":"`+runs[2]+`"`), 409, []string{"withdrawn"}},
+		{"of its annotation alone", "PUT", "/values",
+			corrections(correctionAt("03", `"series_key":"load","annotation":"x","run_id":"`+runs[2]+`"`)), 409, []string{"withdrawn"}},
+		{"by its id and known_time", "PUT", "/values", load("03", noon+`,"run_id":"`+runs[2]+`"`), 409, []string{"withdrawn"}},
+		{"by its id and another known_time", "PUT", "/values",
+			load("03", `"known_time":"2024-12-31T00:00:00Z","run_id":"`+runs[2]+`"`), 404, []string{"known_time"}},
+	})
+	if s.stored(t) != before {
+		t.Error("a refused correction stored something")
+	}
+	s.runRequests(t, key, []requestCase{
+		{"by a known_time that another run has", "PUT", "/values", load("03", noon), 200, []string{runs[1], `"version":2`}},
+		{"of a new value by that known_time", "PUT", "/values", load("08", noon), 200, []string{runs[1], `"version":2`}},
+		{"the other run is withdrawn", "POST", withdraw(runs[1]), "", 200, nil},
+		{"by a known_time of which all are withdrawn", "PUT", "/values", load("03", noon), 409, []string{"withdrawn"}},
+		{"without a run, of a value of these alone", "PUT", "/values", load("03", `"tags":[]`), 404, nil},
+		{"without a run, of a value of a third", "PUT", "/values", load("01", `"tags":[]`), 200, []string{runs[0]}},
+	})
+}
+
+// ---- The list of corrections
+
+// changes is the list of corrections in short: each as "series valid-end old>value vN", and whether there are more.
+func changes(t *testing.T, text string) string {
+	t.Helper()
+	got := mustDecode[struct {
+		Data  []feedRow
+		Count int
+		More  bool
+	}](t, text)
+	if got.Count != len(got.Data) {
+		t.Errorf("count is %d for %d rows", got.Count, len(got.Data))
+	}
+	var rows []string
+	for _, r := range got.Data {
+		row := r.Key + " " + r.Valid.Format("15")
+		if r.End != nil {
+			row += "-" + r.End.Format("15")
+		}
+		rows = append(rows, fmt.Sprintf("%s %s>%s v%d", row, jsonText(r.Old), jsonText(r.Value), r.Version))
+	}
+	if got.More {
+		rows = append(rows, "more")
+	}
+	return strings.Join(rows, ", ")
+}
+
+func TestCorrectionsAreListed(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, series := mustPicture(t, s)
+	second := s.mustUser(t, tenantA, "B@example.com")
+	runs := mustRuns(t, s)
+	s.must(t, 200, "POST", "/series", key, `{"name":"100%_x\\y"}`)
+	odd := `"series_key":"100%_x\\y","run_id":"` + runs[0] + `"`
+	s.must(t, 200, "PUT", "/values", second, corrections(
+		correctionAt("00", `"valid_time_end":"2025-01-01T02:00:00Z","series_key":"price","value":null,"tags":["Two words"]`),
+		correctionAt("05", `"series_key":"wind","run_id":"`+runs[0]+`","value":-0.0`)))
+	s.must(t, 200, "PUT", "/values", key, corrections(correctionAt("00", `"value":1,`+odd)))
+	s.must(t, 200, "PUT", "/values", second, corrections(
+		correctionAt("00", `"valid_time_end":"2025-01-01T02:00:00Z","series_key":"price","annotation":"a \"note\", <b>"`)))
+	// From the oldest on. Those of one request come with the last one first.
+	const first, two, odds, last = "load 02 3.5>3.75 v2", "wind 05 null>-0 v2, price 00-02 20>null v2",
+		"100%_x\\y 00 null>1 v2", "price 00-02 null>null v3"
+	const all = last + ", " + odds + ", " + two + ", " + first
+	var times []string // of the rows, from the newest on
+	for _, row := range s.mustRead(t, "/corrections", key) {
+		times = append(times, url.QueryEscape(row.Change))
+	}
+	for _, c := range []struct{ name, query, want string }{
+		{"all", "", all},
+		{"of a limit of all", "limit=5", all},
+		{"of a limit of one less", "limit=4", last + ", " + odds + ", " + two + ", more"},
+		{"of a limit within one change_time", "limit=3", last + ", " + odds + ", " + two + ", more"},
+		{"of a limit before that", "limit=2", last + ", " + odds + ", more"},
+		{"until, from there on", "limit=1&until=" + times[1], two + ", more"},
+		{"until the first", "until=" + times[4], ""},
+		{"since the third last", "since=" + times[2], last + ", " + odds + ", " + two},
+		{"since and until", "since=" + times[1] + "&until=" + times[0], odds},
+		{"since and until one time", "since=" + times[1] + "&until=" + times[1], ""},
+		{"of a series", "series_key=load", first},
+		{"of a series by id, and another", "series_id=" + series["wind"] + "&series_key=load", "wind 05 null>-0 v2, " + first},
+		{"of a pattern", "match=*r?ce", last + ", price 00-02 20>null v2"},
+		{"of a pattern and a series", "match=w*&series_key=load", "wind 05 null>-0 v2, " + first},
+		{"of a pattern that finds nothing", "match=pric", ""},
+		{"of a pattern in capitals", "match=PRICE", ""},
+		{"of a pattern that finds nothing, and a series", "match=nope*&series_key=load", first},
+		{"of a pattern with what LIKE knows", "match=100%25_x%5C*", odds},
+		{"of a pattern whose percent is itself", "match=1%25", ""},
+		{"of a pattern whose underscore is itself", "match=win_", ""},
+		{"of valid times", "start_valid=2025-01-01T02:00:00Z&end_valid=2025-01-01T05:00:00Z", first},
+		{"of no valid times", "start_valid=2025-01-01T02:00:00Z&end_valid=2025-01-01T02:00:00Z", ""},
+		{"by whom", "changed_by=b@example.com", last + ", " + two},
+		{"by nobody", "changed_by=b", ""},
+		{"of a tag", "tag=%20two%20WORDS", last + ", price 00-02 20>null v2"},
+		{"of a part of a tag", "tag=two", ""},
+		{"of all at once", "tag=b&changed_by=a@example.com&series_key=load&match=*&limit=1", first},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if got := changes(t, s.must(t, 200, "GET", "/corrections?"+c.query, key, "")); got != c.want {
+				t.Errorf("GET /corrections?%s\nshows %s\nwant  %s", c.query, got, c.want)
+			}
+		})
+	}
+	t.Run("as CSV", func(t *testing.T) {
+		text := s.must(t, 200, "GET", "/corrections?limit=1", key, "", "Accept: text/csv")
+		header, row, _ := strings.Cut(text, "\n")
+		if header != "change_time,changed_by,series_id,series_key,series_unit,valid_time,valid_time_end,run_id,"+
+			"known_time,version,old_value,value,annotation,tags" {
+			t.Errorf("the header is %s", header)
+		}
+		want := `,"B@example.com","` + series["price"] + `","price","dimensionless",2025-01-01T00:00:00+00:00,` +
+			`2025-01-01T02:00:00+00:00,"` + runs[1] + `",`
+		expectIn(t, "GET /corrections", row, want, `,3,,,"a ""note"", <b>","[""two words""]"`+"\n")
+	})
+	s.runRequests(t, key, []requestCase{
+		{"of an unknown key", "GET", "/corrections?series_key=nope", "", 404, []string{"series_key"}},
+		{"of an unknown key beside a pattern", "GET", "/corrections?series_key=nope&match=*", "", 404, []string{"series_key"}},
+		{"of an unknown id", "GET", "/corrections?series_id=" + nobody, "", 404, []string{"series_id"}},
+		{"of what is no id", "GET", "/corrections?series_id=x", "", 422, []string{"series_id"}},
+		{"of an empty pattern", "GET", "/corrections?match=", "", 422, []string{"match"}},
+		{"since what is no time", "GET", "/corrections?since=x", "", 422, []string{"since"}},
+		{"since after until", "GET", "/corrections?since=2025-01-02&until=2025-01-01", "", 422, []string{"until"}},
+		{"start_valid after end_valid", "GET", "/corrections?start_valid=2025-01-02&end_valid=2025-01-01", "", 422,
+			[]string{"end_valid"}},
+		{"a limit of zero", "GET", "/corrections?limit=0", "", 422, []string{"limit"}},
+		{"a limit beyond the largest", "GET", "/corrections?limit=10001", "", 422, []string{"limit", "10000"}},
+		{"the largest limit", "GET", "/corrections?limit=10000", "", 200, []string{`"count":5,"more":false`}},
+		{"an empty tag", "GET", "/corrections?tag=", "", 422, []string{"tag"}},
+		{"an unknown format", "GET", "/corrections?format=xml", "", 422, []string{"format"}},
+		{"an unknown parameter", "GET", "/corrections?as_of=2025-01-01", "", 422, []string{"as_of"}},
+		{"a tag twice", "GET", "/corrections?tag=a&tag=b", "", 422, []string{"tag: given twice"}},
+	})
 }
 
 // ---- SQL
