@@ -2324,13 +2324,14 @@ const (
 			RETURNING cardinality("values") AS n
 		), gone_withdrawals AS (
 			DELETE FROM withdrawals_table
-			WHERE tenant_id = $1 AND run_id IN (SELECT run_id FROM chosen_runs)
+			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs))
 		), gone_runs AS (
 			DELETE FROM runs_table
-			WHERE tenant_id = $1 AND run_id IN (SELECT run_id FROM chosen_runs) RETURNING 1
+			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)) RETURNING 1
 		), gone_series AS (
 			DELETE FROM series_table
-			WHERE tenant_id = $1 AND series_id IN (SELECT series_id FROM chosen_series) RETURNING 1
+			WHERE tenant_id = $1 AND ($5 OR series_id IN (SELECT series_id FROM chosen_series))
+			RETURNING 1
 		)
 		SELECT coalesce((SELECT name FROM missing LIMIT 1), ''), (SELECT count(*) FROM gone_runs),
 		       (SELECT coalesce(sum(n), 0) FROM gone_values), (SELECT count(*) FROM gone_series)`
@@ -2339,6 +2340,10 @@ const (
 // lose runs query, which counts or erases what was chosen, and returns how much that is.
 func (s *store) lose(ctx context.Context, c Caller, tx *sql.Tx, query string, what *erasure) (
 	lost loss, err error) {
+	// Ids are found by a hash only if PostgreSQL believes that it fits, and else one by one.
+	if _, err := tx.ExecContext(ctx, `SET LOCAL work_mem = '1GB'`); err != nil {
+		return lost, err
+	}
 	var missing string
 	err = tx.QueryRowContext(ctx, query, c.tenant, pq.Array(what.Runs), what.KnownBefore,
 		pq.Array(what.Series), what.Everything).
