@@ -2,7 +2,7 @@
 -- search_path set to the schema that was asked for; `--dry-run` prints what would run on an empty database.
 -- Every statement is safe to repeat. :schema and :app_role stand for quoted identifiers from the command line.
 --
--- Nothing here is ever updated or deleted but users_table: a correction is a further row. tenant_id leads every key,
+-- The API updates and deletes nothing here but in users_table: a correction is a further row. tenant_id leads every key,
 -- so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
 
 -- section: begin

@@ -553,7 +553,7 @@ const (
 // modelSpans are the durations that questions ask for, as lead or as bucket.
 var modelSpans = map[string]int64{
 	"0s": 0, "7m": 7 * minute, "1h": hour, "2h": 2 * hour, "PT3H": 3 * hour, "PT6H": 6 * hour,
-	"PT20H30M": 20*hour + 30*minute, "P1D": 24 * hour, "P1W": 7 * 24 * hour,
+	"PT20H30M": 20*hour + 30*minute, "P1D": 24 * hour, "P1W": 7 * 24 * hour, "1w": 7 * 24 * hour,
 }
 
 func iso(t int64) string { return time.UnixMicro(t).UTC().Format("2006-01-02T15:04:05.999999-07:00") }
@@ -1114,7 +1114,7 @@ func (h *history) question() url.Values {
 		}
 	}
 	if h.chance(20) {
-		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m", "P1W"))
+		q.Set("bucket", pick(h.rng, "2h", "PT3H", "P1D", "7m", "P1W", "1w"))
 		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count"))
 		return q
 	}
@@ -2159,7 +2159,7 @@ var earlyRun = runWith(`"run_id":"`+runA+`","known_time":"2020-01-01",`,
 var lateRun = runWith(`"run_id":"`+runB+`","known_time":"2024-01-01",`, at("2025-01-01", "4"))
 
 // mustErasable uploads both runs as tenant A, withdraws the first, corrects the second, and uploads the first as
-// tenant B, whose data nothing here may touch.
+// tenant B, which has another one too and whose data nothing here may touch.
 func mustErasable(t *testing.T) (s *testServer, a, b string) {
 	t.Helper()
 	s, a = mustTenant(t)
@@ -2168,6 +2168,7 @@ func mustErasable(t *testing.T) (s *testServer, a, b string) {
 	s.must(t, 200, "POST", "/upload", a, lateRun)
 	s.must(t, 200, "PUT", "/values", a, corrections(`{"series_key":"load","valid_time":"2025-01-01","value":5}`))
 	s.must(t, 200, "POST", "/upload", b, earlyRun)
+	s.must(t, 200, "POST", "/upload", b, runWith(`"run_id":"`+tenantB+`",`, seriesRow("secret", "2025-01-01", "1")))
 	mustExec(t, s.db, `INSERT INTO withdrawals_table (tenant_id, run_id) VALUES ($1, $2)`, tenantA, runA)
 	return s, a, b
 }
@@ -2214,6 +2215,8 @@ func TestErasureTakesWhatItNamesAndNothingElse(t *testing.T) { // S39
 		{"a run that there is not", "delete runs --run-id " + runA + " --run-id " + nobody, 1, allOfA,
 			[]string{nobody}},
 		{"a series that there is not", "delete series -k load -k nope", 1, allOfA, []string{"nope"}},
+		{"a run of another tenant", "delete runs --run-id " + tenantB, 1, allOfA, []string{tenantB}},
+		{"a series of another tenant", "delete series -k secret", 1, allOfA, []string{"secret"}},
 		{"a series by its beginning", "delete series -k loa", 1, allOfA, []string{"loa"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -2242,7 +2245,8 @@ func TestErasureTakesWhatItNamesAndNothingElse(t *testing.T) { // S39
 				return
 			}
 			words := strings.Fields(c.line)
-			expectWords(t, lines, words[0]+" "+words[1]+" of "+tenantA+" by timedb/"+operator()+": {", c.told[0])
+			role := mustQuery(t, s.db, `SELECT session_user`)
+			expectWords(t, lines, words[0]+" "+words[1]+" of "+tenantA+" by "+role+"/"+operator()+": {", c.told[0])
 			if words[1] == "tenant" {
 				s.must(t, 401, "GET", "/values", a, "")
 				return
