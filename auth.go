@@ -36,18 +36,15 @@ import (
 const (
 	// openTenant owns all data while there is no users_table.
 	openTenant = "00000000-0000-0000-0000-000000000000"
-
 	// authTimeout bounds the wait for a connection and for the database's answer, after which the
 	// request gets 503; and the note of a last use. A healthy database answers in a millisecond.
 	authTimeout = 5 * time.Second
-
 	// A noted last use is renewed at this age: a write for each request would cost too much.
 	lastUsePrecision = 5 * time.Minute
 
 	// failureBurst is how many bad keys of one address in a minute get 401; more get 429. No
 	// mistake in a script reaches it.
 	failureBurst = 300
-
 	// maxSources are counted at a time, which takes a few megabytes at most.
 	maxSources = 10_000
 
@@ -63,6 +60,9 @@ type Caller struct {
 	readOnly bool
 	open     bool // there is no users_table, and everyone is this caller
 }
+
+// operatorOf is the Caller of a command about one tenant's data, which the tables' owner gives.
+func operatorOf(tenant string) Caller { return Caller{tenant: tenant} }
 
 // denialKind is what a refused caller is told. server.go gives each kind its HTTP status.
 type denialKind string

@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"os"
 	osuser "os/user"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -53,6 +54,10 @@ func commands() []command {
 	return []command{
 		{"create tables", (*cli).createTables},
 		{"delete tables", (*cli).deleteTables},
+		{"delete runs", (*cli).deleteRuns},
+		{"delete series", (*cli).deleteSeries},
+		{"delete tenant", (*cli).deleteTenant},
+		{"series update", (*cli).seriesUpdate},
 		{"users create", (*cli).usersCreate},
 		{"users list", (*cli).usersList},
 		{"users deactivate", (*cli).usersDeactivate},
@@ -104,29 +109,50 @@ func run(ctx context.Context, args []string, env func(string) string, stdin io.R
 	return 1
 }
 
-// manual returns the section on a command, or the overview.
+// manual returns the section on a command, the overview, or of the overview the lines on a group of
+// commands such as users.
 func manual(name string) string {
-	_, section, _ := strings.Cut("== \n"+usage, "== "+name+"\n")
+	_, section, found := strings.Cut("== \n"+usage, "== "+name+"\n")
 	section, _, _ = strings.Cut(section, "\n== ")
-	return strings.TrimSpace(section)
+	if found {
+		return strings.TrimSpace(section)
+	}
+	group := regexp.MustCompile(`(?m)^  timedb ` + regexp.QuoteMeta(name) + ` .*$`)
+	return strings.Join(group.FindAllString(usage, -1), "\n")
 }
 
-// dispatch finds the command and runs it. It returns the command's name, "" if there is none.
+// dispatch finds the command and runs it. It returns the name of the command or of the group that
+// the error is about, "" if there is none.
 func (c *cli) dispatch(ctx context.Context, args []string) (name string, err error) {
 	line := strings.Join(args, " ")
-	if slices.Contains([]string{"", "-h", "--help", "help"}, line) {
+	switch line {
+	case "", "-h", "--help", "help":
 		return "", flag.ErrHelp
+	case "--version":
+		args = []string{"version"}
 	}
+	name, isHelp := strings.CutPrefix(line, "help ")
+	name, flags, _ := strings.Cut(name, " -")
+	var known []string // by as many words as were given
 	for _, cmd := range commands() {
-		if line == "help "+cmd.name {
-			return cmd.name, flag.ErrHelp
-		}
 		words := strings.Fields(cmd.name)
 		if len(args) >= len(words) && slices.Equal(args[:len(words)], words) {
 			return cmd.name, cmd.run(c, ctx, args[len(words):])
 		}
+		if strings.Contains(name, " ") {
+			known = append(known, cmd.name)
+		} else {
+			known = append(known, words[0])
+		}
 	}
-	return "", mistyped(fmt.Errorf("unknown command %q", line))
+	switch {
+	case manual(name) == "":
+		return "", mistyped(unknownName("command", name, slices.Compact(known)))
+	case isHelp, flags == "h", flags == "-help":
+		return name, flag.ErrHelp
+	}
+	fmt.Fprintln(c.stderr, manual(name))
+	return name, wrongUsage("%s needs one more word", name)
 }
 
 // ---- Flags
@@ -184,6 +210,11 @@ func (c *cli) parse(args []string) error {
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
+	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
+		var known []string
+		c.flags.VisitAll(func(f *flag.Flag) { known = append(known, "--"+f.Name) })
+		err = unknownName("flag", "--"+name, known)
+	}
 	return mistyped(err)
 }
 
@@ -203,9 +234,11 @@ const commandPool = 2
 // never. The DSN is that of the flag or of the environment.
 func (c *cli) openPool(timeout time.Duration, connections int) (*store, error) {
 	dsn := c.dsn
+	source := "--dsn"
 	for _, name := range []string{"TIMEDB_DSN", "DATABASE_URL"} {
 		if dsn == "" {
 			dsn = c.env(name)
+			source = name
 		}
 	}
 	if dsn == "" {
@@ -213,8 +246,9 @@ func (c *cli) openPool(timeout time.Duration, connections int) (*store, error) {
 	}
 	st, err := openStore(dsn, c.schema, timeout, connections, c.stderr)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", source, err)
 	}
+	st.place += " (by " + source + ")"
 	st.operator = operator()
 	return st, nil
 }
@@ -287,7 +321,8 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 	if before.version > schemaVersion {
 		return before.check()
 	}
-	if err := c.confirm("Create timedb's tables in schema %q?", c.schema); err != nil {
+	err = c.confirm("Create timedb's tables in schema %q of %s?", c.schema, st.place)
+	if err != nil {
 		return err
 	}
 	err = st.exec(ctx, tableSections(c.schema, before, withUsers, citus, role))
@@ -295,6 +330,14 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 		return err
 	}
 	after, err := st.catalog(ctx)
+	if err != nil {
+		return err
+	}
+	return c.sayCreated(before, after)
+}
+
+// sayCreated prints what create tables made, who is served now, and what comes next.
+func (c *cli) sayCreated(before, after catalog) error {
 	for _, name := range after.names {
 		state := "created"
 		if slices.Contains(before.names, name) {
@@ -302,7 +345,11 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 		}
 		fmt.Fprintf(c.stdout, "%-8s %s.%s\n", state, c.schema, name)
 	}
-	return err
+	if slices.Contains(after.names, "users_table") {
+		return c.say("Every request needs a key. Next: timedb users create -t UUID -e EMAIL")
+	}
+	return c.say("Everyone is served without a key, until create tables --with-users. " +
+		"Next: timedb api")
 }
 
 // tableSections is the SQL that makes of what there is what there should be.
@@ -336,8 +383,16 @@ func (c *cli) deleteTables(ctx context.Context, args []string) error {
 	if len(before.names) == 0 {
 		return c.say("There is nothing of timedb in schema %q.", c.schema)
 	}
+	var lost loss
+	if before.version > 0 {
+		lost, err = st.Everything(ctx)
+		if err != nil {
+			return err
+		}
+	}
 	names := strings.Join(before.names, ", ")
-	err = c.confirm("Delete %s in schema %q, with ALL data?", names, c.schema)
+	err = c.confirm("Delete %s in schema %q of %s, with ALL data (%s) and the audit trail?",
+		names, c.schema, st.place, lost)
 	if err != nil {
 		return err
 	}
@@ -345,7 +400,132 @@ func (c *cli) deleteTables(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	return c.say("deleted  %s", names)
+	return c.say("deleted  %s (%s)", names, lost)
+}
+
+// tenantFlags begins the flags of a command about one tenant's data.
+func (c *cli) tenantFlags() {
+	c.databaseFlags()
+	c.word(&c.tenant, "t", "tenant-id")
+}
+
+// openTables opens the store for a command about one tenant's data, and returns which tables there
+// are. The caller closes the store, unless there is an error.
+func (c *cli) openTables(ctx context.Context) (*store, catalog, error) {
+	if c.tenant == "" {
+		return nil, catalog{}, wrongUsage("--tenant-id is required")
+	}
+	st, err := c.openPool(0, commandPool)
+	if err != nil {
+		return nil, catalog{}, err
+	}
+	found, err := st.catalog(ctx)
+	if err == nil {
+		err = found.check()
+	}
+	if err == nil && found.version == 0 {
+		err = errors.New("there are no tables: run timedb create tables")
+	}
+	if err != nil {
+		_ = st.db.Close()
+	}
+	return st, found, err
+}
+
+func (c *cli) deleteRuns(ctx context.Context, args []string) error {
+	what := erasure{action: "delete runs"}
+	c.tenantFlags()
+	c.word(&what.Runs, "run-id")
+	c.word(&what.KnownBefore, "known-before")
+	return c.erase(ctx, args, "--run-id or --known-before", &what)
+}
+
+func (c *cli) deleteSeries(ctx context.Context, args []string) error {
+	what := erasure{action: "delete series"}
+	c.tenantFlags()
+	c.word(&what.Series, "k", "key")
+	return c.erase(ctx, args, "--key", &what)
+}
+
+func (c *cli) deleteTenant(ctx context.Context, args []string) error {
+	c.tenantFlags()
+	return c.erase(ctx, args, "", &erasure{action: "delete tenant", Everything: true})
+}
+
+// erase reads the flags, of which some are required, asks, and erases what they name.
+func (c *cli) erase(ctx context.Context, args []string, required string, what *erasure) error {
+	c.toggle(&c.yes, "y", "yes")
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	if asJSON(what) == "{}" {
+		return wrongUsage("%s is required", required)
+	}
+	if len(what.Runs) > 0 && what.KnownBefore != 0 {
+		return wrongUsage("--run-id and --known-before: expected one of them")
+	}
+	st, found, err := c.openTables(ctx)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	of := "tenant " + string(c.tenant)
+	if what.Everything {
+		of += " and its users"
+		what.users = slices.Contains(found.names, "users_table")
+	}
+	caller := operatorOf(string(c.tenant))
+	lost, err := st.CountChosen(ctx, caller, what)
+	if err != nil {
+		return err
+	}
+	if lost == (loss{}) && !what.Everything {
+		return c.say("There is nothing to erase.")
+	}
+	err = c.confirm("Erase %s of %s for good, in schema %q of %s?", lost, of, c.schema, st.place)
+	if err != nil {
+		return err
+	}
+	lost, err = st.Erase(ctx, caller, what)
+	if err != nil {
+		return err
+	}
+	return c.say("Erased %s of %s.", lost, of)
+}
+
+func (c *cli) seriesUpdate(ctx context.Context, args []string) error {
+	var id uuid
+	var key string // as it is stored, whatever keys must be like now
+	var change seriesChange
+	c.tenantFlags()
+	c.text(&key, "", "k", "key")
+	c.word(&id, "series-id")
+	c.word(&change.key, "rename")
+	c.word(&change.unit, "unit")
+	c.flags.Func("description", "", func(text string) error {
+		change.description = new(prose)
+		return inputError("--description", change.description.UnmarshalText([]byte(text)))
+	})
+	if err := c.parse(args); err != nil {
+		return err
+	}
+	switch {
+	case key == "" && id == "":
+		return wrongUsage("--key or --series-id is required")
+	case change == seriesChange{}:
+		return wrongUsage("expected --rename, --unit or --description")
+	}
+	st, _, err := c.openTables(ctx)
+	if err != nil {
+		return err
+	}
+	defer st.db.Close()
+	ref := seriesRef{ID: id, Key: label(key)}
+	changed, err := st.UpdateSeries(ctx, operatorOf(string(c.tenant)), ref, change)
+	if err != nil {
+		return err
+	}
+	return c.say("%s", changed)
 }
 
 func (c *cli) usersCreate(ctx context.Context, args []string) error {
@@ -671,18 +851,28 @@ func (c *cli) auditTrail(ctx context.Context, args []string) error {
 
 // ---- The server
 
+const maxPort = 65535 // 16 bits
+
 // apiOptions are the flags of timedb api.
 type apiOptions struct {
 	host, tlsCert, tlsKey       string
-	port                        int
+	port                        int // 0: one that is free
 	requireAuth, allowAnonymous bool
 }
 
+func (o *apiOptions) setPort(text string) (err error) {
+	o.port, err = strconv.Atoi(text)
+	if err != nil || o.port < 0 || o.port > maxPort {
+		return fmt.Errorf("expected a number from 1 to %d", maxPort)
+	}
+	return nil
+}
+
 func (c *cli) api(ctx context.Context, args []string) error {
-	var o apiOptions
+	o := apiOptions{port: 8000}
 	c.databaseFlags()
 	c.text(&o.host, "127.0.0.1", "host")
-	c.flags.IntVar(&o.port, "port", 8000, "")
+	c.flags.Func("port", "", o.setPort)
 	c.text(&o.tlsCert, "", "tls-cert")
 	c.text(&o.tlsKey, "", "tls-key")
 	c.toggle(&o.requireAuth, "require-auth")

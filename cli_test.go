@@ -114,6 +114,56 @@ func TestDSNComesFromFlagThenTimedbDSNThenDatabaseURL(t *testing.T) { // S29
 	}
 }
 
+// Whoever gave a wrong DSN learns which one, and where it leads.
+func TestUnusableDatabaseIsNamedWithTheSourceOfItsDSN(t *testing.T) { // S6
+	t.Parallel()
+	good := mustParse(t, mustDatabase(t))
+	with := func(change func(u *url.URL)) string {
+		u := *good
+		change(&u)
+		return u.String()
+	}
+	const tenant = " -y -t " + tenantA
+	for _, c := range []struct {
+		name, line, variable, dsn string
+		want                      []string
+	}{
+		{"nobody listens", "users list", "TIMEDB_DSN", unreachable, []string{`"db"`, "127.0.0.1:1", "TIMEDB_DSN"}},
+		{"nobody listens, by DATABASE_URL", "create tables -y", "DATABASE_URL", unreachable,
+			[]string{`"db"`, "127.0.0.1:1", "DATABASE_URL"}},
+		{"nobody listens, by the flag", "delete tables -y -d " + unreachable, "TIMEDB_DSN", good.String(),
+			[]string{`"db"`, "127.0.0.1:1", "--dsn"}},
+		{"nobody listens, for the server", "api --port 0", "TIMEDB_DSN", unreachable,
+			[]string{`"db"`, "127.0.0.1:1", "TIMEDB_DSN"}},
+		{"a database that there is not", "delete tenant" + tenant, "TIMEDB_DSN",
+			with(func(u *url.URL) { u.Path = "/timedb_none" }), []string{`"timedb_none"`, good.Host, "does not exist"}},
+		{"a user that there is not", "series update -k x --unit MW -t " + tenantA, "TIMEDB_DSN",
+			with(func(u *url.URL) { u.User = url.UserPassword("timedb_none", "hunter2") }),
+			[]string{good.Host, "timedb_none"}},
+		{"a DSN that cannot be read", "delete runs --known-before 2025-01-01" + tenant, "DATABASE_URL",
+			"postgresql://u:%zzhunter2@127.0.0.1:1/db", []string{"DATABASE_URL", "cannot be read"}},
+		{"a password that begins like a port and a query", "users list", "TIMEDB_DSN",
+			"postgresql://u:24168?hunter2@127.0.0.1:1/db", []string{"TIMEDB_DSN", "cannot be read"}},
+		{"a password that begins like a port and a fragment", "users list", "TIMEDB_DSN",
+			"postgresql://u:24168#hunter2@127.0.0.1:1/db", []string{"TIMEDB_DSN", "cannot be read"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			code, stdout, stderr := runIn(map[string]string{c.variable: c.dsn}, "", strings.Fields(c.line)...)
+			if code != 1 {
+				t.Errorf("exit %d, want 1", code)
+			}
+			expectWords(t, stderr, c.want...)
+			expectNoPassword(t, stdout+stderr)
+			if password, _ := good.User.Password(); password != "" && strings.Contains(stdout+stderr, password) {
+				t.Errorf("the password was printed: %s", stderr)
+			}
+			if strings.Contains(stderr, "24168") {
+				t.Errorf("the beginning of the password was printed: %s", stderr)
+			}
+		})
+	}
+}
+
 // The secret is hunter2, alone or within a longer password. A reserved character in a password shifts
 // what a URL parser takes for the host, the port and the database, and error texts often repeat those.
 func TestPasswordOfADSNIsNeverPrinted(t *testing.T) { // S6
@@ -280,6 +330,32 @@ func TestWrongUsageIsNamed(t *testing.T) {
 		{"one argument too many", "users list nope", `"nope"`},
 		{"an unknown command", "nope", "unknown command"},
 		{"no database", "users list", "DATABASE_URL"},
+		{"a misspelt command", "users lsit", "did you mean users list?"},
+		{"a misspelt command with flags", "user list --json", "did you mean users list?"},
+		{"a misspelt group", "user", "did you mean users?"},
+		{"help on a misspelt command", "help delete tenants", "did you mean delete tenant?"},
+		{"a word that is like no command", "nope", "there are create, delete, series, users, api, version"},
+		{"a misspelt flag", "users list --tennant-id " + tenantA, "did you mean --tenant-id?"},
+		{"a flag that is like none", "users list --nope", "--json"},
+		{"a port that is a word", "api --port http", "from 1 to 65535"},
+		{"a port too high", "api --port 65536", "from 1 to 65535"},
+		{"a port below zero", "api --port -1", "from 1 to 65535"},
+		{"delete runs without a tenant", "delete runs --run-id " + nobody, "--tenant-id is required"},
+		{"delete runs without a choice", "delete runs -t " + tenantA, "--run-id or --known-before"},
+		{"delete runs with two choices",
+			"delete runs -t " + tenantA + " --known-before 2025-01-01 --run-id " + nobody, "expected one of them"},
+		{"delete runs with a run_id that is a word", "delete runs -t " + tenantA + " --run-id x", "--run-id: expected UUID"},
+		{"delete runs with a time that is a word", "delete runs -t " + tenantA + " --known-before soon",
+			"--known-before: expected"},
+		{"delete series without a key", "delete series -t " + tenantA, "--key is required"},
+		{"delete series without a tenant", "delete series -k load", "--tenant-id is required"},
+		{"delete tenant without one", "delete tenant -y", "--tenant-id is required"},
+		{"delete tenant with a word", "delete tenant -y -t all", "--tenant-id: expected UUID"},
+		{"series update of nothing", "series update --unit MW -t " + tenantA, "--key or --series-id"},
+		{"series update without a tenant", "series update -k load --unit MW", "--tenant-id is required"},
+		{"series update without a change", "series update -k load -t " + tenantA, "--rename, --unit or --description"},
+		{"series update to a blank key", "series update -k load --rename= -t " + tenantA, "--rename: expected"},
+		{"series update to a blank unit", "series update -k load --unit= -t " + tenantA, "--unit: expected"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			code, _, stderr := runIn(nil, "", strings.Fields(c.line)...)
@@ -349,6 +425,10 @@ func TestHelpAndVersionNeedNoDatabase(t *testing.T) {
 	for _, c := range []struct{ name, flags string }{
 		{"create tables", "-dsn -with-users -schema -app-role -dry-run -yes"},
 		{"delete tables", "-dsn -schema -yes"},
+		{"delete runs", "-dsn -schema -yes -tenant-id -run-id -known-before"},
+		{"delete series", "-dsn -schema -yes -tenant-id -key"},
+		{"delete tenant", "-dsn -schema -yes -tenant-id"},
+		{"series update", "-dsn -schema -tenant-id -key -series-id -rename -unit -description"},
 		{"users create", "-dsn -tenant-id -email -q"},
 		{"users list", "-dsn -tenant-id -include-inactive -json"},
 		{"users deactivate", "-dsn -email -tenant-id -yes"},
@@ -369,12 +449,48 @@ func TestHelpAndVersionNeedNoDatabase(t *testing.T) {
 			expectWords(t, stdout, "users regenerate-key")
 		})
 	}
-	t.Run("version", func(t *testing.T) {
-		stdout, _ := mustRun(t, 0, "", "", "version")
-		if !strings.HasPrefix(stdout, "timedb ") {
-			t.Errorf("timedb version prints %q", stdout)
-		}
-	})
+	for _, line := range []string{"version", "--version"} {
+		t.Run(line, func(t *testing.T) {
+			stdout, _ := mustRun(t, 0, "", "", line)
+			if !strings.HasPrefix(stdout, "timedb ") {
+				t.Errorf("timedb %s prints %q", line, stdout)
+			}
+		})
+	}
+}
+
+func TestGroupOfCommandsListsThem(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		group      string
+		want, none []string
+	}{
+		{"users", []string{"users create", "print the API key", "users list", "users regenerate-key"}, []string{"delete"}},
+		{"delete", []string{"delete tables", "delete runs", "delete series", "delete tenant"}, []string{"users create"}},
+		{"create", []string{"create tables"}, []string{"users"}},
+		{"series", []string{"series update", "rename"}, []string{"delete"}},
+	} {
+		t.Run(c.group, func(t *testing.T) {
+			expect := func(text string) {
+				t.Helper()
+				expectWords(t, text, c.want...)
+				for _, word := range c.none {
+					if strings.Contains(text, word) {
+						t.Errorf("%q is none of its commands: %s", word, text)
+					}
+				}
+			}
+			for _, line := range []string{"help " + c.group, c.group + " -h", c.group + " --help"} {
+				stdout, _ := mustRun(t, 0, "", "", strings.Fields(line)...)
+				expect(stdout)
+			}
+			stdout, stderr := mustRun(t, 2, "", "", c.group)
+			expect(strings.ReplaceAll(stderr, "timedb help "+c.group, ""))
+			if stdout != "" {
+				t.Errorf("wrong usage prints %q to stdout", stdout)
+			}
+		})
+	}
 }
 
 // The manual has a section on each command and on nothing else. A section lists exactly the flags that
@@ -1009,6 +1125,85 @@ func TestListsSayWhatAnOperatorMustActOn(t *testing.T) { // S41
 	}
 }
 
+func TestCreateTablesTellsWhoIsServedAndWhatComesNext(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	stdout, _ := mustRun(t, 0, dsn, "", "create", "tables", "-y")
+	expectWords(t, stdout, "Everyone is served", "--with-users", "timedb api")
+	for _, flags := range []string{"--with-users", "-y"} { // made now, and found there
+		stdout, _ = mustRun(t, 0, dsn, "", "create", "tables", "-y", flags)
+		expectWords(t, stdout, "needs a key", "timedb users create")
+	}
+}
+
+// ---- Series
+
+func TestSeriesUpdateChangesWhatIsGivenAndIsAudited(t *testing.T) { // S39
+	t.Parallel()
+	s, a := mustTenant(t)
+	b := s.mustUser(t, tenantB, "b@example.com")
+	for _, key := range []string{a, b} {
+		s.must(t, 200, "POST", "/series", key, `{"name":"load","unit":"MW","description":"old"}`)
+		s.must(t, 200, "POST", "/series", key, `{"name":"wind","unit":"MW"}`)
+	}
+	ofB := s.must(t, 200, "GET", "/list_timeseries", b, "")
+	id := mustQuery(t, s.db, `SELECT series_id FROM series_table WHERE series_key = 'load' AND tenant_id = $1`, tenantA)
+	const query = `SELECT json_build_array(series_key, unit, description) FROM series_table WHERE series_id = $1`
+	before := mustQuery(t, s.db, query, id)
+	// The cases build on each other.
+	for _, c := range []struct {
+		name  string
+		args  []string
+		code  int
+		after string // "": as before
+		told  string
+	}{
+		{"rename", []string{"-k", "load", "--rename", "load_mw"}, 0, `["load_mw", "MW", "old"]`, ""},
+		{"the old key is gone", []string{"-k", "load", "--unit", "kW"}, 1, "", `"load"`},
+		{"unit, by id", []string{"--series-id", id, "--unit", "kW"}, 0, `["load_mw", "kW", "old"]`, ""},
+		{"description, by both", []string{"--series-id", id, "-k", "load_mw", "--description", " new "}, 0,
+			`["load_mw", "kW", "new"]`, ""},
+		{"the id of another key", []string{"--series-id", id, "-k", "wind", "--unit", "GW"}, 1, "", "wind"},
+		{"no description", []string{"-k", "load_mw", "--description", ""}, 0, `["load_mw", "kW", null]`, ""},
+		{"a key that is taken", []string{"-k", "load_mw", "--rename", "wind", "--unit", "GW"}, 1, "", `"wind" exists`},
+		{"its own key", []string{"-k", "load_mw", "--rename", "load_mw"}, 0, `["load_mw", "kW", null]`, ""},
+		{"a series that there is not", []string{"-k", "nope", "--unit", "GW"}, 1, "", `"nope"`},
+		{"an id that there is not", []string{"--series-id", nobody, "--unit", "GW"}, 1, "", nobody},
+		{"of another tenant", []string{"-t", tenantB, "--series-id", id, "--unit", "GW"}, 1, "", id},
+		{"all at once", []string{"-k", "load_mw", "--rename", "load", "--unit", "GW", "--description", "x"}, 0,
+			`["load", "GW", "x"]`, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			args := append([]string{"series", "update", "-t", tenantA}, c.args...)
+			stdout, stderr := mustRun(t, c.code, s.dsn, "", args...)
+			want := c.after
+			if want == "" {
+				want = before
+			}
+			after := mustQuery(t, s.db, query, id)
+			if after != want {
+				t.Fatalf("the series is %s, want %s", after, want)
+			}
+			expectWords(t, stdout+stderr, c.told)
+			line := mustQuery(t, s.db, `SELECT action || ' ' || tenant_id || ' ' || detail FROM audit_table
+				ORDER BY audit_id DESC LIMIT 1`)
+			if c.code == 0 {
+				if want := "series update " + tenantA + " " + id + ": " + before + " became " + after; line != want {
+					t.Errorf("the trail says %s, want %s", line, want)
+				}
+				expectWords(t, stdout, after)
+			}
+			before = after
+		})
+	}
+	if got := mustQuery(t, s.db, `SELECT count(*) FROM audit_table WHERE action = 'series update'`); got != "6" {
+		t.Errorf("the trail has %s lines, want 6", got)
+	}
+	if got := s.must(t, 200, "GET", "/list_timeseries", b, ""); got != ofB {
+		t.Errorf("tenant B's series became %s", got)
+	}
+}
+
 // ---- Questions
 
 // The cases build on each other: the tables and the user of the first serve the next ones.
@@ -1017,28 +1212,56 @@ func TestQuestionsAreAskedAndOnlyYesIsYes(t *testing.T) {
 	dsn := mustDatabase(t)
 	db := mustOpen(t, dsn)
 	tables := func(t testing.TB, db *sql.DB) string { return relations(t, db, "public") }
+	data := func(t testing.TB, db *sql.DB) string { return mustQuery(t, db, ofTenantA) }
+	u := mustParse(t, dsn)
+	place := fmt.Sprintf(`database %q on %s (by TIMEDB_DSN)`, strings.TrimPrefix(u.Path, "/"), u.Host)
 	const email = "ask@example.com"
+	createUser := func() { mustRun(t, 0, dsn, "", "users", "create", "-t", tenantA, "-e", email) }
+	// storeRun is a run of two values and one series.
+	storeRun := func() {
+		mustExec(t, db, `INSERT INTO series_table (tenant_id, series_id, series_key, unit) VALUES ($1, $2, 'load', 'MW')`,
+			tenantA, nobody)
+		mustExec(t, db, `INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, known_time, rows_inserted,
+			request_digest) VALUES ($1, $2, 'w', now(), now(), 2, sha256(''))`, tenantA, nobody)
+		mustExec(t, db, `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+			change_time, valid_from, valid_to, valid_times, "values") SELECT tenant_id, run_id, run_id, run_order, 1, now(),
+			now(), '2025-01-01', '2025-01-02', '{2025-01-01, 2025-01-02}', '{1, NULL}' FROM runs_table`)
+	}
 	for _, c := range []struct {
-		name  string
-		args  []string
-		state func(testing.TB, *sql.DB) string // what only a yes may change
-		after []string                         // a command line that prepares the next case
+		name    string
+		args    []string
+		state   func(testing.TB, *sql.DB) string // what only a yes may change
+		prepare func()
+		told    []string // of what the question says
 	}{
-		{"create tables", []string{"create", "tables", "--with-users"}, tables,
-			[]string{"users", "create", "-t", tenantA, "-e", email}},
-		{"users regenerate-key", []string{"users", "regenerate-key", "-e", email}, users, nil},
-		{"users deactivate", []string{"users", "deactivate", "-e", email}, users, nil},
-		{"delete tables", []string{"delete", "tables"}, tables, nil},
+		{"create tables", []string{"create", "tables", "--with-users"}, tables, nil, []string{place}},
+		{"delete runs", []string{"delete", "runs", "-t", tenantA, "--run-id", nobody}, data, storeRun,
+			[]string{place, "1 run(s), 2 value(s), 0 series", tenantA}},
+		{"delete series", []string{"delete", "series", "-t", tenantA, "-k", "load"}, data, nil,
+			[]string{place, "0 run(s), 0 value(s), 1 series", tenantA}},
+		{"users regenerate-key", []string{"users", "regenerate-key", "-e", email}, users, createUser, []string{email}},
+		{"users deactivate", []string{"users", "deactivate", "-e", email}, users, nil, []string{email}},
+		{"delete tenant", []string{"delete", "tenant", "-t", tenantA}, data, storeRun,
+			[]string{place, "1 run(s), 2 value(s), 1 series", tenantA, "its users"}},
+		{"delete tables", []string{"delete", "tables"}, tables, storeRun,
+			[]string{place, "1 run(s), 2 value(s), 1 series", "the audit trail", "values_table"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			if c.prepare != nil {
+				c.prepare()
+			}
 			before := c.state(t, db)
 			for _, answer := range []string{"", "n\n", "\n", "perhaps\n"} {
 				_, stderr := mustRun(t, 1, dsn, answer, c.args...)
 				if answer == "" && !strings.Contains(stderr, "-y") {
 					t.Errorf("with nobody to ask it says %q, want -y in it", stderr)
 				}
+				expectWords(t, stderr, c.told...)
 				if c.state(t, db) != before {
 					t.Fatalf("the answer %q changed something", answer)
+				}
+				if password, _ := u.User.Password(); password != "" && strings.Contains(stderr, password) {
+					t.Errorf("the question holds the password: %s", stderr)
 				}
 			}
 			mustRun(t, 0, dsn, "y\n", c.args...)
@@ -1046,9 +1269,6 @@ func TestQuestionsAreAskedAndOnlyYesIsYes(t *testing.T) {
 				t.Error("the answer y changed nothing")
 			}
 		})
-		if c.after != nil {
-			mustRun(t, 0, dsn, "", c.after...)
-		}
 	}
 }
 

@@ -29,6 +29,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -923,6 +924,109 @@ func TestFaultFullPoolIs503AndKeysAreStillJudged(t *testing.T) { // S23
 	want := outcomes{acknowledged: tenantPlaces, unavailable: tooMany}
 	if l.counts != want || len(l.other) > 0 {
 		t.Errorf("requests ended as %+v, want %+v; others: %v", l.counts, want, l.other)
+	}
+}
+
+// eraserRuns are the run_ids that the clients of TestFaultErasureAmongWritersLeavesNothingInPart upload again and again.
+var eraserRuns = []string{runA, runB, tenantA, tenantB}
+
+const eraserRows = 1200 // of each of two series: two blocks
+
+// eraserCSV is the body of such an upload.
+func eraserCSV() string {
+	body := []byte("valid_time,value_key,value\n")
+	for i := range eraserRows {
+		body = fmt.Appendf(body, "2025-02-01T00:%02d:%02dZ,e0,1\n2025-02-01T00:%02d:%02dZ,e1,1\n", i/60, i%60, i/60, i%60)
+	}
+	return string(body)
+}
+
+// Runs and series are erased while others upload, correct and read them.
+func TestFaultErasureAmongWritersLeavesNothingInPart(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	body := eraserCSV()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var counts sync.Map // how often each kind of request had each status
+	client := func(kind, method, path, body string, header ...string) string {
+		resp, text, err := s.do(method, path, key, body, header...)
+		if err != nil {
+			t.Errorf("%s: %v", kind, err)
+			return ""
+		}
+		if resp.StatusCode != 200 && resp.StatusCode != 404 {
+			t.Errorf("%s: status %d: %s", kind, resp.StatusCode, text)
+		}
+		n, _ := counts.LoadOrStore(fmt.Sprint(kind, " ", resp.StatusCode), new(atomic.Int64))
+		n.(*atomic.Int64).Add(1)
+		if resp.StatusCode != 200 {
+			return ""
+		}
+		return text
+	}
+	var clients sync.WaitGroup
+	for i := range 5 {
+		clients.Go(func() {
+			for n := i; ctx.Err() == nil; n++ {
+				switch i {
+				case 0, 1, 2:
+					client("upload", "POST", "/upload?run_start_time=2025-01-01&known_time=2025-01-01&run_id="+
+						eraserRuns[n%len(eraserRuns)], body, "Content-Type: text/csv")
+				case 3:
+					client("correct", "PUT", "/values", corrections(fmt.Sprintf(
+						`{"series_key":"e%d","valid_time":"2025-02-01T00:00:%02dZ","value":%d}`, n%2, n%60, n)))
+				case 4:
+					text := client("read", "GET", "/values?mode=overlapping&detail=true&series_key=e1", "")
+					if text == "" {
+						continue
+					}
+					rows := map[string]int{}
+					for _, row := range mustDecode[readAnswer](t, text).Data {
+						rows[row.Run]++
+					}
+					for run, n := range rows {
+						if n != eraserRows {
+							t.Errorf("a read shows %d of the %d values of run %s", n, eraserRows, run)
+						}
+					}
+				}
+			}
+		})
+	}
+	for n := range 60 * *faults {
+		line := "delete runs --run-id " + eraserRuns[n%len(eraserRuns)]
+		switch n % 5 {
+		case 3:
+			line = fmt.Sprintf("delete series -k e%d", n%2)
+		case 4:
+			line = "delete runs --known-before 2026-01-01"
+		}
+		args := append(strings.Fields(line), "-y", "-t", tenantA)
+		code, _, stderr := runIn(map[string]string{"TIMEDB_DSN": s.dsn}, "", args...)
+		if code != 0 && !strings.Contains(stderr, "there is no ") {
+			t.Errorf("%s: exit %d: %s", line, code, stderr)
+		}
+	}
+	stop()
+	clients.Wait()
+	counts.Range(func(kind, n any) bool {
+		t.Log(kind, n.(*atomic.Int64).Load())
+		return true
+	})
+	for _, kind := range []string{"upload 200", "correct 200", "correct 404", "read 200"} {
+		if _, happened := counts.Load(kind); !happened {
+			t.Errorf("there was no %s", kind)
+		}
+	}
+	if got := mustQuery(t, s.db, orphans); got != "0" {
+		t.Errorf("%s rows of values have lost their run or series", got)
+	}
+	parts := mustQuery(t, s.db, `SELECT count(*) FROM (
+		SELECT FROM values_table WHERE version = 1 GROUP BY run_id, series_id
+		HAVING sum(cardinality("values")) <> $1) AS part`, eraserRows)
+	if parts != "0" {
+		t.Errorf("%s runs are stored in part", parts)
 	}
 }
 

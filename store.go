@@ -1,7 +1,8 @@
 package main
 
 // The words that timedb speaks, the errors that it knows, and all of its SQL. In this order: words,
-// errors, shares, the pool, the catalog, users, series, uploads, arrays, reads, corrections, lists.
+// errors, shares, the pool, the catalog, users, series, uploads, arrays, reads, corrections,
+// erasure, lists.
 
 import (
 	"bytes"
@@ -134,12 +135,13 @@ type span timestamp
 
 const day = span(24 * time.Hour / time.Microsecond)
 
-var isoSpan = regexp.MustCompile(`^P?(?:(\d{1,5})W)?(?:(\d{1,6})[Dd])?(?:T([0-9.HMS]+))?$`)
+var isoSpan = regexp.MustCompile(`^P?(?:(\d{1,5})[Ww])?(?:(\d{1,6})[Dd])?(?:T([0-9.HMS]+))?$`)
 
 func (span) expected() string { return "duration such as PT36H, P1D or 90m" }
 
 // UnmarshalText reads a duration as ISO 8601 writes it (P1DT12H; no months or years, whose length
-// differs), as Go does (36h), or in days (90d). What is finer than a microsecond is cut off.
+// differs), as Go does (36h), or in days or weeks (90d, 6w). What is finer than a microsecond is
+// cut off.
 func (d *span) UnmarshalText(text []byte) error {
 	s := string(text)
 	parts := isoSpan.FindStringSubmatch(s)
@@ -800,6 +802,7 @@ const (
 type store struct {
 	db         *sql.DB
 	schema     string
+	place      string   // which database it is, for people; no password
 	exposed    bool     // whoever sits between here and the database could listen in
 	statements sync.Map // of *sql.Stmt by query
 	places     *shares  // one for each request that works on the database
@@ -809,6 +812,10 @@ type store struct {
 var errBadDSN = errors.New("the DSN cannot be read: expected " +
 	"postgresql://user:password@host:port/database (percent-encode reserved characters of the " +
 	"password) or key=value pairs")
+
+// cutOffURL matches a URL of which a ? or # in the password has cut off the host: what is left
+// looks like a host and a port.
+var cutOffURL = regexp.MustCompile(`^\w+://[^@?#]*[?#].*@`)
 
 // openStore prepares a pool of at most so many connections that see schema alone; it does not
 // connect yet. timeout ends a statement on the database's side; 0 means never. What PostgreSQL
@@ -823,7 +830,8 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 		return nil, errBadDSN
 	}
 	// A reserved character in the password shifts what follows it.
-	if strings.ContainsAny(cfg.Database, "@/?#") || strings.ContainsAny(cfg.Host, "@?#") {
+	if strings.ContainsAny(cfg.Database, "@/?#") || strings.ContainsAny(cfg.Host, "@?#") ||
+		cutOffURL.MatchString(dsn) {
 		return nil, errBadDSN
 	}
 	connector, err := pq.NewConnectorConfig(sessionConfig(cfg, schema, timeout))
@@ -834,16 +842,34 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 		// Later than PostgreSQL would say so itself.
 		connector.Dialer(boundedDialer{timeout: timeout + time.Second})
 	}
-	db := sql.OpenDB(pq.ConnectorWithNoticeHandler(connector, func(notice *pq.Error) {
+	noisy := pq.ConnectorWithNoticeHandler(connector, func(notice *pq.Error) {
 		if notice.Severity == pqerror.SeverityWarning {
 			fmt.Fprintln(warnings, "WARNING:", notice.Message)
 		}
-	}))
-	db.SetMaxOpenConns(connections)
-	db.SetMaxIdleConns(connections)
-	db.SetConnMaxLifetime(connMaxLifetime)
+	})
 	places := newShares(totalPlaces, tenantPlaces)
-	return &store{db: db, schema: schema, exposed: isExposed(cfg), places: places}, nil
+	s := &store{schema: schema, exposed: isExposed(cfg), places: places}
+	s.place = fmt.Sprintf("database %q on %s:%d",
+		cmp.Or(cfg.Database, cfg.User), cfg.Host, cfg.Port)
+	s.db = sql.OpenDB(namingConnector{noisy, s})
+	s.db.SetMaxOpenConns(connections)
+	s.db.SetMaxIdleConns(connections)
+	s.db.SetConnMaxLifetime(connMaxLifetime)
+	return s, nil
+}
+
+// namingConnector says which database cannot be reached.
+type namingConnector struct {
+	driver.Connector
+	of *store
+}
+
+func (n namingConnector) Connect(ctx context.Context) (driver.Conn, error) {
+	conn, err := n.Connector.Connect(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("cannot connect to %s: %w", n.of.place, err)
+	}
+	return conn, nil
 }
 
 // enter waits for a place to work on the database, and bounds that work in time. The returned
@@ -1595,6 +1621,46 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, des
 	return id, created, err
 }
 
+// seriesChange is what becomes of a series. What is "" or nil stays.
+type seriesChange struct {
+	key, unit   label
+	description *prose
+}
+
+// UpdateSeries changes a series, and returns what it was and what it became.
+func (s *store) UpdateSeries(ctx context.Context, c Caller, ref seriesRef, change seriesChange) (
+	changed string, err error) {
+	found, err := s.findSeries(ctx, c, nil, []seriesRef{ref})
+	if err != nil {
+		return "", err
+	}
+	err = s.inTx(ctx, func(tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, `
+			UPDATE series_table s SET series_key = coalesce(nullif($3, ''), s.series_key),
+			       unit = coalesce(nullif($4, ''), s.unit),
+			       description = CASE WHEN $5::text IS NULL THEN s.description
+			                          ELSE nullif($5, '') END
+			FROM (SELECT * FROM series_table
+			      WHERE tenant_id = $1 AND series_id = $2 FOR UPDATE) AS old
+			WHERE s.tenant_id = $1 AND s.series_id = old.series_id
+			RETURNING format('%s: %s became %s', old.series_id,
+			       json_build_array(old.series_key, old.unit, old.description),
+			       json_build_array(s.series_key, s.unit, s.description))`,
+			c.tenant, found[0].ID, change.key, change.unit, change.description).Scan(&changed)
+		switch {
+		case sqlState(err) == uniqueViolation:
+			return fmt.Errorf("a series %q exists already; nothing was changed", change.key)
+		case errors.Is(err, sql.ErrNoRows):
+			return noSeries(ref)
+		case err != nil:
+			return err
+		}
+		return s.audit(ctx, tx,
+			auditLine{action: "series update", tenant: c.tenant, detail: changed})
+	})
+	return changed, err
+}
+
 // ---- Uploads
 
 // point is one value at its time. A NULL value is NaN: no NaN is ever stored.
@@ -1694,15 +1760,21 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 	if !errors.Is(err, sql.ErrNoRows) {
 		return err == nil, err
 	}
+	var isSame bool
 	err = tx.QueryRowContext(ctx, `
-		SELECT run_id FROM runs_table WHERE tenant_id = $1 AND run_id = $2 AND request_digest = $3`,
-		c.tenant, u.runID, u.digest).Scan(&u.runID)
+		SELECT request_digest = $3 FROM runs_table WHERE tenant_id = $1 AND run_id = $2`,
+		c.tenant, u.runID, u.digest).Scan(&isSame)
 	if errors.Is(err, sql.ErrNoRows) {
-		return false, refuse(conflict, "run_id %s was already used for a different request",
-			u.runID)
+		return false, errErased
+	}
+	if err == nil && !isSame {
+		err = refuse(conflict, "run_id %s was already used for a different request", u.runID)
 	}
 	return false, err
 }
+
+// errErased is the error of a write that an erasure came before: nothing of it is stored.
+var errErased = refuse(notFound, "The run or a series was erased just now. Nothing was stored.")
 
 const (
 	// A block is one row of values_table; schema.sql checks both bounds. 1,000 values make a row's
@@ -1769,7 +1841,7 @@ type stretch struct {
 }
 
 // insertBlocks stores blocks in one statement: all their values end to end in three arrays, and a
-// list of stretches.
+// list of stretches. A block whose run or series is gone is not stored, and then nothing is.
 func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid,
 	blocks []block) error {
 	var stretches []stretch
@@ -1779,11 +1851,12 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 			stretch{b.seriesID, len(points) + 1, len(points) + len(b.points)})
 		points = append(points, b.points...)
 	}
-	return s.eachRow(ctx, tx, `
+	stored := 0
+	err := s.eachRow(ctx, tx, `
 		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
 		       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends,
 		       "values")
-		SELECT r.tenant_id, b.series_id, r.run_id, r.run_order, 1, r.known_time,
+		SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, 1, r.known_time,
 		       r.inserted_at, r.changed_by, a.times[b.first], a.times[b.last],
 		       a.times[b.first:b.last],
 		       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
@@ -1793,9 +1866,20 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 		     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[])
 		         AS a (times, ends, "values"),
 		     json_to_recordset($6) AS b (series_id uuid, first integer, last integer)
-		WHERE r.tenant_id = $1 AND r.run_id = $2`,
+		     CROSS JOIN LATERAL (
+			SELECT series_id FROM series_table
+			WHERE tenant_id = $1 AND series_id = b.series_id OFFSET 0) AS s
+		WHERE r.tenant_id = $1 AND r.run_id = $2 RETURNING 1`,
 		[]any{c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
-			asJSON(stretches)}, nil)
+			asJSON(stretches)},
+		func(*sql.Rows) error {
+			stored++
+			return nil
+		})
+	if err == nil && stored < len(blocks) {
+		return errErased
+	}
+	return err
 }
 
 // ---- Arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c):
@@ -2738,7 +2822,8 @@ func sortedTags(tags []label) pq.StringArray {
 // versionsPerStatement keeps the parameters of one INSERT within some megabytes.
 const versionsPerStatement = 1000
 
-// insertCorrected stores versions in one statement, and sets their value_ids.
+// insertCorrected stores versions in one statement, and sets their value_ids. If a run or a series
+// is gone, nothing is stored.
 func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 	versions []corrected) error {
 	var points, before []point
@@ -2751,7 +2836,7 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 		tags = append(tags, asJSON(v.tags))
 	}
 	stored := 0
-	return s.eachRow(ctx, tx, `
+	err := s.eachRow(ctx, tx, `
 		WITH n AS (
 			SELECT * FROM ROWS FROM (
 				json_to_recordset($3) AS (series_id uuid, run_id uuid, version integer),
@@ -2763,7 +2848,7 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
 			       change_time, changed_by, annotation, tags, valid_from, valid_to, valid_times,
 			       valid_time_ends, "values", old_value)
-			SELECT r.tenant_id, n.series_id, r.run_id, r.run_order, n.version, r.known_time, now,
+			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, n.version, r.known_time, now,
 			       nullif($2, ''), n.annotation,
 			       CASE json_typeof(n.tags) WHEN 'array'
 			            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
@@ -2771,6 +2856,9 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 			       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value], n.old_value
 			FROM n CROSS JOIN LATERAL (
 				SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
+			CROSS JOIN LATERAL (
+				SELECT series_id FROM series_table
+				WHERE tenant_id = $1 AND series_id = n.series_id OFFSET 0) AS s
 			CROSS JOIN clock_timestamp() AS now
 			RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1] AS valid_end
 		)
@@ -2783,6 +2871,178 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 			stored++
 			return rows.Scan(&versions[stored-1].ValueID)
 		})
+	if err == nil && stored < len(versions) {
+		return errErased
+	}
+	return err
+}
+
+// ---- Erasure: by an operator's command alone, of the tables' owner
+
+// erasure is what a command erases of a tenant, and stands like this in the audit trail.
+type erasure struct {
+	Runs        runIDs     `json:"run_id,omitempty"`
+	KnownBefore timestamp  `json:"known_before,omitempty"` // runs known before
+	Series      seriesKeys `json:"series_key,omitempty"`
+	Everything  bool       `json:"everything,omitempty"`
+
+	action string
+	users  bool // there is a users_table, with users of the tenant to erase
+}
+
+// runIDs are those of a flag that may be repeated.
+type runIDs []string
+
+func (ids *runIDs) UnmarshalText(text []byte) error {
+	var id uuid
+	err := id.UnmarshalText(text)
+	*ids = append(*ids, string(id))
+	return err
+}
+
+// seriesKeys are those of a flag that may be repeated, as they are stored, whatever a key must be
+// like now.
+type seriesKeys []string
+
+func (keys *seriesKeys) UnmarshalText(text []byte) error {
+	*keys = append(*keys, string(text))
+	return nil
+}
+
+// loss is what an erasure takes.
+type loss struct{ runs, values, series int64 }
+
+func (l loss) String() string {
+	return fmt.Sprintf("%d run(s), %d value(s), %d series", l.runs, l.values, l.series)
+}
+
+// What is erased of the tenant $1 is the runs $2, those known before $3, and the series $4, with
+// their values; or, if $5 is true, everything. Both statements return the first name that there is
+// not, and how much there is. A run's values lie apart, so all rows of the tenant are looked at.
+const (
+	chosen = `
+		WITH chosen_runs AS (
+			SELECT run_id FROM runs_table
+			WHERE tenant_id = $1 AND ($5 OR known_time < coalesce($3::timestamptz, '-infinity')
+			                          OR run_id IN (SELECT unnest($2::uuid[])))
+		), chosen_series AS (
+			SELECT series_id, series_key FROM series_table
+			WHERE tenant_id = $1 AND ($5 OR series_key IN (SELECT unnest($4::text[])))
+		), missing AS (
+			SELECT 'run ' || run_id AS name FROM unnest($2::uuid[]) AS run_id
+			WHERE run_id NOT IN (SELECT run_id FROM chosen_runs)
+			UNION ALL
+			SELECT 'series ' || key FROM unnest($4::text[]) AS key
+			WHERE key NOT IN (SELECT series_key FROM chosen_series)
+		)`
+	countChosen = chosen + `
+		SELECT coalesce((SELECT name FROM missing LIMIT 1), ''),
+		       (SELECT count(*) FROM chosen_runs),
+		       (SELECT coalesce(sum(cardinality("values")), 0) FROM values_table
+		        WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)
+		                                  OR series_id IN (SELECT series_id FROM chosen_series))),
+		       (SELECT count(*) FROM chosen_series)`
+	eraseChosen = chosen + `, gone_values AS (
+			DELETE FROM values_table
+			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)
+			                          OR series_id IN (SELECT series_id FROM chosen_series))
+			RETURNING cardinality("values") AS n
+		), gone_withdrawals AS (
+			DELETE FROM withdrawals_table
+			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs))
+		), gone_runs AS (
+			DELETE FROM runs_table
+			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)) RETURNING 1
+		), gone_series AS (
+			DELETE FROM series_table
+			WHERE tenant_id = $1 AND ($5 OR series_id IN (SELECT series_id FROM chosen_series))
+			RETURNING 1
+		)
+		SELECT coalesce((SELECT name FROM missing LIMIT 1), ''), (SELECT count(*) FROM gone_runs),
+		       (SELECT coalesce(sum(n), 0) FROM gone_values), (SELECT count(*) FROM gone_series)`
+)
+
+// lose runs query, which counts or erases what was chosen, and returns how much that is.
+func (s *store) lose(ctx context.Context, c Caller, tx *sql.Tx, query string, what *erasure) (
+	lost loss, err error) {
+	// Ids are found by a hash only if PostgreSQL believes that it fits, and else one by one.
+	if _, err := tx.ExecContext(ctx, `SET LOCAL work_mem = '1GB'`); err != nil {
+		return lost, err
+	}
+	var missing string
+	err = tx.QueryRowContext(ctx, query, c.tenant, pq.Array(what.Runs), what.KnownBefore,
+		pq.Array(what.Series), what.Everything).
+		Scan(&missing, &lost.runs, &lost.values, &lost.series)
+	if missing != "" {
+		err = refuse(notFound, "there is no %s; nothing was erased", missing)
+	}
+	return lost, err
+}
+
+// CountChosen tells what erasing takes. What is named by id or key must exist.
+func (s *store) CountChosen(ctx context.Context, c Caller, what *erasure) (lost loss, err error) {
+	err = s.inTx(ctx, func(tx *sql.Tx) error {
+		lost, err = s.lose(ctx, c, tx, countChosen, what)
+		return err
+	})
+	return lost, err
+}
+
+// Erase erases all of it or nothing, and leaves a line in the audit trail. Nobody may write
+// meanwhile, or a new row could stay without the run or series that goes.
+func (s *store) Erase(ctx context.Context, c Caller, what *erasure) (lost loss, err error) {
+	err = s.inTx(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx,
+			`LOCK TABLE values_table, withdrawals_table IN SHARE ROW EXCLUSIVE MODE`)
+		if err != nil {
+			return err
+		}
+		lost, err = s.lose(ctx, c, tx, eraseChosen, what)
+		if err != nil {
+			return err
+		}
+		if what.Everything {
+			if err := eraseUsers(ctx, c, tx, what.users); err != nil {
+				return err
+			}
+		}
+		detail := asJSON(what) + ": " + lost.String()
+		return s.audit(ctx, tx, auditLine{action: what.action, tenant: c.tenant, detail: detail})
+	})
+	return lost, err
+}
+
+// eraseUsers erases the tenant's users, if there is a table of them, and their addresses from the
+// audit trail.
+func eraseUsers(ctx context.Context, c Caller, tx *sql.Tx, exist bool) error {
+	_, err := tx.ExecContext(ctx, `UPDATE audit_table SET email = NULL WHERE tenant_id = $1`,
+		c.tenant)
+	if err != nil || !exist {
+		return err
+	}
+	for _, query := range []string{
+		`DELETE FROM key_uses
+		 WHERE key_id IN (SELECT key_id FROM keys_table WHERE tenant_id = $1)`,
+		`DELETE FROM keys_table WHERE tenant_id = $1`,
+		`DELETE FROM users_table WHERE tenant_id = $1`,
+	} {
+		if _, err := tx.ExecContext(ctx, query, c.tenant); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Everything counts what deleting the tables takes, of all tenants.
+func (s *store) Everything(ctx context.Context) (lost loss, err error) {
+	err = s.eachRow(ctx, nil, `
+		SELECT (SELECT count(*) FROM runs_table),
+		       (SELECT coalesce(sum(cardinality("values")), 0) FROM values_table),
+		       (SELECT count(*) FROM series_table)`,
+		nil, func(rows *sql.Rows) error {
+			return rows.Scan(&lost.runs, &lost.values, &lost.series)
+		})
+	return lost, err
 }
 
 // Withdraw has reads leave out a run, but those as of a moment before. It returns the JSON that

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"maps"
 	"math"
 	"math/rand"
@@ -3204,6 +3205,271 @@ func TestCorrectionsAreListed(t *testing.T) {
 		{"an unknown parameter", "GET", "/corrections?as_of=2025-01-01", "", 422, []string{"as_of"}},
 		{"a tag twice", "GET", "/corrections?tag=a&tag=b", "", 422, []string{"tag: given twice"}},
 	})
+}
+
+// ---- Erasure
+
+const runA, runB = "11111111-0000-4000-8000-000000000001", "11111111-0000-4000-8000-000000000002"
+
+// earlyRun is a run known in 2020 that holds values of the series load and wind.
+var earlyRun = runWith(`"run_id":"`+runA+`","known_time":"2020-01-01",`,
+	at("2025-01-01", "1"), at("2025-01-02", "2"), seriesRow("wind", "2025-01-01", "3"))
+
+// lateRun is one known in 2024 that holds a value of load.
+var lateRun = runWith(`"run_id":"`+runB+`","known_time":"2024-01-01",`, at("2025-01-01", "4"))
+
+// mustErasable uploads both runs as tenant A, withdraws the first, corrects the second, and uploads the first as
+// tenant B, which has another one too and whose data nothing here may touch.
+func mustErasable(t *testing.T) (s *testServer, a, b string) {
+	t.Helper()
+	s, a = mustTenant(t)
+	b = s.mustUser(t, tenantB, "a@example.com")
+	s.must(t, 200, "POST", "/upload", a, earlyRun)
+	s.must(t, 200, "POST", "/upload", a, lateRun)
+	s.must(t, 200, "PUT", "/values", a, corrections(`{"series_key":"load","valid_time":"2025-01-01","value":5}`))
+	s.must(t, 200, "POST", "/upload", b, earlyRun)
+	s.must(t, 200, "POST", "/upload", b, runWith(`"run_id":"`+tenantB+`",`, seriesRow("secret", "2025-01-01", "1")))
+	mustExec(t, s.db, `INSERT INTO withdrawals_table (tenant_id, run_id) VALUES ($1, $2)`, tenantA, runA)
+	return s, a, b
+}
+
+// mustErase runs a command that erases, on tenant A.
+func (s *testServer) mustErase(t *testing.T, want int, line string) (stdout, stderr string) {
+	t.Helper()
+	return mustRun(t, want, s.dsn, "", append(strings.Fields(line), "-y", "-t", tenantA)...)
+}
+
+// ofTenantA counts tenant A's runs, withdrawals, series and rows of values.
+const ofTenantA = `SELECT concat_ws(' ',
+	(SELECT count(*) FROM runs_table WHERE tenant_id = '` + tenantA + `'),
+	(SELECT count(*) FROM withdrawals_table WHERE tenant_id = '` + tenantA + `'),
+	(SELECT count(*) FROM series_table WHERE tenant_id = '` + tenantA + `'),
+	(SELECT count(*) FROM values_table WHERE tenant_id = '` + tenantA + `'))`
+
+// orphans counts rows of values without their run or their series.
+const orphans = `SELECT count(*) FROM values_table v
+	WHERE NOT EXISTS (SELECT FROM runs_table r WHERE r.tenant_id = v.tenant_id AND r.run_id = v.run_id)
+	   OR NOT EXISTS (SELECT FROM series_table s WHERE s.tenant_id = v.tenant_id AND s.series_id = v.series_id)`
+
+func TestErasureTakesWhatItNamesAndNothingElse(t *testing.T) { // S39
+	t.Parallel()
+	const allOfA = "2 1 2 4" // runs, withdrawals, series, rows of values
+	for _, c := range []struct {
+		name, line string
+		code       int
+		left       string
+		told       []string // of what the command prints
+	}{
+		{"a run", "delete runs --run-id " + runA, 0, "1 0 2 2", []string{"1 run(s), 3 value(s), 0 series"}},
+		{"a run with its correction", "delete runs --run-id " + runB, 0, "1 1 2 2",
+			[]string{"1 run(s), 2 value(s), 0 series"}},
+		{"two runs", "delete runs --run-id " + runA + " --run-id " + runB, 0, "0 0 2 0",
+			[]string{"2 run(s), 5 value(s), 0 series"}},
+		{"runs known before", "delete runs --known-before 2024-01-01", 0, "1 0 2 2",
+			[]string{"1 run(s), 3 value(s), 0 series"}},
+		{"no run was known before", "delete runs --known-before 2020-01-01", 0, allOfA,
+			[]string{"nothing to erase"}},
+		{"a series", "delete series -k load", 0, "2 1 1 1", []string{"0 run(s), 4 value(s), 1 series"}},
+		{"two series", "delete series -k load --key wind", 0, "2 1 0 0", []string{"0 run(s), 5 value(s), 2 series"}},
+		{"the tenant", "delete tenant", 0, "0 0 0 0", []string{"2 run(s), 5 value(s), 2 series", "its users"}},
+		{"a run that there is not", "delete runs --run-id " + runA + " --run-id " + nobody, 1, allOfA,
+			[]string{nobody}},
+		{"a series that there is not", "delete series -k load -k nope", 1, allOfA, []string{"nope"}},
+		{"a run of another tenant", "delete runs --run-id " + tenantB, 1, allOfA, []string{tenantB}},
+		{"a series of another tenant", "delete series -k secret", 1, allOfA, []string{"secret"}},
+		{"a series by its beginning", "delete series -k loa", 1, allOfA, []string{"loa"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s, a, b := mustErasable(t)
+			ofB := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", b, "")
+			stdout, stderr := s.mustErase(t, c.code, c.line)
+			expectWords(t, stdout+stderr, c.told...)
+			if left := mustQuery(t, s.db, ofTenantA); left != c.left {
+				t.Errorf("it leaves %s runs, withdrawals, series and rows of values, want %s", left, c.left)
+			}
+			if got := mustQuery(t, s.db, orphans); got != "0" {
+				t.Errorf("it leaves %s values without their run or series", got)
+			}
+			after := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", b, "")
+			if after != ofB {
+				t.Errorf("tenant B read %s, and then %s", ofB, after)
+			}
+			lines := mustQuery(t, s.db, `SELECT string_agg(action || ' of ' || tenant_id || ' by ' || db_role || '/' ||
+				os_user || coalesce(email, '') || ': ' || detail, '') FROM audit_table WHERE action LIKE 'delete%'`)
+			if c.left == allOfA {
+				if lines != "" {
+					t.Errorf("it erased nothing, and the trail says %s", lines)
+				}
+				s.must(t, 200, "GET", "/values", a, "")
+				return
+			}
+			words := strings.Fields(c.line)
+			role := mustQuery(t, s.db, `SELECT session_user`)
+			expectWords(t, lines, words[0]+" "+words[1]+" of "+tenantA+" by "+role+"/"+operator()+": {", c.told[0])
+			if words[1] == "tenant" {
+				s.must(t, 401, "GET", "/values", a, "")
+				return
+			}
+			s.must(t, 200, "GET", "/values", a, "")
+		})
+	}
+}
+
+func TestErasedRunIsStoredAnewWhenItIsUploadedAgain(t *testing.T) {
+	t.Parallel()
+	s, a, _ := mustErasable(t)
+	s.must(t, 200, "POST", "/upload", a, earlyRun)
+	before := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping", a, ""))
+	s.mustErase(t, 0, "delete runs --run-id "+runA)
+	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping", a, "")); got == before {
+		t.Fatal("a read still shows the erased run")
+	}
+	s.must(t, 200, "POST", "/upload", a, earlyRun)
+	if got := brief(t, s.must(t, 200, "GET", "/values?mode=overlapping", a, "")); got != before {
+		t.Errorf("uploaded again it reads %s, before %s", got, before)
+	}
+	if got := mustQuery(t, s.db, ofTenantA); got != "2 0 2 4" {
+		t.Errorf("there are %s runs, withdrawals, series and rows of values, want 2 0 2 4", got)
+	}
+}
+
+func TestErasedTenantLeavesNoAddressInTheTrail(t *testing.T) { // S39
+	t.Parallel()
+	s, _, _ := mustErasable(t)
+	for _, tenant := range []string{tenantA, tenantB} {
+		mustExec(t, s.db, `INSERT INTO audit_table (os_user, action, tenant_id, email, detail)
+			VALUES ('root', 'users create', $1, 'a@example.com', '')`, tenant)
+	}
+	s.mustErase(t, 0, "delete tenant")
+	got := mustQuery(t, s.db, `SELECT string_agg(left(tenant_id::text, 1) || ' ' || coalesce(email, 'none'), ', '
+		ORDER BY audit_id) FROM audit_table`)
+	if got != "a none, b a@example.com, a none" {
+		t.Errorf("the trail has %s", got)
+	}
+	if got := mustQuery(t, s.db, `SELECT string_agg(tenant_id::text, ' ') FROM users_table`); got != tenantB {
+		t.Errorf("there are users of %s, want tenant B's alone", got)
+	}
+}
+
+func TestTenantIsErasedWithoutUsersTable(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustAPI(t, dsn)
+	s.must(t, 200, "POST", "/upload", "", oneValue)
+	stdout, _ := mustRun(t, 0, dsn, "", "delete", "tenant", "-y", "-t", openTenant)
+	expectWords(t, stdout, "1 run(s), 1 value(s), 1 series")
+	if got := s.stored(t); got != "0 0 0" {
+		t.Errorf("it leaves %s", got)
+	}
+}
+
+// The write has found its run and series, and waits for the lock that the erasure holds.
+func TestWriteThatAnErasureOvertakesIs404AndStoresNothing(t *testing.T) {
+	t.Parallel()
+	const correction = `{"series_key":"load","valid_time":"2025-01-01","value":7}`
+	for _, c := range []struct{ name, method, path, body, erases string }{
+		{"an upload whose series goes", "POST", "/upload", runWith("", at("2025-03-01", "1")),
+			`DELETE FROM series_table WHERE series_key = 'load' AND tenant_id = $1`},
+		{"an upload one of whose series goes", "POST", "/upload",
+			runWith("", at("2025-03-01", "1"), seriesRow("wind", "2025-03-01", "1")),
+			`DELETE FROM series_table WHERE series_key = 'wind' AND tenant_id = $1`},
+		{"a correction whose series goes", "PUT", "/values", corrections(correction),
+			`DELETE FROM series_table WHERE series_key = 'load' AND tenant_id = $1`},
+		{"a correction whose run goes", "PUT", "/values", corrections(correction),
+			`DELETE FROM runs_table WHERE workflow_id = 'late' AND tenant_id = $1`},
+		{"a correction that gains a value of a run that goes", "PUT", "/values",
+			corrections(`{"series_key":"wind","run_id":"` + runB + `","valid_time":"2025-01-05","value":7}`),
+			`DELETE FROM runs_table WHERE workflow_id = 'late' AND tenant_id = $1`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s, key := mustTenant(t)
+			s.must(t, 200, "POST", "/upload", key, earlyRun)
+			s.must(t, 200, "POST", "/upload", key, strings.Replace(lateRun, "{", `{"workflow_id":"late",`, 1))
+			tx, err := s.db.Begin()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tx.Rollback()
+			if _, err := tx.Exec(`LOCK TABLE values_table IN SHARE ROW EXCLUSIVE MODE`); err != nil {
+				t.Fatal(err)
+			}
+			answered := make(chan string)
+			go func() {
+				resp, text, err := s.do(c.method, c.path, key, c.body)
+				answered <- fmt.Sprint(resp.StatusCode, " ", text, err)
+			}()
+			s.waitForLockWaits(t, "values_table", 1)
+			if _, err := tx.Exec(c.erases, tenantA); err != nil {
+				t.Fatal(err)
+			}
+			if err := tx.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			if got := <-answered; !strings.HasPrefix(got, "404 ") || !strings.Contains(got, "erased") {
+				t.Errorf("it is answered %s, want 404 that says what happened", got)
+			}
+			written := mustQuery(t, s.db, `SELECT count(*) FROM values_table
+				WHERE version > 1 OR valid_from > '2025-01-02'`)
+			runs := mustQuery(t, s.db, `SELECT count(*) FROM runs_table WHERE workflow_id = 'api-workflow'`)
+			if written != "0" || runs != "1" {
+				t.Errorf("it stored %s rows, and there are %s runs", written, runs)
+			}
+		})
+	}
+}
+
+// Whatever erases waits for the writers that have begun, and may be stopped meanwhile.
+func TestErasureThatIsStoppedErasesNothing(t *testing.T) { // S12
+	t.Parallel()
+	for _, line := range []string{
+		"delete runs --run-id " + runA,
+		"delete series -k load",
+		"delete tenant",
+	} {
+		t.Run(line, func(t *testing.T) {
+			t.Parallel()
+			s, a, _ := mustErasable(t)
+			before := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "")
+			tx, err := s.db.Begin()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tx.Rollback()
+			if _, err := tx.Exec(`LOCK TABLE values_table IN ROW EXCLUSIVE MODE`); err != nil {
+				t.Fatal(err)
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			ended := make(chan int)
+			go func() {
+				env := func(name string) string { return map[string]string{"TIMEDB_DSN": s.dsn}[name] }
+				args := append(strings.Fields(line), "-y", "-t", tenantA)
+				ended <- run(ctx, args, env, strings.NewReader(""), io.Discard, io.Discard)
+			}()
+			s.waitForLockWaits(t, "values_table", 1)
+			s.must(t, 200, "GET", "/values", a, "") // readers do not wait
+			stop()
+			if code := <-ended; code != 1 {
+				t.Errorf("exit %d, want 1", code)
+			}
+			if err := tx.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			if got := s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, ""); got != before {
+				t.Errorf("tenant A read %s, and then %s", before, got)
+			}
+			if got := mustQuery(t, s.db, ofTenantA); got != "2 1 2 4" {
+				t.Errorf("there are %s runs, withdrawals, series and rows of values", got)
+			}
+			if got := mustQuery(t, s.db, `SELECT count(*) FROM audit_table WHERE action LIKE 'delete%'`); got != "0" {
+				t.Errorf("the trail has %s lines on it", got)
+			}
+			s.mustErase(t, 0, line)
+		})
+	}
 }
 
 // ---- SQL
