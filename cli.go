@@ -583,14 +583,6 @@ func (c *cli) showKey(k *key, secret string, quiet bool) error {
 		k.userID, k.Tenant, k.Email, k.ID, k.Name, k.Access, showTime(k.ExpiresAt), secret)
 }
 
-// showTime is a time in a list, in UTC.
-func showTime(t *time.Time) string {
-	if t == nil {
-		return "never"
-	}
-	return t.UTC().Format("2006-01-02 15:04")
-}
-
 // printJSON prints v for programs.
 func (c *cli) printJSON(v any) error {
 	out := json.NewEncoder(c.stdout)

@@ -282,6 +282,14 @@ func (e *expiry) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// showTime is a time for people, in UTC; nil is never.
+func showTime(t *time.Time) string {
+	if t == nil {
+		return "never"
+	}
+	return t.UTC().Format("2006-01-02 15:04")
+}
+
 // uuid is a UUID in lower case.
 type uuid string
 
@@ -3020,17 +3028,11 @@ func eraseUsers(ctx context.Context, c Caller, tx *sql.Tx, exist bool) error {
 	if err != nil || !exist {
 		return err
 	}
-	for _, query := range []string{
-		`DELETE FROM key_uses
-		 WHERE key_id IN (SELECT key_id FROM keys_table WHERE tenant_id = $1)`,
-		`DELETE FROM keys_table WHERE tenant_id = $1`,
-		`DELETE FROM users_table WHERE tenant_id = $1`,
-	} {
-		if _, err := tx.ExecContext(ctx, query, c.tenant); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err = tx.ExecContext(ctx, `
+		WITH gone AS (DELETE FROM keys_table WHERE tenant_id = $1 RETURNING key_id),
+		     gone_uses AS (DELETE FROM key_uses WHERE key_id IN (SELECT key_id FROM gone))
+		DELETE FROM users_table WHERE tenant_id = $1`, c.tenant)
+	return err
 }
 
 // Everything counts what deleting the tables takes, of all tenants.
