@@ -3542,6 +3542,11 @@ func mustUploadNorth(t *testing.T, n north) {
 		n.must(t, 200, "POST", "/upload?run_start_time=2025-01-01&known_time="+run.known, run.key,
 			"valid_time,value_key,value\n"+run.rows, "Content-Type: text/csv")
 	}
+	wrong := mustDecode[uploadAnswer](t, n.must(t, 200, "POST",
+		"/upload?run_start_time=2025-01-01&known_time=2025-01-01T18:00Z", n.key,
+		"valid_time,value_key,value\n"+day(900, "wind_forecast", time.Hour)+day(900, "wind_measured", time.Minute)+
+			now.Add(-time.Minute).Format(time.RFC3339)+",wind_measured,900\n", "Content-Type: text/csv"))
+	n.must(t, 200, "POST", withdraw(wrong.RunID), n.key, "")
 	null := func(at string) string {
 		return `{"series_key":"wind_measured","valid_time":"2025-01-02T` + at + `Z","value":null}`
 	}
