@@ -1681,7 +1681,8 @@ const (
 
 	// latestStart and latestEnd stand around windows of which only the last value that is not NULL
 	// is asked for. They let a window begin at one of its last ten blocks, if all that there is of
-	// that block's first time comes without NULL: so that time has a value.
+	// that block's first time comes without NULL: so that time has a value. OFFSET 0 has blocks
+	// looked up by their time, and keeps PostgreSQL from doing all this again for each block read.
 	latestStart = `
 		SELECT w.series_id, w.series_key, w.unit, w.wanted_id, w.wanted_key, coalesce((
 			SELECT last.valid_from
@@ -1697,10 +1698,11 @@ const (
 				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
 				  AND v.valid_from >= last.valid_from - interval '768 hours'
 				  AND v.valid_from <= last.valid_from AND v.valid_to >= last.valid_from
-				  AND ` + ofQuery + ` AND array_position(v."values", NULL) IS NOT NULL)
+				  AND ` + ofQuery + ` AND num_nulls(VARIADIC v."values") > 0
+				OFFSET 0)
 			ORDER BY last.valid_from DESC LIMIT 1), w.window_start) AS window_start, w.window_end
 		FROM (`
-	latestEnd = `) AS w`
+	latestEnd = `) AS w OFFSET 0`
 
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
