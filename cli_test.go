@@ -1497,13 +1497,9 @@ func mustWritePEM(t testing.TB, kind string, content []byte) string {
 	return file
 }
 
-func TestTLSIsSpokenFromVersion12On(t *testing.T) { // S28
-	t.Parallel()
-	cert, private := mustCertificate(t)
-	s, key := mustTenant(t, "--tls-cert", cert, "--tls-key", private)
-	if !strings.HasPrefix(s.url, "https://") {
-		t.Errorf("it serves %s", s.url)
-	}
+// mustTrust is a pool with the certificate in a file.
+func mustTrust(t testing.TB, cert string) *x509.CertPool {
+	t.Helper()
 	roots, err := os.ReadFile(cert)
 	if err != nil {
 		t.Fatal(err)
@@ -1512,6 +1508,17 @@ func TestTLSIsSpokenFromVersion12On(t *testing.T) { // S28
 	if !trusted.AppendCertsFromPEM(roots) {
 		t.Fatal("the certificate cannot be read")
 	}
+	return trusted
+}
+
+func TestTLSIsSpokenFromVersion12On(t *testing.T) { // S28
+	t.Parallel()
+	cert, private := mustCertificate(t)
+	s, key := mustTenant(t, "--tls-cert", cert, "--tls-key", private)
+	if !strings.HasPrefix(s.url, "https://") {
+		t.Errorf("it serves %s", s.url)
+	}
+	trusted := mustTrust(t, cert)
 	for _, c := range []struct {
 		name    string
 		version uint16

@@ -109,9 +109,9 @@ CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (va
 WHERE NOT EXISTS (SELECT FROM withdrawals_table w WHERE w.tenant_id = v.tenant_id AND w.run_id = v.run_id)
 ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
--- A timestamp as the API writes it: in UTC, with six digits of fraction or none.
+-- A timestamp as the API writes those that a clock made: in UTC, with six digits of fraction.
 CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE
-RETURN replace(to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '.000000', '') || '+00:00';
+RETURN to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"');
 
 -- section: users
 CREATE TABLE IF NOT EXISTS users_table (

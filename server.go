@@ -47,12 +47,14 @@ const (
 	refusedTimeout    = 10 * time.Second // for a client to end sending what was refused already
 	healthTimeout     = 5 * time.Second  // for the database's answer to GET /healthz
 
-	// maxConnections are held at a time: with header and buffers each takes some 50 KiB. Those
-	// beyond are closed as soon as they come. One of HTTP/2 has at most maxStreams requests.
-	maxConnections = 2000
+	// maxConnections are held at a time: while a long URL and headers arrive, each takes some
+	// 150 KiB. Those beyond are closed as soon as they come. One of HTTP/2 has at most maxStreams
+	// requests.
+	maxConnections = 1200
 	maxStreams     = 50
 
-	maxHeaderBytes = 12 << 10  // net/http adds 4 KiB: headers beyond 16 KiB are answered 431
+	maxURL         = 64 << 10  // 400 keys of series of 150 bytes each
+	maxHeaders     = 16 << 10  // without the request line
 	maxBody        = 64 << 20  // as it is sent, and unpacked; some 600,000 rows as JSON
 	maxElement     = 64 << 10  // of a body: a row, an update, a name or a text
 	maxLine        = 4 << 10   // of a CSV
@@ -95,39 +97,35 @@ const (
 	unsupported errorKind = "unsupported"
 	wrongMethod errorKind = "wrong method"
 	oldProtocol errorKind = "old protocol"
+	longURL     errorKind = "long URL"
+	longHeaders errorKind = "long headers"
 )
 
-// statusOf is the status of a kind of refusal or denial. No other place names one of an error, but
-// for those that errorAnswer has for what nobody has foreseen.
-func statusOf(kind any) int {
-	switch kind {
-	case noKeyGiven, badKeyGiven:
-		return http.StatusUnauthorized
-	case tooManyBadKeys:
-		return http.StatusTooManyRequests
-	case foreignHost, crossOrigin, forbidden:
-		return http.StatusForbidden
-	case usersUnknown, usersRequired, busy:
-		return http.StatusServiceUnavailable
-	case invalidInput:
-		return http.StatusUnprocessableEntity
-	case notFound:
-		return http.StatusNotFound
-	case conflict:
-		return http.StatusConflict
-	case wrongMethod:
-		return http.StatusMethodNotAllowed
-	case tooLarge:
-		return http.StatusRequestEntityTooLarge
-	case tooSlow:
-		return http.StatusRequestTimeout
-	case unsupported:
-		return http.StatusUnsupportedMediaType
-	case oldProtocol:
-		return http.StatusHTTPVersionNotSupported
-	}
-	return http.StatusInternalServerError
+// statuses are those of the kinds of refusals and denials. No other place names one of an error,
+// but for those that errorAnswer has for what nobody has foreseen.
+var statuses = map[any]int{
+	noKeyGiven:     http.StatusUnauthorized,
+	badKeyGiven:    http.StatusUnauthorized,
+	tooManyBadKeys: http.StatusTooManyRequests,
+	foreignHost:    http.StatusForbidden,
+	crossOrigin:    http.StatusForbidden,
+	forbidden:      http.StatusForbidden,
+	usersUnknown:   http.StatusServiceUnavailable,
+	usersRequired:  http.StatusServiceUnavailable,
+	busy:           http.StatusServiceUnavailable,
+	invalidInput:   http.StatusUnprocessableEntity,
+	notFound:       http.StatusNotFound,
+	conflict:       http.StatusConflict,
+	wrongMethod:    http.StatusMethodNotAllowed,
+	tooLarge:       http.StatusRequestEntityTooLarge,
+	tooSlow:        http.StatusRequestTimeout,
+	unsupported:    http.StatusUnsupportedMediaType,
+	oldProtocol:    http.StatusHTTPVersionNotSupported,
+	longURL:        http.StatusRequestURITooLong,
+	longHeaders:    http.StatusRequestHeaderFieldsTooLarge,
 }
+
+func statusOf(kind any) int { return cmp.Or(statuses[kind], http.StatusInternalServerError) }
 
 // errorAnswer is what the client and the log are told of an error.
 type errorAnswer struct {
@@ -377,6 +375,9 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	}()
 	w.header().Set("Cache-Control", "no-store")
 	w.header().Set("X-Content-Type-Options", "nosniff")
+	if err := checkLengths(r); err != nil {
+		return c, err
+	}
 	rt, known, methods := s.find(r)
 	w.route = cmp.Or(rt.pattern, "none")
 	if known && rt.access == open {
@@ -407,6 +408,19 @@ func (s *server) serve(w *response, r *http.Request) (c Caller, err error) {
 	return c, err
 }
 
+// checkLengths refuses a URL or headers that are too long. net/http bounds them only together.
+func checkLengths(r *http.Request) error {
+	if len(r.RequestURI) > maxURL {
+		return refuse(longURL, "The URL is longer than %d bytes.", maxURL)
+	}
+	var headers bytes.Buffer
+	_ = r.Header.Write(&headers) // without Host; a buffer takes everything
+	if headers.Len()+len(r.Host) > maxHeaders {
+		return refuse(longHeaders, "The headers are longer than %d bytes.", maxHeaders)
+	}
+	return nil
+}
+
 // handle runs the handler while the request holds its part of the tenant's memory.
 func (s *server) handle(rt route, w *response, r *http.Request, c Caller) error {
 	w.memory = &claim{of: s.memory, caller: c}
@@ -430,6 +444,12 @@ type response struct {
 }
 
 func (w *response) header() http.Header { return w.rw.Header() }
+
+// A CSV has no place of its own to tell whether there are more rows.
+const (
+	typeCSV     = "text/csv; charset=utf-8"
+	moreTrailer = "X-More"
+)
 
 var gzipAccepted = regexp.MustCompile(`(?i)(^|,)\s*gzip\s*(,|$|;\s*q=(1|0\.0*[1-9]))`)
 
@@ -460,10 +480,13 @@ func (w *response) start(status int, contentType string, length int, isAll bool)
 	header := w.header()
 	header.Set("Content-Type", contentType)
 	header.Set("Vary", "Accept, Accept-Encoding")
+	if contentType == typeCSV {
+		header.Set("Trailer", moreTrailer)
+	}
 	if length > minGzip && gzipAccepted.MatchString(w.accepts) {
 		header.Set("Content-Encoding", "gzip")
 		w.body, _ = gzip.NewWriterLevel(w.rw, gzip.BestSpeed) // it fails on an unknown level only
-	} else if isAll {
+	} else if isAll && contentType != typeCSV { // HTTP has trailers only where the length is open
 		header.Set("Content-Length", strconv.Itoa(length))
 	}
 	w.rw.WriteHeader(status)
@@ -678,19 +701,10 @@ func (p *parameters) read(name string, into encoding.TextUnmarshaler) {
 // series reads which series are named.
 func (p *parameters) series() []seriesRef {
 	refs := []seriesRef{}
-	p.each("series_id", func(text []byte) error {
-		var id uuid
-		err := id.UnmarshalText(text)
+	for _, id := range readEach[uuid](p, "series_id") {
 		refs = append(refs, seriesRef{ID: id})
-		return err
-	})
-	p.each("series_key", func(text []byte) error {
-		var ref seriesRef
-		err := ref.UnmarshalText(text)
-		refs = append(refs, ref)
-		return err
-	})
-	return refs
+	}
+	return append(refs, readEach[seriesRef](p, "series_key")...)
 }
 
 // format reads whether rows are asked for as CSV.
@@ -704,6 +718,30 @@ func (p *parameters) format(r *http.Request) (csv bool) {
 		p.fail(invalid("format: expected json or csv"))
 	}
 	return format == "csv"
+}
+
+// readEach reads a parameter that may be repeated.
+func readEach[T any, P interface {
+	*T
+	encoding.TextUnmarshaler
+}](p *parameters, name string) []T {
+	var all []T
+	p.each(name, func(text []byte) error {
+		var one T
+		err := P(&one).UnmarshalText(text)
+		all = append(all, one)
+		return err
+	})
+	return all
+}
+
+// window reads start_ and end_ of a time.
+func (p *parameters) window(of string, start, end *timestamp) {
+	p.read("start_"+of, (*bound)(start))
+	p.read("end_"+of, (*bound)(end))
+	if *end < *start {
+		p.fail(invalid("end_%s: expected a time not before start_%[1]s", of))
+	}
 }
 
 // finish returns the first error. A parameter that nobody asked for is one: a misspelt filter must
@@ -789,14 +827,19 @@ func (s *server) postSeries(w *response, r *http.Request, c Caller) error {
 }
 
 func (s *server) getSeries(w *response, r *http.Request, c Caller) error {
-	if err := readParameters(r).finish(c); err != nil {
+	var stats boolean
+	p := readParameters(r)
+	match := readEach[pattern](p, "match")
+	p.read("stats", &stats)
+	if err := p.finish(c); err != nil {
 		return err
 	}
 	out := stream{w: w, contentType: "application/json", buf: []byte("{")}
-	err := s.store.ListSeries(r.Context(), c, func(id string, shown []byte) error {
+	emit := func(id string, shown []byte) error {
 		out.buf = fmt.Appendf(out.buf, `%q:%s,`, id, shown)
 		return out.flushIfFull()
-	})
+	}
+	err := s.store.ListSeries(r.Context(), c, match, bool(stats), emit)
 	if err != nil {
 		return err
 	}
@@ -807,12 +850,9 @@ func (s *server) getRuns(w *response, r *http.Request, c Caller) error {
 	q := runsQuery{startKnown: firstTime, endKnown: lastTime, limit: 1000}
 	p := readParameters(r)
 	p.read("workflow_id", &q.workflow)
-	p.read("start_known", &q.startKnown)
-	p.read("end_known", &q.endKnown)
+	p.read("series_key", &q.series)
+	p.window("known", &q.startKnown, &q.endKnown)
 	p.read("limit", &q.limit)
-	if q.endKnown <= q.startKnown {
-		p.fail(invalid("end_known: expected a time after start_known"))
-	}
 	if q.limit > maxRuns {
 		p.fail(invalid("limit: expected at most %d", maxRuns))
 	}
@@ -820,8 +860,13 @@ func (s *server) getRuns(w *response, r *http.Request, c Caller) error {
 		return err
 	}
 	out := stream{w: w, contentType: "application/json", buf: []byte(`{"data":[`)}
-	n := 0
+	n := count(0)
+	more := false
 	err := s.store.ListRuns(r.Context(), c, q, func(shown []byte) error {
+		if n == q.limit {
+			more = true
+			return nil
+		}
 		n++
 		out.buf = append(out.buf, shown...)
 		out.buf = append(out.buf, ',')
@@ -830,7 +875,7 @@ func (s *server) getRuns(w *response, r *http.Request, c Caller) error {
 	if err != nil {
 		return err
 	}
-	return out.finish(fmt.Sprintf("],\"count\":%d}\n", n))
+	return out.finish(fmt.Sprintf("],\"count\":%d,\"more\":%t}\n", n, more))
 }
 
 // postWithdrawal takes a body or none.
@@ -843,7 +888,6 @@ func (s *server) postWithdrawal(w *response, r *http.Request, c Caller) error {
 	}
 	if r.ContentLength == 0 {
 		r.Body = io.NopCloser(strings.NewReader("{}"))
-		r.Header.Set("Content-Type", "application/json")
 	}
 	b, err := openBody(w, r, "application/json")
 	if err != nil {
@@ -1238,13 +1282,16 @@ func parseRead(r *http.Request, c Caller) (readRequest, error) {
 	p := readParameters(r)
 	q.series = p.series()
 	q.csv = p.format(r)
-	p.read("start_valid", &q.start)
-	p.read("end_valid", &q.end)
-	p.read("start_known", &q.startKnown)
-	p.read("end_known", &q.endKnown)
+	q.match = readEach[pattern](p, "match")
+	q.runs = readEach[uuid](p, "run_id")
+	q.workflows = readEach[label](p, "workflow_id")
+	p.window("valid", &q.start, &q.end)
+	p.window("known", &q.startKnown, &q.endKnown)
 	p.read("mode", &mode)
 	p.read("all_versions", (*boolean)(&q.allVersions))
-	p.read("as_of", &q.asOf)
+	p.read("as_of", (*bound)(&q.asOf))
+	p.read("changed_since", (*bound)(&q.changedSince))
+	p.read("latest", (*boolean)(&q.latest))
 	p.read("lead", &q.lead)
 	p.read("days_ahead", &q.daysAhead)
 	p.read("time_of_day", &q.timeOfDay)
@@ -1279,16 +1326,13 @@ func (q *readRequest) check() error {
 	if gated && q.lead >= 0 {
 		return invalid("lead: expected not beside days_ahead, which bounds known_time too")
 	}
-	if q.end <= q.start {
-		return invalid("end_valid: expected a time after start_valid")
-	}
-	if q.endKnown <= q.startKnown {
-		return invalid("end_known: expected a time after start_known")
+	if q.latest && (aggregated || q.overlapping || q.allVersions) {
+		return invalid("latest: expected mode=flat, without bucket or all_versions")
 	}
 	return nil
 }
 
-// errEnough ends a read that has reached its limit.
+// errEnough ends a read that has more rows than its limit.
 var errEnough = errors.New("limit reached")
 
 // refuseOldProtocol refuses what an answer that streams cannot be sent by.
@@ -1310,18 +1354,15 @@ func (s *server) getValues(w *response, r *http.Request, c Caller) error {
 	}
 	out := newValueWriter(w, q)
 	err = s.store.Read(r.Context(), c, q.readQuery, w.memory, func(e *element) error {
-		if err := out.row(e); err != nil {
-			return err
-		}
-		if out.count == int64(q.limit) {
+		if q.limit > 0 && out.count == int64(q.limit) {
 			return errEnough
 		}
-		return nil
+		return out.row(e)
 	})
 	if err != nil && err != errEnough {
 		return err
 	}
-	return out.finish()
+	return out.finish(err == errEnough)
 }
 
 // correctionsRequest is a list of corrections, and how it is to be answered.
@@ -1339,26 +1380,18 @@ func parseCorrections(r *http.Request, c Caller) (correctionsRequest, error) {
 	q.end = lastTime
 	p := readParameters(r)
 	q.series = p.series()
-	p.each("match", func(text []byte) error {
-		var pattern label
-		err := pattern.UnmarshalText(text)
-		q.match = append(q.match, likePattern(pattern))
-		return err
-	})
-	p.read("since", &q.since)
-	p.read("until", &q.until)
-	p.read("start_valid", &q.start)
-	p.read("end_valid", &q.end)
+	q.match = readEach[pattern](p, "match")
+	p.read("since", (*bound)(&q.since))
+	p.read("until", (*bound)(&q.until))
+	p.window("valid", &q.start, &q.end)
 	p.read("changed_by", &q.changedBy)
 	p.read("tag", &q.tag)
 	p.read("limit", &q.limit)
 	q.csv = p.format(r)
-	switch {
-	case q.until < q.since:
+	if q.until < q.since {
 		p.fail(invalid("until: expected a time not before since"))
-	case q.end < q.start:
-		p.fail(invalid("end_valid: expected a time not before start_valid"))
-	case q.limit > maxCorrections:
+	}
+	if q.limit > maxCorrections {
 		p.fail(invalid("limit: expected at most %d", maxCorrections))
 	}
 	return q, p.finish(c)
@@ -1390,10 +1423,7 @@ func (s *server) getCorrections(w *response, r *http.Request, c Caller) error {
 	if err != nil && err != errEnough {
 		return err
 	}
-	if q.csv {
-		return out.finish()
-	}
-	return out.stream.finish(fmt.Sprintf("],\"count\":%d,\"more\":%t}\n", out.count, more))
+	return out.finish(more)
 }
 
 // ---- Rows
@@ -1423,8 +1453,8 @@ func (s *stream) finish(ending string) error {
 	return s.w.send(http.StatusOK, s.contentType, s.buf, true)
 }
 
-// rowWriter streams rows as {"data":[…],"count":n} or as CSV. Each row is made of one cell for
-// each column, in their order.
+// rowWriter streams rows as {"data":[…],"count":n,"more":false} or as CSV. Each row is made of one
+// cell for each column, in their order.
 type rowWriter struct {
 	stream
 	csv         bool
@@ -1438,7 +1468,7 @@ func newRowWriter(w *response, csv bool, columns ...string) rowWriter {
 	o := rowWriter{csv: csv}
 	o.w = w
 	if csv {
-		o.contentType = "text/csv; charset=utf-8"
+		o.contentType = typeCSV
 		o.buf = []byte(strings.Join(columns, ",") + "\n")
 		o.before = append([]string{""}, slices.Repeat([]string{","}, len(columns)-1)...)
 		return o
@@ -1472,14 +1502,16 @@ func (o *rowWriter) number(f float64) {
 	o.buf = appendNumber(o.buf, f, o.null)
 }
 
-func (o *rowWriter) time(t timestamp) {
+// time writes a time. One that timedb or the clock of a run made always has six digits of fraction,
+// so that a column of these has one shape.
+func (o *rowWriter) time(t timestamp, sixDigits bool) {
 	o.next()
 	if t == 0 {
 		o.buf = append(o.buf, o.null...)
 		return
 	}
 	o.buf = append(o.buf, o.quote...)
-	o.buf = t.append(o.buf)
+	o.buf = t.append(o.buf, sixDigits)
 	o.buf = append(o.buf, o.quote...)
 }
 
@@ -1522,12 +1554,16 @@ func (o *rowWriter) endRow() error {
 	return o.flushIfFull()
 }
 
-// finish sends the rest, with what tells a complete answer.
-func (o *rowWriter) finish() error {
-	if o.csv {
-		return o.stream.finish("")
+// finish sends the rest, with what tells a complete answer, and whether there are more rows.
+func (o *rowWriter) finish(more bool) error {
+	if !o.csv {
+		return o.stream.finish(fmt.Sprintf("],\"count\":%d,\"more\":%t}\n", o.count, more))
 	}
-	return o.stream.finish(fmt.Sprintf("],\"count\":%d}\n", o.count))
+	if err := o.stream.finish(""); err != nil {
+		return err
+	}
+	o.w.header().Set(moreTrailer, strconv.FormatBool(more))
+	return nil
 }
 
 // valueWriter writes the rows of a read.
@@ -1571,9 +1607,9 @@ func (o *valueWriter) row(e *element) error {
 		o.unit = o.written(&x.Unit)
 	}
 	if o.overlapping {
-		o.time(e.from.Known)
+		o.time(e.from.Known, true)
 	}
-	o.time(e.time)
+	o.time(e.time, false)
 	o.cell(o.id)
 	for _, f := range e.from.aggregates {
 		o.number(f)
@@ -1585,16 +1621,16 @@ func (o *valueWriter) row(e *element) error {
 	o.cell(o.unit)
 	if !o.detail {
 		if e.end != 0 || o.csv { // rows of a CSV cannot differ
-			o.time(e.end)
+			o.time(e.end, false)
 		}
 		return o.endRow()
 	}
 	o.text(&e.from.RunID)
 	if !o.overlapping {
-		o.time(e.from.Known)
+		o.time(e.from.Known, true)
 	}
-	o.time(e.end)
-	o.time(e.from.Change)
+	o.time(e.end, false)
+	o.time(e.from.Change, true)
 	o.text(e.from.ChangedBy)
 	o.text(e.from.Annotation)
 	o.texts(e.from.Tags)
@@ -1604,15 +1640,15 @@ func (o *valueWriter) row(e *element) error {
 
 // correction writes a correction, with the value before it.
 func (o *rowWriter) correction(e *element, old float64) error {
-	o.time(e.from.Change)
+	o.time(e.from.Change, true)
 	o.text(e.from.ChangedBy)
 	o.text(&e.from.of.ID)
 	o.text(&e.from.of.Key)
 	o.text(&e.from.of.Unit)
-	o.time(e.time)
-	o.time(e.end)
+	o.time(e.time, false)
+	o.time(e.end, false)
 	o.text(&e.from.RunID)
-	o.time(e.from.Known)
+	o.time(e.from.Known, true)
 	o.cell([]byte(strconv.Itoa(e.from.Number)))
 	o.number(old)
 	o.number(e.value)

@@ -21,6 +21,7 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"database/sql"
 	"encoding/base64"
 	"encoding/csv"
@@ -687,26 +688,57 @@ func TestBugIsA500ThatExplainsNothing(t *testing.T) { // S11, S25
 
 // ---- Limits and slow clients
 
-func TestHeadersOver16KiBAreRefused(t *testing.T) { // S21
+func TestURLsOver64KiBAndHeadersOver16KiBAreRefused(t *testing.T) { // S21
 	t.Parallel()
 	s := mustServer(t)
+	const host = "Host: x\r\n"
 	for _, c := range []struct {
-		name string
-		size int
-		want string
+		name         string
+		url, headers int // bytes
+		want         string
 	}{
-		{"15 KiB", 15 << 10, " 401 "}, // read, and found to have no key
-		{"17 KiB", 17 << 10, " 431 "},
-		{"200 KiB", 200 << 10, " 431 "},
+		// What is read is found to have no key.
+		{"a URL of 64 KiB", 64 << 10, 100, " 401 "},
+		{"headers of 16 KiB", 100, 16 << 10, " 401 "},
+		{"a URL of 64 KiB and headers of 16 KiB", 64 << 10, 16 << 10, " 401 "},
+		{"a URL of a byte more", 64<<10 + 1, 100, " 414 "},
+		{"a URL of 80 KiB", 80 << 10, 100, " 414 "},
+		{"headers of some bytes more", 100, 16<<10 + 10, " 431 "},
+		{"headers of 80 KiB", 100, 80 << 10, " 431 "},
+		{"headers of 200 KiB", 100, 200 << 10, " 431 "},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			padding := strings.Repeat("p", c.size)
-			line := s.mustRaw(t, "GET /values HTTP/1.1\r\nHost: x\r\nX-Padding: "+padding+"\r\n\r\n")
+			path := "/values?series_key="
+			path += strings.Repeat("k", c.url-len(path))
+			const name = "X-Padding: "
+			padding := strings.Repeat("p", c.headers-len(host+name+"\r\n"))
+			line := s.mustRaw(t, "GET "+path+" HTTP/1.1\r\n"+host+name+padding+"\r\n\r\n")
 			if !strings.Contains(line, c.want) {
 				t.Errorf("%q, want %s", line, c.want)
 			}
 		})
 	}
+	t.Run("400 keys", func(t *testing.T) {
+		key := s.mustUser(t, tenantA, "a@example.com")
+		query := url.Values{}
+		var rows []string
+		for i := range 400 {
+			series := fmt.Sprintf("%03d %s", i, strings.Repeat("k", 100))
+			rows = append(rows, seriesRow(series, "2025-01-01", "1"))
+			query.Add("series_key", series)
+		}
+		s.must(t, 200, "POST", "/upload", key, runWith("", rows...))
+		text := s.must(t, 200, "GET", "/values?"+query.Encode(), key, "")
+		if got := mustDecode[readAnswer](t, text); got.Count != 400 {
+			t.Errorf("%d rows", got.Count)
+		}
+	})
+	t.Run("the log is not as long as the URL", func(t *testing.T) {
+		s.must(t, 401, "GET", "/"+strings.Repeat("x", 60_000), "", "")
+		if strings.Contains(s.log.String(), strings.Repeat("x", 1000)) {
+			t.Error("the log repeats a long path")
+		}
+	})
 }
 
 // rawGet is a GET request as bytes, for mustDial.
@@ -941,8 +973,8 @@ func TestUploadAnswersAndStoresTheRun(t *testing.T) {
 	}
 	expectIn(t, "GET /runs", s.must(t, 200, "GET", "/runs", key, ""),
 		`"run_id":"`+got.RunID+`"`, `"workflow_id":"day-ahead"`,
-		`"run_start_time":"2025-01-01T06:00:00+00:00"`, `"run_finish_time":"2025-01-01T06:05:00.250000+00:00"`,
-		`"known_time":"2025-01-01T06:00:00+00:00"`, `"changed_by":"a@example.com"`, `"rows":3`, `"inserted_at":"20`)
+		`"run_start_time":"2025-01-01T06:00:00.000000+00:00"`, `"run_finish_time":"2025-01-01T06:05:00.250000+00:00"`,
+		`"known_time":"2025-01-01T06:00:00.000000+00:00"`, `"changed_by":"a@example.com"`, `"rows":3`, `"inserted_at":"20`)
 
 	run := mustQuery(t, s.db, `SELECT concat_ws(' ', run_id, workflow_id, run_start_time AT TIME ZONE 'UTC',
 		run_finish_time AT TIME ZONE 'UTC', known_time AT TIME ZONE 'UTC', run_params, rows_inserted, changed_by)
@@ -1133,12 +1165,23 @@ func TestRunsAreFilteredAndTheNewestKnownComesFirst(t *testing.T) {
 	s, key := mustTenant(t)
 	early := s.mustUpload(t, key, dayAhead).RunID
 	late := s.mustUpload(t, key, runWith("", at("2025-01-02", "1"))).RunID
+	s.must(t, 200, "POST", "/series", key, `{"name":"empty"}`)
+	s.must(t, 200, "POST", "/series", key, `{"name":"gained"}`)
+	s.must(t, 200, "PUT", "/values", key,
+		corrections(correctionAt("01", `"series_key":"gained","run_id":"`+early+`","value":1`)))
 	for _, c := range []struct{ name, query, want string }{ // want: the only run in the answer, or none
 		{"a workflow", "?workflow_id=day-ahead", early},
 		{"an unknown workflow", "?workflow_id=other", ""},
 		{"a limit", "?limit=1", late},
 		{"known before, which excludes the time itself", "?end_known=2025-01-01T06:00:00Z", ""},
 		{"known within", "?start_known=2025-01-01T06:00:00Z&end_known=2025-01-01T06:00:01Z", early},
+		{"known within nothing", "?start_known=2025-01-01T06:00:00Z&end_known=2025-01-01T06:00:00Z", ""},
+		{"known before the end of all years", "?limit=1&end_known=9999-12-31", late},
+		{"of a series that one run has", "?series_key=wind", early},
+		{"of a series that both have", "?series_key=load&limit=1", late},
+		{"of a series that gained a value", "?series_key=gained", early},
+		{"of a series without values", "?series_key=empty", ""},
+		{"of a series and another workflow", "?series_key=wind&workflow_id=api-workflow", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			text := s.must(t, 200, "GET", "/runs"+c.query, key, "")
@@ -1161,6 +1204,12 @@ func TestRunsAreFilteredAndTheNewestKnownComesFirst(t *testing.T) {
 		{"an unknown parameter", "GET", "/runs?nope=1", "", 422, nil},
 		{"a time that is none", "GET", "/runs?start_known=x", "", 422, nil},
 		{"an end before the start", "GET", "/runs?start_known=2025-01-02&end_known=2025-01-01", "", 422, nil},
+		{"a series that there is not", "GET", "/runs?series_key=nope", "", 404, []string{"nope"}},
+		{"fewer than there are", "GET", "/runs?limit=1", "", 200, []string{`"count":1,"more":true}`}},
+		{"as many as there are", "GET", "/runs?limit=2", "", 200, []string{`"count":2,"more":false}`}},
+		{"fewer than hold the series", "GET", "/runs?limit=1&series_key=load", "", 200,
+			[]string{`"count":1,"more":true}`}},
+		{"none", "GET", "/runs?start_known=9999-12-31", "", 200, []string{`{"data":[],"count":0,"more":false}`}},
 	})
 }
 
@@ -1325,7 +1374,8 @@ func badTimes() []badUpload {
 		"", "yesterday", "1735689600", "2025", "2025-01", "2025-1-1", "2025-13-01", "2025-02-30",
 		"2025-02-29T00:00:00Z", "20250101T000000Z",
 		"2025-01-01T24:00:01Z", "2025-01-01T25:00:00Z", "2025-01-01T00:60:00Z", "2025-01-01T00:00:61Z",
-		"2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00 UTC", "2025-01-01T1:00:00Z",
+		"2025-01-01T00:00:00+99:00", "2025-01-01T00:00:00+14:01", "2025-01-01T00:00:00-1201", "2025-01-01T00:00+23",
+		"2025-01-01T00:00:00 UTC", "2025-01-01T1:00:00Z",
 		"2025-01-01T00:00:00Z[UTC]", "0001-01-01T00:00:00Z", "1676-12-31T23:59:59Z", "2263-01-01T00:00:00Z",
 		"9999-12-31", "12025-01-01", "-2025-01-01", "infinity", "now",
 		"2025-01-01T00:00:00Zx", "2025-01-01T00:00:00.Z", " 2025-01-01",
@@ -1595,8 +1645,7 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 			JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
 	}
 	change := func(where string) string {
-		const day, fraction = `to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US')`, `'.000000'`
-		return stored(`replace(`+day+`, `+fraction+`, '') || '+00:00'`, where)
+		return stored(`to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')`, where)
 	}
 	load := `"series_id":"` + series["load"] + `","series_key":"load","series_unit":"dimensionless"`
 	price := `"series_id":"` + series["price"] + `","series_key":"price","series_unit":"dimensionless",` +
@@ -1606,17 +1655,17 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 		{"flat", "series_key=load",
 			`{"valid_time":"2025-01-01T00:00:00+00:00",` + load + `,"value":1.0}`},
 		{"overlapping, with no value", "series_key=load&mode=overlapping&start_valid=2025-01-01T02:00:00Z",
-			`{"known_time":"2024-12-31T00:00:00+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
+			`{"known_time":"2024-12-31T00:00:00.000000+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
 				`,"value":null}`},
 		{"of an interval", "series_key=price",
 			`{"valid_time":"2025-01-01T00:00:00+00:00",` + price + `,"value":10.0}`},
 		{"detail of a correction", "series_key=load&detail=true&start_valid=2025-01-01T02:00:00Z",
-			`{"known_time":"2024-12-31T12:00:00+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
+			`{"known_time":"2024-12-31T12:00:00.000000+00:00","valid_time":"2025-01-01T02:00:00+00:00",` + load +
 				`,"value":3.75,"run_id":"` + stored("run_id", corrected) + `","valid_time_end":null,"change_time":"` +
 				change(corrected) +
 				`","changed_by":"a@example.com","annotation":"checked","tags":["a","b"],"version":2}`},
 		{"all versions of an interval", "series_key=price&mode=overlapping&all_versions=true",
-			`{"known_time":"2024-12-31T12:00:00+00:00","valid_time":"2025-01-01T00:00:00+00:00",` + price +
+			`{"known_time":"2024-12-31T12:00:00.000000+00:00","valid_time":"2025-01-01T00:00:00+00:00",` + price +
 				`,"value":10.0,"run_id":"` + stored("run_id", ofPrice) + `","change_time":"` + change(ofPrice) +
 				`","changed_by":"a@example.com","annotation":null,"tags":null,"version":1}`},
 	} {
@@ -1637,7 +1686,7 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 	})
 	t.Run("nothing to show", func(t *testing.T) {
 		got := s.must(t, 200, "GET", "/values?start_valid=2030-01-01", key, "")
-		if got != `{"data":[],"count":0}`+"\n" {
+		if got != `{"data":[],"count":0,"more":false}`+"\n" {
 			t.Errorf("%q", got)
 		}
 	})
@@ -1655,7 +1704,7 @@ func TestCSVRowsAreWrittenAsDocumented(t *testing.T) {
 		"2025-01-01T02:00:00+00:00," + id + `,3.75,"load","dimensionless",` + "\n" +
 		"2025-01-01T03:00:00+00:00," + id + `,9.0,"load","dimensionless",` + "\n"
 	overlapping := "known_time," + columns +
-		"2024-12-31T00:00:00+00:00,2025-01-01T02:00:00+00:00," + id + `,,"load","dimensionless",` + "\n"
+		"2024-12-31T00:00:00.000000+00:00,2025-01-01T02:00:00+00:00," + id + `,,"load","dimensionless",` + "\n"
 	for _, c := range []struct {
 		name, query string
 		header      []string
@@ -1691,6 +1740,68 @@ func TestCSVRowsAreWrittenAsDocumented(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestAnswerTellsWhetherThereIsMore(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn, "--with-users")
+	s := mustAPI(t, dsn)
+	key, _ := mustPicture(t, s) // of which a flat read has 7 rows
+	cert, private := mustCertificate(t)
+	overTLS := mustAPI(t, dsn, "--tls-cert", cert, "--tls-key", private)
+	overTLS.client = &http.Client{Transport: &http.Transport{
+		ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: mustTrust(t, cert)}}}
+	for _, protocol := range []struct {
+		name   string
+		server *testServer
+	}{{"HTTP/1.1", s}, {"HTTP/2.0", overTLS}} {
+		for _, c := range []struct {
+			name, query string
+			rows        int
+			more        bool
+		}{
+			{"no limit", "", 7, false},
+			{"a limit of one row less", "limit=6", 6, true},
+			{"a limit of all rows", "limit=7", 7, false},
+			{"a limit of one row more", "limit=8", 7, false},
+			{"no row", "limit=1&start_valid=2030-01-01", 0, false},
+			{"a limit of buckets", "bucket=1h&agg=count&limit=5", 5, true},
+			{"all buckets", "bucket=1h&agg=count&limit=6", 6, false},
+			{"a limit of series", "latest=true&limit=2", 2, true},
+			{"all series", "latest=true&limit=3", 3, false},
+		} {
+			t.Run(protocol.name+", "+c.name, func(t *testing.T) {
+				path := "/values?" + c.query
+				text := protocol.server.must(t, 200, "GET", path, key, "")
+				expectIn(t, path, text, fmt.Sprintf(`"count":%d,"more":%v}`, c.rows, c.more))
+				resp, lines, err := protocol.server.do("GET", path+"&format=csv", key, "")
+				if err != nil || resp.Proto != protocol.name || strings.Count(lines, "\n") != 1+c.rows {
+					t.Fatalf("%v %v %s", resp, err, lines)
+				}
+				if got := resp.Trailer.Get("X-More"); got != fmt.Sprint(c.more) {
+					t.Errorf("the trailer X-More is %q, want %v; the header is %v", got, c.more, resp.Header)
+				}
+			})
+		}
+	}
+	t.Run("a long answer, compressed", func(t *testing.T) {
+		mustManyValues(t, s, key, 20_000)
+		path := "/values?format=csv&limit=10000&series_key=load&end_valid=2021-01-01"
+		resp, text, err := s.do("GET", path, key, "", "Accept-Encoding: gzip")
+		if err != nil || resp.Header.Get("Content-Encoding") != "gzip" || resp.Trailer.Get("X-More") != "true" {
+			t.Fatalf("%v, trailer %v, %v", resp, resp.Trailer, err)
+		}
+		if lines := strings.Count(mustUnzip(t, text), "\n"); lines != 10_001 {
+			t.Errorf("%d lines", lines)
+		}
+	})
+	t.Run("a refusal has no trailer", func(t *testing.T) {
+		resp, _, err := s.do("GET", "/values?format=csv&series_key=nope", key, "")
+		if err != nil || resp.StatusCode != 404 || len(resp.Trailer) > 0 || resp.ContentLength <= 0 {
+			t.Errorf("%v %v, trailer %v", resp, err, resp.Trailer)
+		}
+	})
 }
 
 // firstRowsMembers are the names of the members of the first row of a read, in the order in which they are written.
@@ -2190,6 +2301,11 @@ func (d *document) tryRequests(t *testing.T, s *testServer, key string) {
 		{"series", 200, "GET /list_timeseries", ""},
 		{"runs", 200, "GET /runs", ""},
 		{"an upload to no series", 404, "POST /upload", ofNoSeries},
+		{"the latest values by a pattern", 200, "GET /values?latest=true&match=*&detail=true", ""},
+		{"what is stored of series", 200, "GET /list_timeseries?stats=true", ""},
+		{"runs of a series", 200, "GET /runs?series_key=load&limit=1", ""},
+		{"runs of no series", 404, "GET /runs?series_key=nope", ""},
+		{"values of no run", 404, "GET /values?run_id=" + tenantB, ""},
 		{"values of no series", 404, "GET /values?series_key=nope", ""},
 		{"a correction of no series", 404, "PUT /values", strings.Replace(update(`"value":1`), "load", "nope", 1)},
 		{"a run_id that is taken", 409, "POST /upload", runWith(named, at("2025-01-01", "1"))},
@@ -2248,6 +2364,9 @@ func (d *document) tryRefusals(t *testing.T, s *testServer, key string) {
 			d.try(t, down, 503, request, "", body)
 		})
 		if body == "" {
+			t.Run("a long URL of "+operation, func(t *testing.T) {
+				d.try(t, s, 414, operation+"?match="+strings.Repeat("x", maxURL), key, "")
+			})
 			continue
 		}
 		t.Run("refusals of a body of "+operation, func(t *testing.T) {
@@ -2321,7 +2440,7 @@ func TestExamplesOfTheDocumentFitTheirSchemas(t *testing.T) {
 	}
 }
 
-var variesInAnswers = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|"(change_time|inserted_at|withdrawn_at|value_id)":[^,}]*`)
+var variesInAnswers = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|"(change_time|inserted_at|withdrawn_at|last_change_time|value_id)":[^,}]*`)
 
 // essence is what two answers to one request must have in common: everything but ids and times of writing. It is cut
 // into sorted parts, because members may be in any order.

@@ -64,20 +64,24 @@ func timestampOf(t time.Time) timestamp { return unixEpoch + timestamp(t.UnixMic
 
 func (t timestamp) utc() time.Time { return time.UnixMicro(int64(t - unixEpoch)).UTC() }
 
-// append writes t as the API does: in UTC, with six digits of fraction or none.
-func (t timestamp) append(b []byte) []byte {
+// append writes t as the API does, in UTC: with six digits of fraction if they are not zero, or
+// always.
+func (t timestamp) append(b []byte, always bool) []byte {
 	seconds := len(b) + len("2006-01-02T15:04:05")
 	b = t.utc().AppendFormat(b, time.RFC3339Nano) // much faster than a layout of our own
 	b = b[:len(b)-len("Z")]
+	if always && len(b) == seconds {
+		b = append(b, '.')
+	}
 	for len(b) > seconds && len(b) < seconds+len(".000000") {
 		b = append(b, '0')
 	}
 	return append(b, "+00:00"...)
 }
 
-func (t timestamp) String() string { return string(t.append(nil)) }
+func (t timestamp) String() string { return string(t.append(nil, false)) }
 
-func (t timestamp) MarshalText() ([]byte, error) { return t.append(nil), nil }
+func (t timestamp) MarshalText() ([]byte, error) { return t.append(nil, false), nil }
 
 // Value is t as a bound argument.
 func (t timestamp) Value() (driver.Value, error) {
@@ -87,9 +91,7 @@ func (t timestamp) Value() (driver.Value, error) {
 	return t.utc(), nil
 }
 
-func (timestamp) expected() string {
-	return "ISO 8601 timestamp such as 2025-01-31T12:00Z, of the years 1677 to 2262"
-}
+func (timestamp) expected() string { return bound(0).expected() + ", of the years 1677 to 2262" }
 
 var timeLayouts = []string{
 	time.RFC3339,
@@ -103,11 +105,25 @@ var timeLayouts = []string{
 	"2006-01-02T15:04Z07",
 }
 
-// UnmarshalText reads an ISO 8601 timestamp: a date, or date and time with T or a space between.
-// No offset means UTC. A plus that a query string has turned into a space is understood. Digits
-// beyond microseconds are cut off.
 func (t *timestamp) UnmarshalText(text []byte) error {
-	s := string(text)
+	parsed, ok := parseTime(string(text))
+	if !ok || parsed < firstTime || parsed >= lastTime {
+		return unfit[timestamp](text)
+	}
+	*t = parsed
+	return nil
+}
+
+// Offsets that there are, in seconds: from Baker Island to the Line Islands.
+const (
+	firstOffset = -12 * 3600
+	lastOffset  = 14 * 3600
+)
+
+// parseTime reads an ISO 8601 timestamp of any year: a date, or date and time with T or a space
+// between. No offset means UTC. A plus that a query string has turned into a space is understood.
+// Digits beyond microseconds are cut off.
+func parseTime(s string) (t timestamp, ok bool) {
 	const date = len("2006-01-02")
 	if len(s) > date && s[date] == ' ' {
 		s = s[:date] + "T" + s[date+1:]
@@ -115,19 +131,32 @@ func (t *timestamp) UnmarshalText(text []byte) error {
 	s = strings.Replace(s, " ", "+", 1)
 	const hour = len("2006-01-02T15")
 	if len(s) > hour && s[hour] != ':' {
-		return unfit[timestamp](text) // time.Parse would take an hour of one digit
+		return 0, false // time.Parse would take an hour of one digit
 	}
 	for _, layout := range timeLayouts {
 		parsed, err := time.Parse(layout, s)
 		if err != nil {
 			continue
 		}
-		*t = timestampOf(parsed)
-		if *t >= firstTime && *t < lastTime {
-			return nil
-		}
+		_, offset := parsed.Zone()
+		return timestampOf(parsed), offset >= firstOffset && offset <= lastOffset
 	}
-	return unfit[timestamp](text)
+	return 0, false
+}
+
+// bound is a timestamp that bounds a window, or a moment to look back to. Outside the years that
+// there are it is the nearest end of them.
+type bound timestamp
+
+func (bound) expected() string { return "ISO 8601 timestamp such as 2025-01-31T12:00Z" }
+
+func (b *bound) UnmarshalText(text []byte) error {
+	t, ok := parseTime(string(text))
+	if !ok {
+		return unfit[bound](text)
+	}
+	*b = bound(min(max(t, firstTime), lastTime))
+	return nil
 }
 
 // span is a duration in microseconds, of less than 293 years.
@@ -333,6 +362,18 @@ func (l label) asTag() string { return strings.ToLower(string(l)) }
 
 // unprintable is true of control characters and of what stands for bytes that are not UTF-8.
 func unprintable(r rune) bool { return r == unicode.ReplacementChar || unicode.IsControl(r) }
+
+// pattern is a pattern of labels, in which * is any characters and ? one, as LIKE has it.
+type pattern string
+
+var likeWords = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`, `*`, `%`, `?`, `_`)
+
+func (p *pattern) UnmarshalText(text []byte) error {
+	var l label
+	err := l.UnmarshalText(text)
+	*p = pattern(likeWords.Replace(string(l)))
+	return err
+}
 
 // prose is a description or an annotation, without white space around it.
 type prose string
@@ -1985,10 +2026,14 @@ func decodeArray(dst []uint64, wire []byte) ([]uint64, error) {
 
 // readQuery says which values to read.
 type readQuery struct {
-	series               []seriesRef // none: all
+	series               []seriesRef // these, and those that match; without either: all
+	match                []pattern   // of series_key
 	start, end           timestamp   // start <= valid_time < end
 	startKnown, endKnown timestamp   // likewise known_time
 	asOf                 timestamp   // only versions written up to then
+	changedSince         timestamp   // and after then
+	runs                 []uuid      // only of these; none: of all
+	workflows            []label     // likewise of runs of these
 	lead                 span        // known_time is at least so long before valid_time; <0: ever
 	daysAhead            dayCount    // known_time is not after timeOfDay so many days before; <0:
 	timeOfDay            timeOfDay   // neither
@@ -1997,10 +2042,12 @@ type readQuery struct {
 	aggs                 aggregates
 	overlapping          bool // every run, rather than the latest known
 	allVersions          bool // every version, rather than the current
+	latest               bool // of each series only the last value that is not NULL
 }
 
 var anyValue = readQuery{start: firstTime, end: lastTime, startKnown: firstTime, endKnown: lastTime,
-	asOf: lastTime, lead: -1, daysAhead: -1, timeOfDay: -1, zone: zone{time.UTC}}
+	asOf: lastTime, changedSince: firstTime, lead: -1, daysAhead: -1, timeOfDay: -1,
+	zone: zone{time.UTC}}
 
 // version is what all elements of one row of values_table share.
 type version struct {
@@ -2145,10 +2192,21 @@ func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 	return nil
 }
 
-// What to read from are windows: of a series, from start up to end. A query of blocks consists of
-// one of these beginnings, which lists the windows in order, and one of the endings.
-// $1 is the tenant; $2 and $3 are the window; $4, $5 and $6 are the bounds of known_time and as_of.
+// What to read from are windows: of a series, from start up to end. A query of blocks is
+// selectBlocks, then what lists the windows in order, and byTime or byKnown.
+// $1 is the tenant; $2 and $3 are the window; the others are those of ofQuery.
 const (
+	// ofQuery is what a block v must fulfil whatever its time: bounds of known_time, as_of and
+	// changed_since, a run that was not withdrawn, and runs and workflows, of which NULL is any.
+	ofQuery = `v.known_time >= $4 AND v.known_time < $5
+			  AND v.change_time <= $6 AND v.change_time > $7
+			  AND (SELECT d.change_time FROM withdrawals_table d
+			       WHERE d.tenant_id = $1 AND d.run_id = v.run_id AND d.change_time <= $6) IS NULL
+			  AND ($8::uuid[] IS NULL OR v.run_id = ANY ($8))
+			  AND ($9::text[] IS NULL OR (
+			      SELECT r.workflow_id FROM runs_table r
+			      WHERE r.tenant_id = $1 AND r.run_id = v.run_id AND r.inserted_at <= $6) = ANY ($9))`
+
 	// windowsOfAll has one window of each series of the tenant.
 	windowsOfAll = `
 		SELECT series_id, series_key, unit, '' AS wanted_id, '' AS wanted_key,
@@ -2156,13 +2214,13 @@ const (
 		FROM series_table WHERE tenant_id = $1 AND inserted_at <= $6
 		ORDER BY series_key COLLATE "C"`
 
-	// windowsOfNamed has one window of each series that $7, JSON, names by id or key. What there is
-	// not comes first, with the name and no series.
+	// windowsOfNamed has one window of each series that $10, JSON, names by id or key. What there
+	// is not comes first, with the name and no series.
 	windowsOfNamed = `
 		SELECT DISTINCT ON (s.series_key COLLATE "C")
 		       s.series_id, s.series_key, s.unit, wanted.id AS wanted_id, wanted.key AS wanted_key,
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
-		FROM json_to_recordset($7) AS wanted (id text, key text, given text)
+		FROM json_to_recordset($10) AS wanted (id text, key text, given text)
 		LEFT JOIN LATERAL (SELECT * FROM (
 			SELECT * FROM series_table
 			WHERE tenant_id = $1 AND series_id = nullif(wanted.id, '')::uuid
@@ -2175,16 +2233,29 @@ const (
 		) AS s ON s.inserted_at <= $6
 		ORDER BY s.series_key COLLATE "C" NULLS FIRST`
 
-	// windowsOfPlaces covers the times that $7, JSON, lists by series_id: of each series one window
-	// for each 32 days in which there are some. OFFSET 0 has each series looked up by its id,
-	// whatever PostgreSQL believes about how many there are.
+	// windowsOfMatched has those of windowsOfNamed, and one of each series whose key is like one of
+	// $11.
+	windowsOfMatched = `
+		SELECT DISTINCT ON (series_key COLLATE "C") *
+		FROM (
+			SELECT series_id, series_key, unit, '' AS wanted_id, '' AS wanted_key,
+			       $2::timestamptz AS window_start, $3::timestamptz AS window_end
+			FROM series_table
+			WHERE tenant_id = $1 AND inserted_at <= $6 AND series_key LIKE ANY ($11::text[])
+			UNION ALL (` + windowsOfNamed + `)
+		) AS w
+		ORDER BY series_key COLLATE "C" NULLS FIRST`
+
+	// windowsOfPlaces covers the times that $10, JSON, lists by series_id: of each series one
+	// window for each 32 days in which there are some. OFFSET 0 has each series looked up by its
+	// id, whatever PostgreSQL believes about how many there are.
 	windowsOfPlaces = `
 		SELECT s.series_id, s.series_key, s.unit, '' AS wanted_id, '' AS wanted_key,
 		       p.window_start, p.window_end
 		FROM (
 			SELECT series_id, min(valid_time) AS window_start,
 			       max(valid_time) + interval '1 microsecond' AS window_end
-			FROM json_to_recordset($7) AS place (series_id uuid, valid_time timestamptz)
+			FROM json_to_recordset($10) AS place (series_id uuid, valid_time timestamptz)
 			WHERE valid_time >= $2 AND valid_time < $3
 			GROUP BY series_id, date_bin('768 hours', valid_time, 'epoch')
 		) AS p
@@ -2192,6 +2263,31 @@ const (
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = p.series_id OFFSET 0
 		) AS s
 		ORDER BY s.series_key COLLATE "C", p.window_start`
+
+	// latestStart and latestEnd stand around windows of which only the last value that is not NULL
+	// is asked for. They let a window begin at one of its last ten blocks, if all that there is of
+	// that block's first time comes without NULL: so that time has a value. OFFSET 0 has blocks
+	// looked up by their time, and keeps PostgreSQL from doing all this again for each block read.
+	latestStart = `
+		SELECT w.series_id, w.series_key, w.unit, w.wanted_id, w.wanted_key, coalesce((
+			SELECT last.valid_from
+			FROM (
+				SELECT DISTINCT v.valid_from FROM values_table v
+				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
+				  AND v.valid_from >= w.window_start AND v.valid_from < w.window_end
+				  AND ` + ofQuery + `
+				ORDER BY v.valid_from DESC LIMIT 10
+			) AS last
+			WHERE NOT EXISTS (
+				SELECT FROM values_table v
+				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
+				  AND v.valid_from >= last.valid_from - interval '768 hours'
+				  AND v.valid_from <= last.valid_from AND v.valid_to >= last.valid_from
+				  AND ` + ofQuery + ` AND num_nulls(VARIADIC v."values") > 0
+				OFFSET 0)
+			ORDER BY last.valid_from DESC LIMIT 1), w.window_start) AS window_start, w.window_end
+		FROM (`
+	latestEnd = `) AS w OFFSET 0`
 
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
@@ -2215,9 +2311,7 @@ const (
 			WHERE v.tenant_id = $1 AND v.series_id = w.series_id AND v.valid_to >= w.window_start
 			  AND v.valid_from >= w.window_start - interval '768 hours'
 			  AND v.valid_from < w.window_end
-			  AND v.known_time >= $4 AND v.known_time < $5 AND v.change_time <= $6
-			  AND (SELECT d.change_time FROM withdrawals_table d
-			       WHERE d.tenant_id = $1 AND d.run_id = v.run_id AND d.change_time <= $6) IS NULL
+			  AND ` + ofQuery + `
 			ORDER BY `
 	endBlocks = `) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
 	WHERE b.version IS NOT NULL OR w.series_id IS NULL`
@@ -2225,24 +2319,31 @@ const (
 	byTime  = fromBlocks + `v.valid_from` + endBlocks
 	byKnown = fromBlocks + `v.known_time, v.valid_from` + endBlocks
 
-	selectAllByTime    = selectBlocks + windowsOfAll + byTime
-	selectAllByKnown   = selectBlocks + windowsOfAll + byKnown
-	selectNamedByTime  = selectBlocks + windowsOfNamed + byTime
-	selectNamedByKnown = selectBlocks + windowsOfNamed + byKnown
-	selectPlaces       = selectBlocks + windowsOfPlaces + byTime
+	selectPlaces = selectBlocks + windowsOfPlaces + byTime
 )
 
-// statement is the SQL that reads the blocks which q is about.
+// args are the arguments of ofQuery, with those of any window.
+func (q *readQuery) args(c Caller) []any {
+	return []any{c.tenant, q.start, q.end, q.startKnown, q.endKnown, q.asOf, q.changedSince,
+		pq.Array(q.runs), pq.Array(q.workflows)}
+}
+
+// statement is the SQL that reads the blocks which q is about. It consists of constants alone.
 func (q *readQuery) statement() string {
+	windows := windowsOfAll
 	switch {
-	case len(q.series) > 0 && q.overlapping:
-		return selectNamedByKnown
+	case len(q.match) > 0:
+		windows = windowsOfMatched
 	case len(q.series) > 0:
-		return selectNamedByTime
-	case q.overlapping:
-		return selectAllByKnown
+		windows = windowsOfNamed
 	}
-	return selectAllByTime
+	if q.latest && q.lead < 0 && q.daysAhead < 0 { // SQL knows nothing of these
+		windows = latestStart + windows + latestEnd
+	}
+	if q.overlapping {
+		return selectBlocks + windows + byKnown
+	}
+	return selectBlocks + windows + byTime
 }
 
 // Read calls emit for each value that q asks for, ordered by series_key, then valid_time
@@ -2256,9 +2357,15 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		return err
 	}
 	defer leave()
-	args := []any{c.tenant, q.start, q.end, q.startKnown, q.endKnown, q.asOf}
-	if len(q.series) > 0 {
-		args = append(args, asJSON(q.series))
+	if err := s.checkRuns(ctx, c, q); err != nil {
+		return err
+	}
+	args := q.args(c)
+	if len(q.series)+len(q.match) > 0 {
+		args = append(args, asJSON(append([]seriesRef{}, q.series...))) // nil would be null
+	}
+	if len(q.match) > 0 {
+		args = append(args, pq.Array(q.match))
 	}
 	read := blockReader{
 		merger:  merger{everyRun: q.overlapping, keepAll: q.allVersions},
@@ -2270,15 +2377,39 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 	if q.daysAhead >= 0 {
 		read.gate = &gate{daysAhead: q.daysAhead, timeOfDay: q.timeOfDay, zone: q.zone}
 	}
-	if q.bucket == (width{}) {
-		return s.readBlocks(ctx, nil, q.statement(), args, &read)
+	finish := func() error { return nil }
+	switch {
+	case q.bucket != width{}:
+		b := buckets{width: q.bucket, zone: q.zone, aggs: q.aggs, emit: emit}
+		read.emit = b.add
+		finish = b.finish
+	case q.latest:
+		l := latest{emit: emit}
+		read.emit = l.add
+		finish = l.finish
 	}
-	b := buckets{width: q.bucket, zone: q.zone, aggs: q.aggs, emit: emit}
-	read.emit = b.add
 	if err := s.readBlocks(ctx, nil, q.statement(), args, &read); err != nil {
 		return err
 	}
-	return b.finish()
+	return finish()
+}
+
+// checkRuns refuses a run_id of which the caller's tenant had no run as of the moment.
+func (s *store) checkRuns(ctx context.Context, c Caller, q readQuery) error {
+	if len(q.runs) == 0 {
+		return nil
+	}
+	return s.eachRow(ctx, nil, `
+		SELECT wanted FROM unnest($2::uuid[]) AS wanted
+		WHERE (SELECT run_id FROM runs_table
+		       WHERE tenant_id = $1 AND run_id = wanted AND inserted_at <= $3) IS NULL`,
+		[]any{c.tenant, pq.Array(q.runs), q.asOf}, func(rows *sql.Rows) error {
+			var id string
+			if err := rows.Scan(&id); err != nil {
+				return err
+			}
+			return refuse(notFound, "run_id: there is no run %q", id)
+		})
 }
 
 // readBlocks runs a query of blocks, in tx unless that is nil, and has them read.
@@ -2387,6 +2518,32 @@ func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 	}
 	v.weight = elementBytes + v.bytes()/int64(max(1, len(block)))
 	return v, block, nil
+}
+
+// latest passes on, of each series, the last element that is not NULL.
+type latest struct {
+	emit func(*element) error
+	last element // of the series at hand; before the first it is from nil
+}
+
+func (l *latest) add(e *element) error {
+	if math.IsNaN(e.value) {
+		return nil
+	}
+	if l.last.from != nil && l.last.from.of != e.from.of {
+		if err := l.finish(); err != nil {
+			return err
+		}
+	}
+	l.last = *e
+	return nil
+}
+
+func (l *latest) finish() error {
+	if l.last.from == nil {
+		return nil
+	}
+	return l.emit(&l.last)
 }
 
 // aggregates are ways to make one value of those in a bucket, in the order asked for.
@@ -2706,7 +2863,7 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		}
 		return memory.reach(ctx, read.heldBefore+read.bytes+kept*versionCopies)
 	}
-	args := []any{c.tenant, firstTime, lastTime, firstTime, lastTime, lastTime, asJSON(stored)}
+	args := append(anyValue.args(c), asJSON(stored))
 	err = s.readBlocks(ctx, tx, selectPlaces, args, &read)
 	for i, v := range from {
 		if v != nil {
@@ -3083,17 +3240,11 @@ func (s *store) Withdraw(ctx context.Context, c Caller, run uuid, annotation pro
 // correctionsQuery says which corrections to list.
 type correctionsQuery struct {
 	series       []seriesRef // with match a union; none of both: all
-	match        []string    // patterns of LIKE
-	since, until timestamp   // since <= change_time < until
-	start, end   timestamp   // start <= valid_time < end
-	changedBy    label       // "": anyone
-	tag          label       // "": any
-}
-
-// likePattern is the pattern of LIKE for one in which * stands for any characters and ? for one.
-func likePattern(pattern label) string {
-	return strings.NewReplacer(`\`, `\\`, "%", `\%`, "_", `\_`, "*", "%", "?", "_").
-		Replace(string(pattern))
+	match        []pattern
+	since, until timestamp // since <= change_time < until
+	start, end   timestamp // start <= valid_time < end
+	changedBy    label     // "": anyone
+	tag          label     // "": any
 }
 
 // Each correction comes as a block of two: its value, and the one before it. The limit is NULL,
@@ -3145,38 +3296,57 @@ func (s *store) ListCorrections(ctx context.Context, c Caller, q correctionsQuer
 
 // ---- Lists
 
-// ListSeries calls emit for each series of the caller's tenant, by series_key, with its id and the
-// JSON that shows it.
-func (s *store) ListSeries(ctx context.Context, c Caller,
+// ListSeries calls emit for each series of the caller's tenant that matches, or with no pattern for
+// all, by series_key, with its id and the JSON that shows it: with stats also what is stored of it.
+func (s *store) ListSeries(ctx context.Context, c Caller, match []pattern, stats bool,
 	emit func(id string, shown []byte) error) error {
 	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
 		return err
 	}
 	defer leave()
-	return s.eachRow(ctx, nil, `
-		SELECT s.series_id, row_to_json(shown)
-		FROM series_table s, LATERAL (SELECT s.series_key, s.description, s.unit) AS shown
-		WHERE s.tenant_id = $1 ORDER BY s.series_key COLLATE "C"`,
-		[]any{c.tenant}, func(rows *sql.Rows) error {
-			var id string
-			var shown sql.RawBytes
-			if err := rows.Scan(&id, &shown); err != nil {
-				return err
-			}
-			return emit(id, shown)
-		})
+	row := func(rows *sql.Rows) error {
+		var id string
+		var shown sql.RawBytes
+		if err := rows.Scan(&id, &shown); err != nil {
+			return err
+		}
+		return emit(id, shown)
+	}
+	args := []any{c.tenant, pq.Array(match)}
+	if stats {
+		return s.eachRow(ctx, nil, listSeriesWithStats, args, row)
+	}
+	return s.eachRow(ctx, nil, listSeries, args, row)
 }
+
+const (
+	listSeriesStart = `
+		SELECT s.series_id, row_to_json(shown)
+		FROM (SELECT * FROM series_table
+		      WHERE tenant_id = $1 AND ($2::text[] IS NULL OR series_key LIKE ANY ($2))) AS s,
+		     LATERAL (SELECT s.series_key, s.description, s.unit`
+	listSeriesEnd = `) AS shown
+		ORDER BY s.series_key COLLATE "C"`
+	listSeries          = listSeriesStart + listSeriesEnd
+	listSeriesWithStats = listSeriesStart + `,
+		       replace(iso_time(min(v.valid_from)), '.000000', '') AS first_valid_time,
+		       replace(iso_time(max(v.valid_to)), '.000000', '') AS last_valid_time,
+		       coalesce(sum(cardinality(v."values")), 0) AS "values",
+		       iso_time(max(v.change_time)) AS last_change_time
+		FROM values_table v WHERE v.tenant_id = $1 AND v.series_id = s.series_id` + listSeriesEnd
+)
 
 // runsQuery says which runs to list.
 type runsQuery struct {
 	workflow             label     // "": any
+	series               seriesRef // they hold values of it; none: of any
 	startKnown, endKnown timestamp // start <= known_time < end
 	limit                count
 }
 
 // ListRuns calls emit, with the JSON that shows it, for each of the tenant's runs that q asks for,
-// the newest known first.
+// the newest known first; and for one beyond the limit, if there is one.
 func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
 	emit func(shown []byte) error) error {
 	ctx, leave, err := s.enter(ctx, c)
@@ -3184,7 +3354,26 @@ func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
 		return err
 	}
 	defer leave()
-	return s.eachRow(ctx, nil, `
+	row := func(rows *sql.Rows) error {
+		var shown sql.RawBytes
+		if err := rows.Scan(&shown); err != nil {
+			return err
+		}
+		return emit(shown)
+	}
+	args := []any{c.tenant, q.workflow, q.startKnown, q.endKnown, int64(q.limit) + 1}
+	if q.series == (seriesRef{}) {
+		return s.eachRow(ctx, nil, listRuns, args, row)
+	}
+	found, err := s.findSeries(ctx, c, nil, []seriesRef{q.series})
+	if err != nil {
+		return err
+	}
+	return s.eachRow(ctx, nil, listRunsOfSeries, append(args, found[0].ID), row)
+}
+
+const (
+	listRunsStart = `
 		SELECT left(row_to_json(r)::text, -1) || coalesce((  -- or the members of its withdrawal
 			SELECT ',' || substr(row_to_json(w)::text, 2) FROM (
 				SELECT iso_time(change_time) AS withdrawn_at, changed_by AS withdrawn_by, annotation
@@ -3195,16 +3384,19 @@ func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
 			       iso_time(t.known_time) AS known_time, run_params, changed_by,
 			       iso_time(inserted_at) AS inserted_at,
 			       rows_inserted AS rows
-			FROM runs_table t
+			FROM `
+	listRunsEnd = ` AS t
 			WHERE tenant_id = $1 AND ($2 = '' OR workflow_id = $2)
 			  AND t.known_time >= $3 AND t.known_time < $4
-			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`,
-		[]any{c.tenant, q.workflow, q.startKnown, q.endKnown, int64(q.limit)},
-		func(rows *sql.Rows) error {
-			var shown sql.RawBytes
-			if err := rows.Scan(&shown); err != nil {
-				return err
-			}
-			return emit(shown)
-		})
-}
+			ORDER BY t.known_time DESC, run_order DESC LIMIT $5) AS r`
+	listRuns = listRunsStart + `runs_table` + listRunsEnd
+
+	// OFFSET 0 has the series' blocks read once, and then each run looked up by its id.
+	listRunsOfSeries = listRunsStart + `(
+				SELECT r.* FROM (
+					SELECT DISTINCT ON (run_id) run_id FROM values_table
+					WHERE tenant_id = $1 AND series_id = $6 ORDER BY run_id OFFSET 0) AS b
+				CROSS JOIN LATERAL (
+					SELECT * FROM runs_table
+					WHERE tenant_id = $1 AND run_id = b.run_id OFFSET 0) AS r)` + listRunsEnd
+)

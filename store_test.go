@@ -83,6 +83,8 @@ func TestTimestampsAreReadInEveryDocumentedForm(t *testing.T) {
 		{"an offset whose plus became a space", "2025-01-01T05:30:00 05:30", "2025-01-01T00:00:00+00:00"},
 		{"an offset of hours alone", "2025-01-01 05:30-01", "2025-01-01T06:30:00+00:00"},
 		{"an offset without a colon", "2025-01-01T05:30:00+0100", "2025-01-01T04:30:00+00:00"},
+		{"the first offset", "2025-01-01T05:30:00-12:00", "2025-01-01T17:30:00+00:00"},
+		{"the last offset", "2025-01-01T14:00+14", "2025-01-01T00:00:00+00:00"},
 		{"an offset of minus zero", "2024-12-31T23:59:59.999999-00:00", "2024-12-31T23:59:59.999999+00:00"},
 		{"the first year", "1677-01-01T00:00:00Z", "1677-01-01T00:00:00+00:00"},
 		{"the last year", "2262-12-31T23:59:59.999999Z", "2262-12-31T23:59:59.999999+00:00"},
@@ -366,16 +368,16 @@ func mustPicture(t *testing.T, s *testServer) (key string, series map[string]str
 	const midnight, noon = "2024-12-31T00:00:00Z", "2024-12-31T12:00:00Z"
 	series = map[string]string{}
 	for _, run := range []struct {
-		known string
-		rows  []string
+		workflow, known string
+		rows            []string
 	}{
-		{midnight, []string{row("load", "00", "1"), row("load", "01", "2"), row("load", "02", "null"),
+		{"first", midnight, []string{row("load", "00", "1"), row("load", "01", "2"), row("load", "02", "null"),
 			row("wind", "00", "0.5")}},
-		{noon, []string{row("load", "03", "4.5"), row("load", "01", "2.5"), row("load", "02", "3.5"),
+		{"second", noon, []string{row("load", "03", "4.5"), row("load", "01", "2.5"), row("load", "02", "3.5"),
 			row("price", "00", "20", until("02")), row("price", "00", "10", until("01"))}},
-		{noon, []string{row("load", "03", "9")}},
+		{"third", noon, []string{row("load", "03", "9")}},
 	} {
-		body := runWith(`"known_time":"`+run.known+`",`, run.rows...)
+		body := runWith(`"workflow_id":"`+run.workflow+`","known_time":"`+run.known+`",`, run.rows...)
 		answer := mustDecode[uploadAnswer](t, s.must(t, 200, "POST", "/upload", key, body))
 		maps.Copy(series, answer.SeriesIDs)
 	}
@@ -418,6 +420,7 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
 	key, series := mustPicture(t, s)
+	runs := mustRuns(t, s)
 	const (
 		flat  = "load 00=1, load 01=2.5, load 02=3.75, load 03=9, price 00-01=10, price 00-02=20, wind 00=0.5"
 		first = "load 00=1, load 01=2, load 02=null" // of load, as the first run has it
@@ -437,6 +440,17 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 			"load 01=2.5, load 02=3.75"},
 		{"a window that begins within an interval", "start_valid=2025-01-01T00:00:01Z&series_key=price", ""},
 		{"a window that ends before the first value", "end_valid=2025-01-01T00:00:00Z", ""},
+		{"an empty window", "start_valid=2025-01-01T01:00:00Z&end_valid=2025-01-01T01:00:00Z", ""},
+		{"an empty window of known_time",
+			"mode=overlapping&start_known=2024-12-31T12:00:00Z&end_known=2024-12-31T12:00:00Z", ""},
+		{"a window of all years", "start_valid=0001-01-01&end_valid=9999-12-31T23:59:59Z", flat},
+		{"a window of known_time of all years", "start_known=0001-01-01&end_known=9999-12-31", flat},
+		{"a window after all years", "start_valid=9999-12-31", ""},
+		{"a window before all years", "end_valid=0001-01-01", ""},
+		{"as of after all years", "as_of=9999-12-31T23:59:59.999999Z", flat},
+		{"as of before all years", "as_of=0001-01-01", ""},
+		{"changed since before all years", "changed_since=0000-01-01", flat},
+		{"changed since after all years", "changed_since=9999-12-31", ""},
 		{"known before", "end_known=2024-12-31T12:00:00Z&series_key=load", first},
 		{"known from", "start_known=2024-12-31T12:00:00Z&series_key=load", "load 01=2.5, load 02=3.75, load 03=9"},
 		{"known from after the last run", "start_known=2025-01-01", ""},
@@ -480,6 +494,37 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 		{"a limit counts rows", "limit=3", "load 00=1, load 01=2.5, load 02=3.75"},
 		{"a limit beyond the rows", "limit=1000&series_key=wind", "wind 00=0.5"},
 		{"as of a time before all series", "as_of=2020-01-01", ""},
+		{"a match of the end", "match=*e", "price 00-01=10, price 00-02=20"},
+		{"a match of one character", "match=win?", "wind 00=0.5"},
+		{"a match of everything", "match=*", flat},
+		{"a match is anchored", "match=oa&match=in?", ""},
+		{"a match matters by case", "match=WIND&match=Wind", ""},
+		{"a match knows neither % nor _", "match=%25&match=w_nd&match=w%25", ""},
+		{"a match knows no escape", `match=win\?&match=\*`, ""},
+		{"two matches of one series", "match=wind&match=w*", "wind 00=0.5"},
+		{"a match, a key and an id", "match=w*&series_key=price&series_id=" + series["wind"],
+			"price 00-01=10, price 00-02=20, wind 00=0.5"},
+		{"a match of nothing beside a key", "match=x*&series_key=wind", "wind 00=0.5"},
+		{"overlapping runs of a match", "match=w*d&mode=overlapping", "00/wind 00=0.5"},
+		{"a match as of a time before all series", "match=*&as_of=2020-01-01", ""},
+		{"the latest of all series", "latest=true", "load 03=9, price 00-02=20, wind 00=0.5"},
+		{"the latest of a series by key", "latest=true&series_key=load", "load 03=9"},
+		{"the latest of a match", "latest=true&match=*i*", "price 00-02=20, wind 00=0.5"},
+		{"the latest of a match and a key", "latest=true&match=w*&series_key=load", "load 03=9, wind 00=0.5"},
+		{"the latest in a window", "latest=true&end_valid=2025-01-01T03:00:00Z&series_key=load", "load 02=3.75"},
+		{"the latest that is not NULL", "latest=true&series_key=load&end_known=2024-12-31T12:00:00Z", "load 01=2"},
+		{"the latest with a lead", "latest=true&series_key=load&lead=PT16H", "load 01=2"},
+		{"the latest of a run", "latest=true&run_id=" + runs[1], "load 03=4.5, price 00-02=20"},
+		{"a run", "run_id=" + runs[0], first + ", wind 00=0.5"},
+		{"two runs, one in upper case", "series_key=load&run_id=" + strings.ToUpper(runs[0]) + "&run_id=" + runs[2],
+			first + ", load 03=9"},
+		{"a run and its correction", "mode=overlapping&series_key=load&all_versions=true&run_id=" + runs[1],
+			"12/load 01=2.5 v1, 12/load 02=3.5 v1, 12/load 02=3.75 v2, 12/load 03=4.5 v1"},
+		{"buckets of a run", "series_key=load&bucket=P1D&agg=sum&run_id=" + runs[0], "load 00=3"},
+		{"a workflow", "workflow_id=second", "load 01=2.5, load 02=3.75, load 03=4.5, price 00-01=10, price 00-02=20"},
+		{"two workflows", "workflow_id=first&workflow_id=third&series_key=load", first + ", load 03=9"},
+		{"a workflow that there is not", "workflow_id=nope", ""},
+		{"a workflow and a run of another", "workflow_id=first&run_id=" + runs[1], ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := brief(t, s.must(t, 200, "GET", "/values?"+c.query, key, "")); got != c.want {
@@ -498,6 +543,10 @@ func TestReadsRefuseUnknownSeriesAndBadParameters(t *testing.T) {
 		{"an unknown id", "series_id=" + nobody},
 		{"an unknown key beside a known one", "series_key=load&series_key=nope"},
 		{"a series as of a time before it", "as_of=2020-01-01&series_key=load"},
+		{"an unknown key beside a match", "match=*&series_key=nope"},
+		{"an unknown id beside a match", "match=*&latest=true&series_id=" + nobody},
+		{"an unknown run", "run_id=" + nobody},
+		{"a run as of a time before it", "as_of=2020-01-01&run_id=" + mustRuns(t, s)[0]},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s.must(t, 404, "GET", "/values?"+c.query, key, "")
@@ -518,7 +567,17 @@ func TestReadsRefuseUnknownSeriesAndBadParameters(t *testing.T) {
 		{"a start_known in month 13", "start_known=2025-13-01", "start_known"},
 		{"an end_known that is no time", "end_known=x", "end_known"},
 		{"an as_of that is no time", "as_of=x", "as_of"},
-		{"an empty window of valid_time", "start_valid=2025-01-02&end_valid=2025-01-02", "valid"},
+		{"a window that ends before it starts", "start_valid=2025-01-02&end_valid=2025-01-01", "valid"},
+		{"a bound with an offset that there is not", "start_valid=2025-01-02T00:00:00%2B14:30", "start_valid"},
+		{"a year of five digits", "end_valid=10000-01-01", "end_valid"},
+		{"an empty match", "match=", "match"},
+		{"a run_id that is no UUID", "run_id=x", "run_id"},
+		{"an empty workflow_id", "workflow_id=", "workflow_id"},
+		{"a changed_since that is no time", "changed_since=yesterday", "changed_since"},
+		{"latest that is not true or false", "latest=1h", "latest"},
+		{"latest of overlapping runs", "latest=true&mode=overlapping", "latest"},
+		{"latest of all versions", "latest=true&all_versions=true", "latest"},
+		{"latest of buckets", "latest=true&bucket=1h&agg=max", "latest"},
 		{"a window of known_time that ends before it starts", "start_known=2025-01-02&end_known=2025-01-01", "known"},
 		{"all_versions that is not true or false", "all_versions=perhaps", "all_versions"},
 		{"detail that is not true or false", "detail=2", "detail"},
@@ -931,6 +990,165 @@ func TestGateClosesAtALocalTime(t *testing.T) {
 	}
 }
 
+func TestChangedSinceShowsWhatWasWrittenLater(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, _ := mustPicture(t, s)
+	changes := func(where string) string { // the last change_time
+		return url.QueryEscape(mustQuery(t, s.db, `SELECT iso_time(max(change_time)) FROM values_table `+where))
+	}
+	uploaded, corrected := changes(`WHERE version = 1`), changes(``)
+	first := changes(`JOIN runs_table USING (tenant_id, run_id) WHERE workflow_id = 'first'`)
+	const second = "load 01=2.5, load 02=3.75, load 03=9, price 00-01=10, price 00-02=20"
+	for _, c := range []struct{ name, query, want string }{
+		{"since the first run", "changed_since=" + first, second},
+		{"since the uploads", "changed_since=" + uploaded, "load 02=3.75"},
+		{"since the correction", "changed_since=" + corrected, ""},
+		{"up to the first run", "as_of=" + first, "load 00=1, load 01=2, load 02=null, wind 00=0.5"},
+		{"between the first run and the correction", "mode=overlapping&series_key=load&changed_since=" + first + "&as_of=" + uploaded,
+			"12/load 01=2.5, 12/load 02=3.5, 12/load 03=4.5, 12/load 03=9"},
+		{"it comes before flat chooses", "series_key=load&end_valid=2025-01-01T02:00:00Z&changed_since=" + first, "load 01=2.5"},
+		{"the latest of what was written later", "latest=true&changed_since=" + uploaded, "load 02=3.75"},
+		{"all versions", "all_versions=true&changed_since=" + uploaded, "12/load 02=3.75 v2"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if got := brief(t, s.must(t, 200, "GET", "/values?"+c.query, key, "")); got != c.want {
+				t.Errorf("GET /values?%s\nshows %s\nwant  %s", c.query, got, c.want)
+			}
+		})
+	}
+}
+
+// The latest value is sought in the last blocks alone, so a NULL there must not hide the one before it.
+func TestLatestLooksBehindNULLs(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	latest := func() string {
+		t.Helper()
+		return brief(t, s.must(t, 200, "GET", "/values?latest=true", key, ""))
+	}
+	if got := latest(); got != "" {
+		t.Errorf("of nothing the latest is %s", got)
+	}
+	upload := func(rows ...string) {
+		t.Helper()
+		s.must(t, 200, "POST", "/upload", key, runWith("", rows...))
+	}
+	upload(at("2025-01-01T00:00:00Z", "1"), at("2025-01-01T01:00:00Z", "2"))
+	for i := range 15 { // one block each
+		upload(at(fmt.Sprintf("2025-01-02T%02d:00:00Z", i), fmt.Sprint(i)))
+	}
+	if got := latest(); got != "load 14=14" {
+		t.Errorf("the latest is %s", got)
+	}
+	for i := range 15 {
+		hour := fmt.Sprintf("2025-01-02T%02d:00:00Z", 14-i)
+		s.must(t, 200, "PUT", "/values", key, corrections(`{"series_key":"load","valid_time":"`+hour+`","value":null}`))
+		want := fmt.Sprintf("load %02d=%d", 13-i, 13-i)
+		if i == 14 {
+			want = "load 01=2"
+		}
+		if got := latest(); got != want {
+			t.Errorf("after %d corrections to NULL the latest is %s, want %s", i+1, got, want)
+		}
+	}
+	upload(at("2025-01-01T00:00:00Z", "null"), at("2025-01-01T01:00:00Z", "null"))
+	if got := latest(); got != "" {
+		t.Errorf("where all is NULL the latest is %s", got)
+	}
+}
+
+// The latest value of a busy series costs about what reading its last hours costs, whatever was before.
+func TestLatestDoesNotReadTheHistory(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustPlannedStore(t, dsn)
+	c := Caller{tenant: tenantA}
+	const runs = 400
+	for run := range runs { // one each hour, of two days
+		u := &upload{workflowID: "w", start: hour1(0), known: hour1(run), digest: make([]byte, 32)}
+		rows := &seriesRows{}
+		for i := range 48 {
+			rows.points = append(rows.points, point{time: hour1(run + i), value: 1})
+			rows.numbers = append(rows.numbers, int32(i))
+		}
+		u.createSeries = true
+		u.series = map[seriesRef]*seriesRows{{Key: "s3"}: rows}
+		if _, err := s.Upload(context.Background(), c, u); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustExec(t, mustOpen(t, dsn), "VACUUM ANALYZE")
+	// cost is how many rows of values_table a read gets, and how many of PostgreSQL's blocks it touches for that.
+	cost := func(change func(*readQuery)) (rows, blocks int) {
+		t.Helper()
+		for range 2 { // the second time nothing is new to the connection
+			s.taken()
+			if err := readWith(change)(s, c, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		root := s.taken()[0].Root
+		return root.Rows, root.Hit + root.Read
+	}
+	rowsOfHours, blocksOfHours := cost(func(q *readQuery) { q.start, q.end = hour1(runs-1), lastTime })
+	rows, blocks := cost(func(q *readQuery) { q.start, q.end, q.latest = firstTime, lastTime, true })
+	if rows != rowsOfHours || blocks > 4*blocksOfHours {
+		t.Errorf("the latest value takes %d rows and %d blocks, the last hours %d and %d",
+			rows, blocks, rowsOfHours, blocksOfHours)
+	}
+}
+
+func TestListOfSeriesIsFilteredAndTellsWhatIsStored(t *testing.T) {
+	t.Parallel()
+	s := mustServer(t)
+	key, series := mustPicture(t, s)
+	s.must(t, 200, "POST", "/series", key, `{"name":"empty","unit":"MW"}`)
+	s.must(t, 200, "POST", "/upload", key, runWith("", seriesRow("wind", "2025-01-01T00:00:00.5Z", "1")))
+	change := func(name string) string {
+		return mustQuery(t, s.db, `SELECT to_char(max(change_time) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')
+			FROM values_table WHERE series_id = $1`, series[name])
+	}
+	const listed = `"description":null,"unit":"dimensionless"`
+	stats := func(name, first, last, values string) string {
+		return `{"series_key":"` + name + `",` + listed + `,"first_valid_time":"2025-01-01T` + first +
+			`+00:00","last_valid_time":"2025-01-01T` + last + `+00:00","values":` + values +
+			`,"last_change_time":"` + change(name) + `"}`
+	}
+	load := stats("load", "00:00:00", "03:00:00", "8") // a NULL, a correction and three runs
+	price := stats("price", "00:00:00", "00:00:00", "2")
+	wind := stats("wind", "00:00:00", "00:00:00.500000", "2")
+	const empty = `{"series_key":"empty","description":null,"unit":"MW","first_valid_time":null,` +
+		`"last_valid_time":null,"values":0,"last_change_time":null}`
+	for _, c := range []struct {
+		name, query string
+		want        []string
+	}{
+		{"what is stored of each", "?stats=true", []string{empty, load, price, wind}},
+		{"what is stored of some", "?stats=true&match=*d&match=p????", []string{load, price, wind}},
+		{"a match alone", "?match=w*", []string{`{"series_key":"wind",` + listed + `}`}},
+		{"without stats", "?stats=false&match=load", []string{`{"series_key":"load",` + listed + `}`}},
+		{"a match of nothing", "?match=x", nil},
+		{"a match of nothing, with stats", "?match=%25&stats=true", nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			text := s.must(t, 200, "GET", "/list_timeseries"+c.query, key, "")
+			var got []string
+			for _, part := range regexp.MustCompile(`\{"series_key[^}]*\}`).FindAllString(text, -1) {
+				got = append(got, part)
+			}
+			if !slices.Equal(got, c.want) || !json.Valid([]byte(text)) {
+				t.Errorf("%s, want %s", text, c.want)
+			}
+		})
+	}
+	s.runRequests(t, key, []requestCase{
+		{"stats that is not true or false", "GET", "/list_timeseries?stats=all", "", 422, []string{"stats"}},
+		{"an empty match", "GET", "/list_timeseries?match=", "", 422, []string{"match"}},
+	})
+}
+
 // ---- Reads against a naive model
 
 // A history is some uploads, corrections and withdrawals of one tenant, sent over HTTP and mirrored in the plainest possible model:
@@ -949,7 +1167,9 @@ type history struct {
 
 type modelRun struct {
 	id         string
+	workflow   string
 	known      int64
+	born       int    // how many moments there were before it
 	gone       int    // if it is withdrawn, how many moments there were before that; there was one
 	withdrawal string // what that was answered
 }
@@ -1007,6 +1227,9 @@ var modelDays = []time.Time{
 
 var modelZones = []string{"UTC", "America/Sao_Paulo", "America/St_Johns", "Pacific/Apia", "Australia/Lord_Howe",
 	"Europe/Berlin"}
+
+// modelKeys are the keys of series. Some have characters that mean something to SQL's LIKE.
+var modelKeys = []string{"a", "a_c", "b%c"}
 
 // modelSpans are the durations that questions ask for, as lead or as bucket.
 var modelSpans = map[string]int64{
@@ -1221,8 +1444,8 @@ func (h *history) when(t int64) string {
 
 // upload sends a random run.
 func (h *history) upload(user int) error {
-	run := modelRun{known: h.day - int64(h.rng.Intn(4))*6*hour + pick(h.rng, 0, 0, 3*hour)}
-	members := map[string]any{"run_start_time": "2025-01-01"}
+	run := modelRun{workflow: pick(h.rng, "v", "w"), known: h.day - int64(h.rng.Intn(4))*6*hour + pick(h.rng, 0, 0, 3*hour), born: len(h.moments)}
+	members := map[string]any{"run_start_time": "2025-01-01", "workflow_id": run.workflow}
 	knownNow := h.chance(10) // the server says when
 	if !knownNow {
 		members["known_time"] = iso(run.known)
@@ -1291,7 +1514,7 @@ func (h *history) places() []spot {
 	var picked []spot
 	for range 1 + h.rng.Intn(8) {
 		valid, end := h.point()
-		picked = append(picked, spot{pick(h.rng, "a", "b", "c"), valid, end})
+		picked = append(picked, spot{pick(h.rng, modelKeys...), valid, end})
 	}
 	if h.chance(1) { // more than one block of values_table
 		for i := range int64(1100) {
@@ -1402,7 +1625,7 @@ func (h *history) update(before modelUpdate) (sent map[string]any, u modelUpdate
 		u.valid, u.end = h.point()
 	}
 	if h.chance(5) {
-		u.series = pick(h.rng, "a", "b", "c", "unknown")
+		u.series = pick(h.rng, append([]string{"unknown"}, modelKeys...)...)
 	}
 	sent = map[string]any{"valid_time": h.when(u.valid)}
 	if u.end != 0 {
@@ -1662,7 +1885,7 @@ func (h *history) question() url.Values {
 		start := h.day + int64(h.rng.Intn(6))*hour
 		q.Set("start_valid", iso(start))
 		if h.chance(60) {
-			q.Set("end_valid", iso(start+int64(1+h.rng.Intn(5))*hour))
+			q.Set("end_valid", iso(start+int64(h.rng.Intn(6))*hour))
 		}
 	}
 	if h.chance(20) {
@@ -1670,7 +1893,7 @@ func (h *history) question() url.Values {
 	}
 	if h.chance(20) {
 		q.Set("end_known", iso(h.day+1-int64(h.rng.Intn(3))*6*hour))
-		if q.Get("end_known") <= q.Get("start_known") {
+		if q.Get("end_known") < q.Get("start_known") {
 			q.Del("start_known")
 		}
 	}
@@ -1684,27 +1907,51 @@ func (h *history) question() url.Values {
 		q.Set("tz", pick(h.rng, modelZones...))
 	}
 	for range h.rng.Intn(3) {
-		name := pick(h.rng, "a", "b", "c")
+		name := pick(h.rng, modelKeys...)
 		if series, known := h.series[name]; known && h.chance(50) {
 			q.Add("series_id", series.id)
 		} else {
 			q.Add("series_key", name)
 		}
 	}
+	h.choose(q)
 	if h.chance(30) {
 		exact := pick(h.rng, "2h", "PT3H", "24h", "7m")
 		q.Set("bucket", pick(h.rng, exact, pick(h.rng, slices.Sorted(maps.Keys(modelUnits))...)))
 		q.Set("agg", pick(h.rng, "mean", "min", "max", "sum", "count", "first", "last"))
 		return q
 	}
-	q.Set("mode", pick(h.rng, "flat", "overlapping"))
 	if h.chance(50) {
 		q.Set("detail", "true")
 	}
+	if h.chance(20) {
+		q.Set("latest", "true")
+		return q
+	}
+	q.Set("mode", pick(h.rng, "flat", "overlapping"))
 	if h.chance(33) {
 		q.Set("all_versions", "true")
 	}
 	return q
+}
+
+// choose has a query ask, now and then, for series by patterns, and for some runs and versions.
+func (h *history) choose(q url.Values) {
+	if h.chance(20) {
+		q.Add("match", pick(h.rng, "*", "?", "a*", "*c", "a?c", "?%*", "*_*", "A", `\*`, "**c?", "a_"))
+	}
+	for h.chance(15) {
+		q.Add("run_id", pick(h.rng, h.runs...).id)
+	}
+	if h.chance(1) {
+		q.Add("run_id", nobody)
+	}
+	for h.chance(15) {
+		q.Add("workflow_id", pick(h.rng, "v", "w", "none"))
+	}
+	if len(h.moments) > 0 && h.chance(15) {
+		q.Set("changed_since", pick(h.rng, h.moments...).at)
+	}
 }
 
 // expect is what the model answers to q as of a moment when it had so many versions. found is false if that is a 404.
@@ -1714,9 +1961,15 @@ func (h *history) expect(q url.Values, versions, moment int) (lines []string, fo
 		return nil, false
 	}
 	within := h.within(q)
+	since := 0 // how many versions there were then
+	for _, m := range h.moments {
+		if m.at == q.Get("changed_since") {
+			since = m.versions
+		}
+	}
 	var shown []modelVersion
-	for _, v := range h.versions[:versions] {
-		if wanted[v.series] && within(v) && !h.withdrawn(v.run, moment) {
+	for i, v := range h.versions[:versions] {
+		if i >= since && wanted[v.series] && within(v) && !h.withdrawn(v.run, moment) {
 			shown = append(shown, v)
 		}
 	}
@@ -1725,6 +1978,9 @@ func (h *history) expect(q url.Values, versions, moment int) (lines []string, fo
 	}
 	if q.Has("bucket") {
 		return h.buckets(q, shown), true
+	}
+	if q.Has("latest") {
+		shown = lastOfEach(shown)
 	}
 	for _, v := range shown {
 		lines = append(lines, h.rowShown(q, v).line())
@@ -1739,16 +1995,36 @@ func (h *history) wanted(q url.Values, moment int) (wanted map[string]bool, foun
 			return nil, false
 		}
 	}
-	all := !q.Has("series_key") && !q.Has("series_id")
+	for _, id := range q["run_id"] {
+		named := func(run modelRun) bool { return run.id == id && run.born <= moment }
+		if !slices.ContainsFunc(h.runs, named) {
+			return nil, false
+		}
+	}
+	all := !q.Has("series_key") && !q.Has("series_id") && !q.Has("match")
 	wanted = map[string]bool{}
 	for name, series := range h.series {
 		named := slices.Contains(q["series_key"], name) || slices.Contains(q["series_id"], series.id)
 		if named && series.born > moment {
 			return nil, false
 		}
-		wanted[name] = all || named
+		matches := func(pattern string) bool { return matchesRunes([]rune(pattern), []rune(name)) }
+		wanted[name] = all || named || slices.ContainsFunc(q["match"], matches)
 	}
 	return wanted, true
+}
+
+// lastOfEach keeps of each series the last value that is not NULL.
+func lastOfEach(versions []modelVersion) []modelVersion {
+	last := map[string]modelVersion{}
+	for _, v := range versions {
+		w, found := last[v.series]
+		isLater := cmp.Or(cmp.Compare(v.valid, w.valid), cmp.Compare(v.end, w.end)) > 0
+		if v.value != nil && (!found || isLater) {
+			last[v.series] = v
+		}
+	}
+	return slices.Collect(maps.Values(last))
 }
 
 // within returns a function that tells whether a version is within the bounds that q sets.
@@ -1767,7 +2043,12 @@ func (h *history) within(q url.Values) func(modelVersion) bool {
 		lead = modelSpans[q.Get("lead")]
 	}
 	return func(v modelVersion) bool {
-		known := h.runs[v.run].known
+		run := h.runs[v.run]
+		known := run.known
+		if q.Has("run_id") && !slices.Contains(q["run_id"], run.id) ||
+			q.Has("workflow_id") && !slices.Contains(q["workflow_id"], run.workflow) {
+			return false
+		}
 		return startValid <= v.valid && v.valid < endValid &&
 			startKnown <= known && known < endKnown && v.valid-known >= lead &&
 			(!q.Has("days_ahead") || passesGate(q, v.valid, known))
@@ -1936,7 +2217,10 @@ func (h *history) compare(q url.Values, versions, moment int) (string, error) {
 
 // compareLimit reads again with a limit, which must show the first rows of the same.
 func (h *history) compareLimit(q url.Values, text string) error {
-	var all, part struct{ Data []json.RawMessage }
+	var all, part struct {
+		Data []json.RawMessage
+		More bool
+	}
 	if err := json.Unmarshal([]byte(text), &all); err != nil {
 		return err
 	}
@@ -1950,7 +2234,7 @@ func (h *history) compareLimit(q url.Values, text string) error {
 		return fmt.Errorf("GET %s: %v: %s", path, err, limited)
 	}
 	same := func(a, b json.RawMessage) bool { return bytes.Equal(a, b) }
-	if !slices.EqualFunc(part.Data, all.Data[:limit], same) {
+	if !slices.EqualFunc(part.Data, all.Data[:limit], same) || all.More || part.More != (limit < len(all.Data)) {
 		return fmt.Errorf("GET %s: %s\nwithout limit %s", path, limited, text)
 	}
 	return nil
@@ -2077,6 +2361,7 @@ type planNode struct {
 	Type  string `json:"Node Type"`
 	Table string `json:"Relation Name"`
 	Index string `json:"Index Name"`
+	Rows  int    `json:"Actual Rows"`
 	Hit   int    `json:"Shared Hit Blocks"` // of the node and all below it
 	Read  int    `json:"Shared Read Blocks"`
 	Plans []planNode
@@ -2230,8 +2515,42 @@ var plannedRequests = []plannedRequest{
 	{"read a day of each run of all series", true, readWith(func(q *readQuery) {
 		q.overlapping = true
 	})},
+	{"read a day by a pattern", true, readWith(func(q *readQuery) {
+		q.match = []pattern{"s1%", "_3"}
+		q.series = []seriesRef{{Key: "s4"}}
+	})},
+	{"read a day of a run", true, func(s *plannedStore, c Caller, n int) error {
+		var run uuid
+		err := s.ListRuns(context.Background(), c, runsQuery{startKnown: firstTime, endKnown: lastTime, limit: 1}, func(shown []byte) error {
+			return json.Unmarshal(shown, &struct {
+				Run *uuid `json:"run_id"`
+			}{&run})
+		})
+		if err != nil {
+			return err
+		}
+		return readWith(func(q *readQuery) {
+			q.runs = []uuid{run}
+			q.workflows = []label{"w"}
+			q.changedSince = firstTime + 1
+		})(s, c, n)
+	}},
+	{"read the latest of a series", false, readWith(func(q *readQuery) {
+		q.series = []seriesRef{{Key: "s3"}}
+		q.latest = true
+	})},
+	{"read the latest of all series", true, readWith(func(q *readQuery) {
+		q.latest = true
+	})},
+	{"list the series by a pattern, with what is stored", true, func(s *plannedStore, c Caller, _ int) error {
+		return s.ListSeries(context.Background(), c, []pattern{"s%"}, true, func(string, []byte) error { return nil })
+	}},
+	{"list the runs of a series", false, func(s *plannedStore, c Caller, _ int) error {
+		q := runsQuery{series: seriesRef{Key: "s3"}, startKnown: firstTime, endKnown: lastTime, limit: 10}
+		return s.ListRuns(context.Background(), c, q, func([]byte) error { return nil })
+	}},
 	{"list the series", true, func(s *plannedStore, c Caller, _ int) error {
-		return s.ListSeries(context.Background(), c, func(string, []byte) error { return nil })
+		return s.ListSeries(context.Background(), c, nil, false, func(string, []byte) error { return nil })
 	}},
 	{"list 10 runs", false, func(s *plannedStore, c Caller, _ int) error {
 		q := runsQuery{startKnown: firstTime, endKnown: lastTime, limit: 10}
@@ -2262,7 +2581,7 @@ var plannedRequests = []plannedRequest{
 		q.series = []seriesRef{{Key: "s3"}}
 	})},
 	{"list corrections of a pattern", false, listCorrections(func(q *correctionsQuery) {
-		q.match = []string{likePattern("s?")}
+		q.match = []pattern{"s_"}
 	})},
 	{"withdraw a run", false, func(s *plannedStore, c Caller, n int) error {
 		run := fmt.Sprintf("%08x-0000-4000-8000-000000000000", n)
@@ -3793,7 +4112,8 @@ func FuzzParseTime(f *testing.F) {
 		err := got.UnmarshalText([]byte(s))
 		want, wantErr := time.Parse(time.RFC3339Nano, s)
 		year := want.UTC().Year()
-		valid := wantErr == nil && year >= 1677 && year <= 2262
+		_, offset := want.Zone()
+		valid := wantErr == nil && year >= 1677 && year <= 2262 && offset >= -12*3600 && offset <= 14*3600
 		if strict.MatchString(s) && (err == nil) != valid {
 			t.Fatalf("%q: %v, time.Parse: %v", s, err, wantErr)
 		}
@@ -3807,7 +4127,73 @@ func FuzzParseTime(f *testing.F) {
 		if err := again.UnmarshalText([]byte(text)); err != nil || again != got {
 			t.Errorf("%q is written as %s, which is read as %v, %v", s, text, again, err)
 		}
+		var asBound bound
+		if err := asBound.UnmarshalText([]byte(s)); err != nil || timestamp(asBound) != got {
+			t.Errorf("%q is read as %s, and as a bound as %s, %v", s, got, timestamp(asBound), err)
+		}
 	})
+}
+
+func FuzzBound(f *testing.F) {
+	for _, seed := range []string{"0000-01-01", "0001-01-01", "9999-12-31T23:59:59.999999999-12:00", "2025-01-01",
+		"1676-12-31T23:59:59Z", "2263-01-01 00:00"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		var b bound
+		if err := b.UnmarshalText([]byte(s)); err == nil && (timestamp(b) < firstTime || timestamp(b) > lastTime) {
+			t.Errorf("%q is read as %d", s, b)
+		}
+	})
+}
+
+// A pattern of SQL's LIKE means the same as what it was made from.
+func FuzzPattern(f *testing.F) {
+	f.Add("a*_%?", "ab_%c")
+	f.Add(`\*`, `\x`)
+	f.Add("?", "ü")
+	f.Fuzz(func(t *testing.T, text, key string) {
+		if len(text)+len(key) > 30 {
+			return // the naive matchers take long
+		}
+		var p pattern
+		err := p.UnmarshalText([]byte(text))
+		var l label
+		if (err == nil) != (l.UnmarshalText([]byte(text)) == nil) {
+			t.Fatalf("%q: %v", text, err)
+		}
+		if err == nil && likes([]rune(p), []rune(key)) != matchesRunes([]rune(text), []rune(key)) {
+			t.Errorf("%q LIKE %q is not what %q says", key, p, text)
+		}
+	})
+}
+
+// matchesRunes tells whether all of a text is what a pattern says.
+func matchesRunes(pattern, text []rune) bool {
+	switch {
+	case len(pattern) == 0:
+		return len(text) == 0
+	case pattern[0] == '*':
+		return matchesRunes(pattern[1:], text) || len(text) > 0 && matchesRunes(pattern, text[1:])
+	case len(text) == 0:
+		return false
+	}
+	return (pattern[0] == '?' || pattern[0] == text[0]) && matchesRunes(pattern[1:], text[1:])
+}
+
+// likes is LIKE as PostgreSQL's manual describes it.
+func likes(like, text []rune) bool {
+	if len(like) == 0 {
+		return len(text) == 0
+	}
+	if like[0] == '%' {
+		return likes(like[1:], text) || len(text) > 0 && likes(like, text[1:])
+	}
+	isAny := like[0] == '_'
+	if like[0] == '\\' {
+		like = like[1:]
+	}
+	return len(like) > 0 && len(text) > 0 && (isAny || like[0] == text[0]) && likes(like[1:], text[1:])
 }
 
 // iso6 is t as the API writes it.
