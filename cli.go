@@ -564,8 +564,15 @@ func (c *cli) usersCreate(ctx context.Context, args []string) error {
 func makeKey(u *user, name string, readOnly bool, ends expiry) (
 	secret string, k *key, digest []byte) {
 	secret, id, digest := newKey()
-	k = &key{ID: id, Tenant: u.Tenant, Email: u.Email, Name: name, Access: "rw",
-		ExpiresAt: ends.time(), userID: u.ID}
+	k = &key{
+		ID:        id,
+		Tenant:    u.Tenant,
+		Email:     u.Email,
+		Name:      name,
+		Access:    "rw",
+		ExpiresAt: ends.time(),
+		userID:    u.ID,
+	}
 	if readOnly {
 		k.Access = "ro"
 	}
@@ -580,7 +587,9 @@ func (c *cli) showKey(k *key, secret string, quiet bool) error {
 	return c.say("User ID: %s\nTenant ID: %s\nEmail: %s\nKey ID: %s\nKey name: %s\n"+
 		"Access: %s\nExpires: %s\n"+
 		"API Key: %s\nThe key will not be shown again: keep it now.",
-		k.userID, k.Tenant, k.Email, k.ID, k.Name, k.Access, showTime(k.ExpiresAt), secret)
+		k.userID, k.Tenant, k.Email,
+		k.ID, k.Name, k.Access,
+		showTime(k.ExpiresAt), secret)
 }
 
 // printJSON prints v for programs.
@@ -623,8 +632,11 @@ func (c *cli) usersList(ctx context.Context, args []string) error {
 		if !u.Active {
 			status = "deactivated"
 		}
-		lines = append(lines, []string{u.Email, u.Tenant, status, strconv.Itoa(u.LiveKeys),
-			showTime(u.LastUsed), showTime(&u.CreatedAt)})
+		lines = append(lines, []string{
+			u.Email, u.Tenant,
+			status, strconv.Itoa(u.LiveKeys),
+			showTime(u.LastUsed), showTime(&u.CreatedAt),
+		})
 	}
 	return c.printTable(
 		[]string{"EMAIL", "TENANT ID", "STATUS", "LIVE KEYS", "LAST USED", "CREATED"}, lines)
@@ -762,8 +774,11 @@ func (c *cli) keysList(ctx context.Context, args []string) error {
 		if ends == nil || k.RevokedAt != nil && k.RevokedAt.Before(*ends) {
 			ends = k.RevokedAt
 		}
-		lines = append(lines, []string{k.ID, k.Name, k.Email, k.Access, k.Status,
-			showTime(&k.CreatedAt), showTime(ends), showTime(k.LastUsed)})
+		lines = append(lines, []string{
+			k.ID, k.Name, k.Email,
+			k.Access, k.Status,
+			showTime(&k.CreatedAt), showTime(ends), showTime(k.LastUsed),
+		})
 		switch {
 		case k.Status == statusActive && ends == nil:
 			advice["Keys without an end (replace them, with --expires)"]++
@@ -834,8 +849,11 @@ func (c *cli) auditTrail(ctx context.Context, args []string) error {
 	}
 	var lines [][]string
 	for _, e := range trail {
-		lines = append(lines, []string{e.At.UTC().Format(time.RFC3339), e.Role, e.OSUser, e.Action,
-			e.Tenant, e.Email, e.Detail})
+		at := e.At.UTC().Format(time.RFC3339)
+		lines = append(lines, []string{
+			at, e.Role, e.OSUser,
+			e.Action, e.Tenant, e.Email, e.Detail,
+		})
 	}
 	return c.printTable([]string{"AT", "DATABASE ROLE", "OS USER", "ACTION", "TENANT ID", "EMAIL",
 		"DETAIL"}, lines)

@@ -334,7 +334,7 @@ func TestWrongUsageIsNamed(t *testing.T) {
 		{"a misspelt command with flags", "user list --json", "did you mean users list?"},
 		{"a misspelt group", "user", "did you mean users?"},
 		{"help on a misspelt command", "help delete tenants", "did you mean delete tenant?"},
-		{"a word that is like no command", "nope", "there are create, delete, series, users, api, version"},
+		{"a word that is like no command", "nope", "there are create, delete, series, users, keys, audit, api, version"},
 		{"a misspelt flag", "users list --tennant-id " + tenantA, "did you mean --tenant-id?"},
 		{"a flag that is like none", "users list --nope", "--json"},
 		{"a port that is a word", "api --port http", "from 1 to 65535"},
@@ -465,7 +465,7 @@ func TestGroupOfCommandsListsThem(t *testing.T) {
 		group      string
 		want, none []string
 	}{
-		{"users", []string{"users create", "print the API key", "users list", "users regenerate-key"}, []string{"delete"}},
+		{"users", []string{"users create", "print the first API key", "users list", "users regenerate-key"}, []string{"delete"}},
 		{"delete", []string{"delete tables", "delete runs", "delete series", "delete tenant"}, []string{"users create"}},
 		{"create", []string{"create tables"}, []string{"users"}},
 		{"series", []string{"series update", "rename"}, []string{"delete"}},

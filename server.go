@@ -135,8 +135,7 @@ type errorAnswer struct {
 	denied denial // what the log is told of a key
 }
 
-// answerTo returns what may be told of err. Of what is neither a refusal nor a denial the client
-// learns nothing.
+// answerTo returns what may be told of err. Of a bug or a failing database clients learn nothing.
 func answerTo(err error) errorAnswer {
 	var refused *refusal
 	var denied *denial

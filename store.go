@@ -1194,10 +1194,9 @@ func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
 	err := s.eachRow(ctx, nil, `
 		SELECT k.key_id, u.tenant_id, u.email, k.access = 'ro', u.is_active, k.key_digest,
 		       k.replaced_by IS NOT NULL, k.has_grace, clock_timestamp(), k.expires_at,
-		       k.revoked_at, used.last_used_at
-		FROM keys_table k JOIN users_table u USING (tenant_id, user_id)
-		LEFT JOIN key_uses used USING (key_id)
-		WHERE k.key_digest = $1`,
+		       k.revoked_at, (SELECT last_used_at FROM key_uses WHERE key_id = k.key_id)
+		FROM (SELECT * FROM keys_table WHERE key_digest = $1 OFFSET 0) AS k  -- by its index
+		JOIN users_table u USING (tenant_id, user_id)`,
 		[]any{digest}, func(rows *sql.Rows) error {
 			return rows.Scan(&k.id, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest,
 				&k.replaced, &k.inGrace, &k.now, &k.expiresAt, &k.revokedAt, &k.lastUsedAt)
@@ -1261,7 +1260,9 @@ func (s *store) Users(ctx context.Context, tenant uuid, email string) ([]user, e
 		ORDER BY tenant_id, lower(email)`,
 		[]any{tenant, email}, func(rows *sql.Rows) error {
 			var u user
-			err := rows.Scan(&u.ID, &u.Tenant, &u.Email, &u.Active, &u.CreatedAt)
+			err := rows.Scan(
+				&u.ID, &u.Tenant, &u.Email,
+				&u.Active, &u.CreatedAt)
 			users = append(users, u)
 			return err
 		})
@@ -1307,9 +1308,13 @@ func (s *store) Keys(ctx context.Context, tx *sql.Tx, tenant uuid, email string)
 		[]any{tenant, email}, func(rows *sql.Rows) error {
 			var k key
 			var facts keyRecord
-			err := rows.Scan(&k.ID, &k.Tenant, &k.userID, &k.Email, &k.Name, &k.Access,
-				&facts.active, &facts.replaced, &facts.inGrace, &facts.now, &k.CreatedAt,
-				&k.ExpiresAt, &k.RevokedAt, &k.LastUsed)
+			err := rows.Scan(
+				&k.ID, &k.Tenant, &k.userID,
+				&k.Email, &k.Name, &k.Access,
+				&facts.active, &facts.replaced,
+				&facts.inGrace, &facts.now,
+				&k.CreatedAt, &k.ExpiresAt,
+				&k.RevokedAt, &k.LastUsed)
 			facts.expiresAt = k.ExpiresAt
 			facts.revokedAt = k.RevokedAt
 			k.Status = facts.fault()
@@ -1495,7 +1500,9 @@ func (s *store) AuditTrail(ctx context.Context, tenant uuid, since timestamp) (
 		WHERE ($1 = '' OR tenant_id = nullif($1, '')::uuid) AND at >= $2 ORDER BY audit_id`,
 		[]any{tenant, since}, func(rows *sql.Rows) error {
 			var e auditEntry
-			err := rows.Scan(&e.At, &e.Role, &e.OSUser, &e.Action, &e.Tenant, &e.Email, &e.Detail)
+			err := rows.Scan(
+				&e.At, &e.Role, &e.OSUser,
+				&e.Action, &e.Tenant, &e.Email, &e.Detail)
 			trail = append(trail, e)
 			return err
 		})
@@ -1801,7 +1808,9 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 		       $9::bytea, nullif($10, ''), now
 		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
-		c.tenant, u.runID, u.workflowID, u.start, u.finish, u.known, string(u.params), u.rows,
+		c.tenant, u.runID, u.workflowID,
+		u.start, u.finish, u.known,
+		string(u.params), u.rows,
 		u.digest, c.email).Scan(&u.runID)
 	if sqlState(err) == "54001" { // statement_too_complex
 		return false, invalid("run_params is nested too deep for PostgreSQL")
@@ -2205,7 +2214,8 @@ const (
 			  AND ($8::uuid[] IS NULL OR v.run_id = ANY ($8))
 			  AND ($9::text[] IS NULL OR (
 			      SELECT r.workflow_id FROM runs_table r
-			      WHERE r.tenant_id = $1 AND r.run_id = v.run_id AND r.inserted_at <= $6) = ANY ($9))`
+			      WHERE r.tenant_id = $1 AND r.run_id = v.run_id AND r.inserted_at <= $6)
+			      = ANY ($9))`
 
 	// windowsOfAll has one window of each series of the tenant.
 	windowsOfAll = `
@@ -2324,8 +2334,13 @@ const (
 
 // args are the arguments of ofQuery, with those of any window.
 func (q *readQuery) args(c Caller) []any {
-	return []any{c.tenant, q.start, q.end, q.startKnown, q.endKnown, q.asOf, q.changedSince,
-		pq.Array(q.runs), pq.Array(q.workflows)}
+	return []any{
+		c.tenant,
+		q.start, q.end,
+		q.startKnown, q.endKnown,
+		q.asOf, q.changedSince,
+		pq.Array(q.runs), pq.Array(q.workflows),
+	}
 }
 
 // statement is the SQL that reads the blocks which q is about. It consists of constants alone.
@@ -2484,9 +2499,13 @@ func (b *blockReader) next(ctx context.Context, rows *sql.Rows) error {
 func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 	v := &version{of: &series{}}
 	var wanted seriesRef
-	err := rows.Scan(&wanted.ID, &wanted.Key, &v.of.ID, &v.of.Key, &v.of.Unit, &v.RunID, &v.Order,
-		&v.Number, &v.ChangedBy, &v.Annotation, &v.Tags,
-		&b.stamps.wire, &b.times.wire, &b.ends.wire, &b.values.wire)
+	err := rows.Scan(
+		&wanted.ID, &wanted.Key,
+		&v.of.ID, &v.of.Key, &v.of.Unit,
+		&v.RunID, &v.Order, &v.Number,
+		&v.ChangedBy, &v.Annotation, &v.Tags,
+		&b.stamps.wire, &b.times.wire,
+		&b.ends.wire, &b.values.wire)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -3281,9 +3300,14 @@ func (s *store) ListCorrections(ctx context.Context, c Caller, q correctionsQuer
 		return err
 	}
 	all := len(q.series)+len(q.match) == 0
-	args := []any{c.tenant, q.since, q.until, q.start, q.end,
+	args := []any{
+		c.tenant,
+		q.since, q.until,
+		q.start, q.end,
 		all, pq.Array(q.match), asJSON(named),
-		q.changedBy, q.tag.asTag(), nil}
+		q.changedBy, q.tag.asTag(),
+		nil,
+	}
 	read := blockReader{lead: -1}
 	return s.eachRow(ctx, nil, selectCorrections, args, func(rows *sql.Rows) error {
 		_, block, err := read.decode(rows)
@@ -3361,7 +3385,11 @@ func (s *store) ListRuns(ctx context.Context, c Caller, q runsQuery,
 		}
 		return emit(shown)
 	}
-	args := []any{c.tenant, q.workflow, q.startKnown, q.endKnown, int64(q.limit) + 1}
+	args := []any{
+		c.tenant, q.workflow,
+		q.startKnown, q.endKnown,
+		int64(q.limit) + 1,
+	}
 	if q.series == (seriesRef{}) {
 		return s.eachRow(ctx, nil, listRuns, args, row)
 	}

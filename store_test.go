@@ -908,16 +908,16 @@ func TestSeveralAggregatesAreColumnsInTheOrderAskedFor(t *testing.T) {
 	}
 	for _, c := range []struct{ name, query, want string }{
 		{"one is the value", "&agg=count", `{"data":[` + row("00", `"value":2.0`) + "," + row("02", `"value":2.0`) +
-			`],"count":2}` + "\n"},
+			`],"count":2,"more":false}` + "\n"},
 		{"two", "&agg=max&agg=count", `{"data":[` + row("00", `"max":2.5,"count":2.0`) + "," +
-			row("02", `"max":9.0,"count":2.0`) + `],"count":2}` + "\n"},
+			row("02", `"max":9.0,"count":2.0`) + `],"count":2,"more":false}` + "\n"},
 		{"all, as CSV", "&format=csv&agg=last&agg=mean&agg=first&agg=sum&agg=min&agg=count&agg=max",
 			"valid_time,series_id,last,mean,first,sum,min,count,max,series_key,series_unit,valid_time_end\n" +
 				line("00", "2.5,1.75,1.0,3.5,1.0,2.0,2.5") + line("02", "9.0,6.375,3.75,12.75,3.75,2.0,9.0")},
 		{"one as CSV", "&format=csv&agg=first", "valid_time,series_id,value,series_key,series_unit,valid_time_end\n" +
 			line("00", "1.0") + line("02", "3.75")},
 		{"a limit counts rows", "&agg=max&agg=min&limit=1", `{"data":[` + row("00", `"max":2.5,"min":1.0`) +
-			`],"count":1}` + "\n"},
+			`],"count":1,"more":true}` + "\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := s.must(t, 200, "GET", path+c.query, key, ""); got != c.want {
@@ -2019,7 +2019,7 @@ func lastOfEach(versions []modelVersion) []modelVersion {
 	last := map[string]modelVersion{}
 	for _, v := range versions {
 		w, found := last[v.series]
-		isLater := cmp.Or(cmp.Compare(v.valid, w.valid), cmp.Compare(v.end, w.end)) > 0
+		isLater := v.valid > w.valid || v.valid == w.valid && v.end != 0 && (w.end == 0 || v.end > w.end)
 		if v.value != nil && (!found || isLater) {
 			last[v.series] = v
 		}
@@ -2273,10 +2273,10 @@ func (h *history) feedQuestion() (q url.Values, asked func(modelVersion) bool) {
 		}
 	}
 	if h.chance(30) {
-		pattern := pick(h.rng, "b", "?", "*", "c*", "*x", "B")
+		pattern := pick(h.rng, "a", "?", "*", "a?c", "b*", "*x", "B%c")
 		q.Set("match", pattern)
-		for _, name := range []string{"a", "b", "c"} {
-			names[name] = names[name] || pattern == "?" || pattern == "*" || strings.TrimSuffix(pattern, "*") == name
+		for name := range h.series {
+			names[name] = names[name] || matchesRunes([]rune(pattern), []rune(name))
 		}
 	}
 	tag := strings.ToLower(strings.TrimSpace(q.Get("tag")))
