@@ -1134,10 +1134,7 @@ func TestListOfSeriesIsFilteredAndTellsWhatIsStored(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			text := s.must(t, 200, "GET", "/list_timeseries"+c.query, key, "")
-			var got []string
-			for _, part := range regexp.MustCompile(`\{"series_key[^}]*\}`).FindAllString(text, -1) {
-				got = append(got, part)
-			}
+			got := regexp.MustCompile(`\{"series_key[^}]*\}`).FindAllString(text, -1)
 			if !slices.Equal(got, c.want) || !json.Valid([]byte(text)) {
 				t.Errorf("%s, want %s", text, c.want)
 			}
