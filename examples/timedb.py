@@ -178,7 +178,9 @@ def _parameter(value):
         return json.dumps(value)
     if isinstance(value, bool):
         return str(value).lower()
-    return value.isoformat() if hasattr(value, "isoformat") else value  # also of a Timedelta, which is a lead or a bucket
+    if hasattr(value, "total_seconds"):  # a lead or a bucket, of exact hours
+        return f"{value.total_seconds()}s"
+    return value.isoformat() if hasattr(value, "isoformat") else value
 
 
 def _plain(value):
