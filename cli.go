@@ -436,7 +436,7 @@ func (c *cli) deleteRuns(ctx context.Context, args []string) error {
 	what := erasure{action: "delete runs"}
 	c.tenantFlags()
 	c.word(&what.Runs, "run-id")
-	c.word(&what.KnownBefore, "known-before")
+	c.word((*bound)(&what.KnownBefore), "known-before")
 	return c.erase(ctx, args, "--run-id or --known-before", &what)
 }
 
@@ -833,7 +833,7 @@ func (c *cli) auditTrail(ctx context.Context, args []string) error {
 	var wantJSON bool
 	c.databaseFlags()
 	c.word(&c.tenant, "t", "tenant-id")
-	c.word(&since, "since")
+	c.word((*bound)(&since), "since")
 	c.toggle(&wantJSON, "json")
 	st, err := c.open(args)
 	if err != nil {

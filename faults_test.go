@@ -1956,6 +1956,16 @@ func attacks() []attack {
 			}
 			h.sendAll(t, "POST", csvUpload, gzipped(string(body)), isCSV, isGzip)
 		}},
+		{"keys and tags that JSON or SQL may write longer", func(t *testing.T, h *hostile) {
+			h.mustUploadEnds(t)
+		}, func(t *testing.T, h *hostile) {
+			body := []byte("valid_time,value_key,value\n")
+			for i := range 23_000 {
+				body = fmt.Appendf(body, "2025-01-01,%s%05d,1\n", strings.Repeat("<", 490), i)
+			}
+			h.sendAll(t, "POST", csvUpload, gzipped(string(body)), isCSV, isGzip)
+			h.sendAll(t, "PUT", "/values", gzipped(strings.ReplaceAll(longTags(0), "000", `\\\"<`)), isGzip)
+		}},
 		{"as many rows as there may be", nil, func(t *testing.T, h *hostile) {
 			body := []byte("valid_time,value_key,value\n")
 			begin := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)

@@ -18,7 +18,7 @@ import (
 
 // memoryLimit is when Go collects garbage whatever it costs, in bytes: what requests may hold
 // (memoryTotal in server.go), connections, and some room. GOMEMLIMIT in the environment wins.
-const memoryLimit = 480 << 20
+const memoryLimit = 512 << 20
 
 func main() {
 	time.Local = time.UTC // also of the log

@@ -73,8 +73,6 @@ CREATE TABLE IF NOT EXISTS values_table (
            AND cardinality(valid_time_ends) = cardinality("values"))
 );
 
-ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8;  -- tables of an earlier version lack it
-CREATE INDEX IF NOT EXISTS corrections_by_change_time ON values_table (tenant_id, change_time) WHERE version > 1;
 
 -- A withdrawn run is not shown from change_time on, but by a read as of a moment before.
 CREATE TABLE IF NOT EXISTS withdrawals_table (
@@ -176,7 +174,10 @@ DO $timedb$ DECLARE t regclass; BEGIN
     END LOOP; END $timedb$;
 
 -- section: upgrade
--- What makes tables of an earlier version, and new ones, those of this version. lz4 takes a fifth of the default's time.
+-- What makes tables of an earlier version, and new ones, those of this version.
+ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8;
+CREATE INDEX IF NOT EXISTS corrections_by_change_time ON values_table (tenant_id, change_time) WHERE version > 1;
+-- lz4 takes a fifth of the default's time.
 DO $timedb$ BEGIN
     ALTER TABLE values_table ALTER valid_times SET COMPRESSION lz4, ALTER valid_time_ends SET COMPRESSION lz4,
         ALTER "values" SET COMPRESSION lz4;

@@ -62,6 +62,7 @@ const (
 	maxSeries      = 100_000   // of one upload: each takes some hundred bytes, whatever its rows
 	maxUpdates     = 10_000    // of PUT /values: they hold their tenant's lock together
 	maxTags        = 100       // of one value
+	maxPatterns    = 20        // of match: each is compared with every key
 	maxRuns        = 10_000    // of GET /runs
 	maxCorrections = 10_000    // of GET /corrections, which can be paged
 
@@ -85,7 +86,7 @@ const (
 	bodyBytes      = 2 << 20
 	rowBytes       = 64 // twice, and what a growing list takes more
 	newSeriesBytes = 400
-	keyCopies      = 6 // of each key, as text and in JSON for the database and for the answer
+	keyCopies      = 10 // of each key, as text and in JSON for the database and for the answer
 	updateBytes    = 600
 )
 
@@ -691,10 +692,12 @@ func (p *parameters) each(name string, parse func(text []byte) error) {
 
 // read parses a parameter that may be given once; if it is not given, into stays as it is.
 func (p *parameters) read(name string, into encoding.TextUnmarshaler) {
-	p.each(name, into.UnmarshalText)
 	if len(p.values[name]) > 1 {
+		p.asked = append(p.asked, name)
 		p.fail(invalid("%s: given twice", name))
+		return
 	}
+	p.each(name, into.UnmarshalText)
 }
 
 // series reads which series are named.
@@ -704,6 +707,14 @@ func (p *parameters) series() []seriesRef {
 		refs = append(refs, seriesRef{ID: id})
 	}
 	return append(refs, readEach[seriesRef](p, "series_key")...)
+}
+
+// patterns reads which series match.
+func (p *parameters) patterns() []pattern {
+	if len(p.values["match"]) > maxPatterns {
+		p.fail(invalid("match: expected at most %d patterns", maxPatterns))
+	}
+	return readEach[pattern](p, "match")
 }
 
 // format reads whether rows are asked for as CSV.
@@ -739,7 +750,7 @@ func (p *parameters) window(of string, start, end *timestamp) {
 	p.read("start_"+of, (*bound)(start))
 	p.read("end_"+of, (*bound)(end))
 	if *end < *start {
-		p.fail(invalid("end_%s: expected a time not before start_%[1]s", of))
+		p.fail(invalid("end_%s: expected a time not before start_%s", of, of))
 	}
 }
 
@@ -751,6 +762,7 @@ func (p *parameters) finish(c Caller) error {
 	for _, name := range slices.Sorted(maps.Keys(p.values)) {
 		if !slices.Contains(p.asked, name) {
 			p.fail(unknownName("parameter", name, slices.Sorted(slices.Values(p.asked))))
+			break
 		}
 	}
 	p.fail(checkTenant(c, tenant))
@@ -800,7 +812,7 @@ func (s *server) getHealth(w *response, r *http.Request, _ Caller) error {
 }
 
 func (s *server) postSeries(w *response, r *http.Request, c Caller) error {
-	var name label
+	var name seriesRef
 	var description *prose
 	unit := label(defaultUnit)
 	b, err := openBody(w, r, "application/json")
@@ -811,7 +823,7 @@ func (s *server) postSeries(w *response, r *http.Request, c Caller) error {
 	if err := b.decodeRequest(r, c, members); err != nil {
 		return err
 	}
-	if name == "" {
+	if name.Key == "" {
 		return invalid("name is required")
 	}
 	id, created, err := s.store.CreateSeries(r.Context(), c, name, unit, description)
@@ -826,9 +838,12 @@ func (s *server) postSeries(w *response, r *http.Request, c Caller) error {
 }
 
 func (s *server) getSeries(w *response, r *http.Request, c Caller) error {
+	if err := refuseOldProtocol(r); err != nil {
+		return err
+	}
 	var stats boolean
 	p := readParameters(r)
-	match := readEach[pattern](p, "match")
+	match := p.patterns()
 	p.read("stats", &stats)
 	if err := p.finish(c); err != nil {
 		return err
@@ -846,6 +861,9 @@ func (s *server) getSeries(w *response, r *http.Request, c Caller) error {
 }
 
 func (s *server) getRuns(w *response, r *http.Request, c Caller) error {
+	if err := refuseOldProtocol(r); err != nil {
+		return err
+	}
 	q := runsQuery{startKnown: firstTime, endKnown: lastTime, limit: 1000}
 	p := readParameters(r)
 	p.read("workflow_id", &q.workflow)
@@ -1281,7 +1299,7 @@ func parseRead(r *http.Request, c Caller) (readRequest, error) {
 	p := readParameters(r)
 	q.series = p.series()
 	q.csv = p.format(r)
-	q.match = readEach[pattern](p, "match")
+	q.match = p.patterns()
 	q.runs = readEach[uuid](p, "run_id")
 	q.workflows = readEach[label](p, "workflow_id")
 	p.window("valid", &q.start, &q.end)
@@ -1379,7 +1397,7 @@ func parseCorrections(r *http.Request, c Caller) (correctionsRequest, error) {
 	q.end = lastTime
 	p := readParameters(r)
 	q.series = p.series()
-	q.match = readEach[pattern](p, "match")
+	q.match = p.patterns()
 	p.read("since", (*bound)(&q.since))
 	p.read("until", (*bound)(&q.until))
 	p.window("valid", &q.start, &q.end)

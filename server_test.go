@@ -2323,7 +2323,7 @@ func (d *document) tryRequests(t *testing.T, s *testServer, key string) {
 			d.try(t, s, c.status, c.request, key, c.body)
 		})
 	}
-	for _, operation := range []string{"GET /values", "GET /corrections"} {
+	for _, operation := range []string{"GET /values", "GET /corrections", "GET /runs", "GET /list_timeseries"} {
 		t.Run("HTTP/1.0 of "+operation, func(t *testing.T) {
 			d.tryRaw(t, s, operation, operation+" HTTP/1.0\r\nX-API-Key: "+key+"\r\n\r\n")
 		})

@@ -1079,13 +1079,16 @@ func (s *store) exec(ctx context.Context, query string, args ...any) error {
 	})
 }
 
-// asJSON is v, which json.Marshal can marshal: also as a bound argument that SQL unpacks.
+// asJSON is v, which JSON can show: also as a bound argument that SQL unpacks. Escaped for HTML, a
+// text could take six times the memory that it was counted with.
 func asJSON(v any) string {
-	text, err := json.Marshal(v)
-	if err != nil {
+	var text bytes.Buffer
+	out := json.NewEncoder(&text)
+	out.SetEscapeHTML(false)
+	if err := out.Encode(v); err != nil {
 		panic(err) // a bug
 	}
-	return string(text)
+	return strings.TrimSuffix(text.String(), "\n")
 }
 
 // ---- The catalog
@@ -1639,8 +1642,8 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 
 // CreateSeries makes a series or finds the one of that key. created tells which. Another unit is a
 // conflict, and so is another description, unless it is nil.
-func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, description *prose) (
-	id string, created bool, err error) {
+func (s *store) CreateSeries(ctx context.Context, c Caller, ref seriesRef, unit label,
+	description *prose) (id string, created bool, err error) {
 	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
 		return "", false, err
@@ -1649,15 +1652,15 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, des
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		about := descriptions{}
 		if description != nil {
-			about[key] = *description
+			about[ref.Key] = *description
 		}
-		found, n, err := s.ensureSeries(ctx, c, tx, []seriesRef{{Key: key}}, unit, about)
+		found, n, err := s.ensureSeries(ctx, c, tx, []seriesRef{ref}, unit, about)
 		if err != nil {
 			return err
 		}
 		if found[0].Unit != string(unit) {
 			return refuse(conflict, "unit: the series %q exists with the unit %q",
-				key, found[0].Unit)
+				ref.Key, found[0].Unit)
 		}
 		id = found[0].ID
 		created = n == 1
@@ -1670,7 +1673,7 @@ func (s *store) CreateSeries(ctx context.Context, c Caller, key, unit label, des
 			WHERE tenant_id = $1 AND series_id = $2`, c.tenant, id).Scan(&described)
 		if err == nil && described != *description {
 			return refuse(conflict, "description: the series %q exists with the description %q",
-				key, described)
+				ref.Key, described)
 		}
 		return err
 	})
@@ -1764,9 +1767,10 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		// The series first: as of the run's change_time they must exist.
 		refs := slices.AppendSeq([]seriesRef{}, maps.Keys(u.series))
 		var found []series
+		var created int64
 		var err error
 		if u.createSeries {
-			found, _, err = s.ensureSeries(ctx, c, tx, refs, defaultUnit, u.descriptions)
+			found, created, err = s.ensureSeries(ctx, c, tx, refs, defaultUnit, u.descriptions)
 		} else {
 			found, err = s.findSeries(ctx, c, tx, refs)
 		}
@@ -1779,6 +1783,10 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 			rows[x] = append(rows[x], u.series[refs[i]]) // two refs may name one series
 		}
 		isNew, err := insertRun(ctx, c, tx, u)
+		if err == nil && !isNew && created > 0 {
+			err = refuse(conflict, "run_id %s is stored already, and a series of it was erased or "+
+				"renamed since", u.runID)
+		}
 		if err != nil || !isNew {
 			return err
 		}
@@ -3003,8 +3011,9 @@ func sortedTags(tags []label) pq.StringArray {
 	return slices.Compact(sorted)
 }
 
-// versionsPerStatement keeps the parameters of one INSERT within some megabytes.
-const versionsPerStatement = 1000
+// versionsPerStatement keeps the parameters of one INSERT within some tens of megabytes: a version
+// may have 50 KB of tags, and as JSON, as an array and on its way several times that.
+const versionsPerStatement = 100
 
 // insertCorrected stores versions in one statement, and sets their value_ids. If a run or a series
 // is gone, nothing is stored.
@@ -3356,7 +3365,7 @@ const (
 	listSeriesWithStats = listSeriesStart + `,
 		       replace(iso_time(min(v.valid_from)), '.000000', '') AS first_valid_time,
 		       replace(iso_time(max(v.valid_to)), '.000000', '') AS last_valid_time,
-		       coalesce(sum(cardinality(v."values")), 0) AS "values",
+		       coalesce(sum(cardinality(v.valid_times)), 0) AS "values",
 		       iso_time(max(v.change_time)) AS last_change_time
 		FROM values_table v WHERE v.tenant_id = $1 AND v.series_id = s.series_id` + listSeriesEnd
 )
@@ -3423,7 +3432,8 @@ const (
 	listRunsOfSeries = listRunsStart + `(
 				SELECT r.* FROM (
 					SELECT DISTINCT ON (run_id) run_id FROM values_table
-					WHERE tenant_id = $1 AND series_id = $6 ORDER BY run_id OFFSET 0) AS b
+					WHERE tenant_id = $1 AND series_id = $6
+					  AND known_time >= $3 AND known_time < $4 ORDER BY run_id OFFSET 0) AS b
 				CROSS JOIN LATERAL (
 					SELECT * FROM runs_table
 					WHERE tenant_id = $1 AND run_id = b.run_id OFFSET 0) AS r)` + listRunsEnd
