@@ -333,6 +333,9 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if role != "" {
+		fmt.Fprintf(c.stdout, "granted  %s what timedb api needs\n", role)
+	}
 	return c.sayCreated(before, after)
 }
 
@@ -635,7 +638,7 @@ func (c *cli) usersList(ctx context.Context, args []string) error {
 		lines = append(lines, []string{
 			u.Email, u.Tenant,
 			status, strconv.Itoa(u.LiveKeys),
-			showTime(u.LastUsed), showTime(&u.CreatedAt),
+			showTime(u.LastUsed), u.CreatedAt.UTC().Format(time.DateOnly),
 		})
 	}
 	return c.printTable(
@@ -680,7 +683,8 @@ func (c *cli) usersDeactivate(ctx context.Context, args []string) error {
 		return err
 	}
 	defer st.db.Close()
-	if err := c.confirm("Deactivate %s of tenant %s?", u.Email, u.Tenant); err != nil {
+	err = c.confirm("Deactivate %s of tenant %s in %s?", u.Email, u.Tenant, st.place)
+	if err != nil {
 		return err
 	}
 	if err := st.DeactivateUser(ctx, u); err != nil {
@@ -716,7 +720,8 @@ func (c *cli) usersRegenerateKey(ctx context.Context, args []string) error {
 		return err
 	}
 	defer st.db.Close()
-	err = c.confirm("Replace all %d keys of %s of tenant %s?", u.LiveKeys, u.Email, u.Tenant)
+	err = c.confirm("Replace all %d keys of %s of tenant %s in %s?", u.LiveKeys, u.Email, u.Tenant,
+		st.place)
 	if err != nil {
 		return err
 	}
@@ -818,7 +823,8 @@ func (c *cli) keysRevoke(ctx context.Context, args []string) error {
 		return errors.New("no key has this id; see: timedb keys list")
 	}
 	k := &keys[i]
-	err = c.confirm("Revoke the key %q of %s of tenant %s, for good?", k.Name, k.Email, k.Tenant)
+	err = c.confirm("Revoke the key %q of %s of tenant %s in %s, for good?", k.Name, k.Email,
+		k.Tenant, st.place)
 	if err != nil {
 		return err
 	}

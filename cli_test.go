@@ -723,6 +723,9 @@ func TestKeysOfEarlierVersionsWorkAsBefore(t *testing.T) {
 						last_used_at, previous_digest, previous_ends_at)
 					VALUES ($1, $2, $3, $4, `+c.now+`, '2025-01-31', $5, `+ends+`)`, tenantA, c.name+"@example.com", id, digest, oldDigest)
 			}
+			if schema == "other" { // as an earlier version 1 called it
+				mustExec(t, db, `ALTER TABLE users_table RENAME previous_ends_at TO previous_expires_at`)
+			}
 			expectWords(t, mustNotServe(t, 1, dsn, "--schema", schema), "version 2", "run timedb create tables")
 			for range 2 {
 				createTablesTogether(t, dsn, "--schema", schema, "--app-role", appRole.name)

@@ -150,6 +150,9 @@ CREATE TABLE IF NOT EXISTS key_uses (
 -- Earlier versions held one key, and the one before it in its grace, with the user.
 DO $timedb$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'users_table'::regclass AND attname = 'key_digest') THEN RETURN; END IF;
+    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'users_table'::regclass AND attname = 'previous_expires_at') THEN
+        ALTER TABLE users_table RENAME previous_expires_at TO previous_ends_at;
+    END IF;
     ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
     INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at)
         SELECT key_id, tenant_id, user_id, 'default', key_digest, access, created_at, expires_at FROM users_table;

@@ -905,6 +905,7 @@ func (s *server) postWithdrawal(w *response, r *http.Request, c Caller) error {
 	}
 	if r.ContentLength == 0 {
 		r.Body = io.NopCloser(strings.NewReader("{}"))
+		r.Header.Del("Content-Type") // curl says that nothing is a form
 	}
 	b, err := openBody(w, r, "application/json")
 	if err != nil {
@@ -1075,11 +1076,23 @@ func (u *uploadReader) readRows(dec *json.Decoder) error {
 		if err == nil {
 			err = u.addRow(i)
 		}
-		if err != nil {
-			return refuseElement(u.list, i, err)
-		}
-		return nil
+		return u.refuseRow(i, err)
 	})
+}
+
+// refuseRow says which row is wrong, and of which series it is, if that was read already.
+func (u *uploadReader) refuseRow(i int, err error) error {
+	if err == nil {
+		return nil
+	}
+	err = refuseElement(u.list, i, err)
+	key := cmp.Or(u.row.ValueKey.Key, u.row.SeriesKey.Key)
+	var refused *refusal
+	if key == "" || !errors.As(err, &refused) || refused.kind != invalidInput {
+		return err
+	}
+	message := fmt.Sprintf("%s; the series is %q", refused.message, key)
+	return &refusal{invalidInput, message, refused.reason}
 }
 
 // check checks what is not a row.
@@ -1134,7 +1147,7 @@ func (u *uploadReader) readCSV(in io.Reader, p *parameters, c Caller) error {
 		}
 		// Of a line that was cut short the scanner's error, below, is the cause.
 		if err != nil && lines.Err() == nil {
-			return refuseElement(u.list, n, err)
+			return u.refuseRow(n, err)
 		}
 	}
 	if lines.Err() == nil && n == 1 {

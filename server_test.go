@@ -62,7 +62,7 @@ const (
 var (
 	faults = flag.Int("faults", 1,
 		"how many times as long each TestFault runs; script/faults has it run 20 times as long")
-	histories = flag.Int("histories", 2000, "how many random histories TestReadsAgreeWithNaiveModel checks")
+	histories = flag.Int("histories", 800, "how many random histories TestReadsAgreeWithNaiveModel checks")
 )
 
 // ---- Harness: a database for each test
@@ -1412,6 +1412,7 @@ func badCSVs() []badUpload {
 		{"a short line", good + "2025-02-02,load\n", 422, "3"},
 		{"a value that is a word", good + "2025-02-02,load,one\n", 422, "value"},
 		{"a value that is a letter, on line 3", good + "2025-02-01,load,x\n", 422, "line[3].value"},
+		{"a value that is a letter, of a series", good + "2025-02-01,load,x\n", 422, `the series is \"load\"`},
 		{"a value with an underscore", header + "2025-02-01,load,1_0\n", 422, "line[2].value"},
 		{"a value Infinity", header + "2025-02-01,load,Infinity\n", 422, "value"},
 		{"a value too large", header + "2025-02-01,load,1e999\n", 422, "value"},

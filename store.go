@@ -1784,7 +1784,7 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		}
 		isNew, err := insertRun(ctx, c, tx, u)
 		if err == nil && !isNew && created > 0 {
-			err = refuse(conflict, "run_id %s is stored already, and a series of it was erased or "+
+			err = refuse(notFound, "run_id %s is stored already, and a series of it was erased or "+
 				"renamed since", u.runID)
 		}
 		if err != nil || !isNew {

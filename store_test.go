@@ -3632,6 +3632,21 @@ func TestErasureTakesWhatItNamesAndNothingElse(t *testing.T) { // S39
 	}
 }
 
+// The same upload again must store nothing, not even an empty series under the key that there was.
+func TestUploadRepeatedAfterItsSeriesWasRenamedStoresNothing(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	body := runWith(`"run_id":"`+nobody+`",`, at("2025-01-01", "1"))
+	s.must(t, 200, "POST", "/upload", key, body)
+	mustRun(t, 0, s.dsn, "", "series", "update", "-t", tenantA, "-k", "load", "--rename", "power")
+	before := s.stored(t)
+	text := s.must(t, 404, "POST", "/upload", key, body)
+	expectIn(t, "the refusal", text, nobody, "renamed")
+	if got := s.stored(t); got != before {
+		t.Errorf("there was %s, and then %s", before, got)
+	}
+}
+
 func TestErasedRunIsStoredAnewWhenItIsUploadedAgain(t *testing.T) {
 	t.Parallel()
 	s, a, _ := mustErasable(t)
