@@ -62,7 +62,7 @@ const (
 var (
 	faults = flag.Int("faults", 1,
 		"how many times as long each TestFault runs; script/faults has it run 20 times as long")
-	histories = flag.Int("histories", 800, "how many random histories TestReadsAgreeWithNaiveModel checks")
+	histories = flag.Int("histories", 400, "how many random histories TestReadsAgreeWithNaiveModel checks")
 )
 
 // ---- Harness: a database for each test
