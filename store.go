@@ -1528,6 +1528,8 @@ type seriesRef struct {
 
 func (seriesRef) expected() string { return label("").expected() }
 
+func (r seriesRef) wasTrimmed() bool { return r.Given != "" }
+
 // UnmarshalText reads a key.
 func (r *seriesRef) UnmarshalText(text []byte) error {
 	err := r.Key.UnmarshalText(text)
@@ -2233,22 +2235,28 @@ const (
 		ORDER BY series_key COLLATE "C"`
 
 	// windowsOfNamed has one window of each series that $10, JSON, names by id or key. What there
-	// is not comes first, with the name and no series.
-	windowsOfNamed = `
-		SELECT DISTINCT ON (s.series_key COLLATE "C")
-		       s.series_id, s.series_key, s.unit, wanted.id AS wanted_id, wanted.key AS wanted_key,
-		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
-		FROM json_to_recordset($10) AS wanted (id text, key text, given text)
-		LEFT JOIN LATERAL (SELECT * FROM (
-			SELECT * FROM series_table
-			WHERE tenant_id = $1 AND series_id = nullif(wanted.id, '')::uuid
-			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = wanted.key
+	// is not comes first, with the name and no series. windowsOfGiven also tries keys with the
+	// white space that was around them, and takes those rather.
+	windowsOfNamed = namedStart + `LATERAL (` + byIDOrKey + `
+		)` + namedEnd
+	windowsOfGiven = namedStart + `LATERAL (SELECT * FROM (` + byIDOrKey + `
 			UNION ALL
 			SELECT * FROM series_table
 			WHERE tenant_id = $1 AND series_key = nullif(wanted.given, '')
 			) AS s ORDER BY series_key = wanted.key LIMIT 1
-		) AS s ON s.inserted_at <= $6
+		)` + namedEnd
+	namedStart = `
+		SELECT DISTINCT ON (s.series_key COLLATE "C")
+		       s.series_id, s.series_key, s.unit, wanted.id AS wanted_id, wanted.key AS wanted_key,
+		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
+		FROM json_to_recordset($10) AS wanted (id text, key text, given text)
+		LEFT JOIN `
+	byIDOrKey = `
+			SELECT * FROM series_table
+			WHERE tenant_id = $1 AND series_id = nullif(wanted.id, '')::uuid
+			UNION ALL
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = wanted.key`
+	namedEnd = ` AS s ON s.inserted_at <= $6
 		ORDER BY s.series_key COLLATE "C" NULLS FIRST`
 
 	// windowsOfMatched has those of windowsOfNamed, and one of each series whose key is like one of
@@ -2260,7 +2268,7 @@ const (
 			       $2::timestamptz AS window_start, $3::timestamptz AS window_end
 			FROM series_table
 			WHERE tenant_id = $1 AND inserted_at <= $6 AND series_key LIKE ANY ($11::text[])
-			UNION ALL (` + windowsOfNamed + `)
+			UNION ALL (` + windowsOfGiven + `)
 		) AS w
 		ORDER BY series_key COLLATE "C" NULLS FIRST`
 
@@ -2357,6 +2365,8 @@ func (q *readQuery) statement() string {
 	switch {
 	case len(q.match) > 0:
 		windows = windowsOfMatched
+	case slices.ContainsFunc(q.series, seriesRef.wasTrimmed):
+		windows = windowsOfGiven
 	case len(q.series) > 0:
 		windows = windowsOfNamed
 	}
