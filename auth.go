@@ -25,6 +25,7 @@ import (
 	"hash/crc32"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"strings"
@@ -46,8 +47,7 @@ const (
 	// mistake in a script reaches it.
 	failureBurst = 300
 	// maxSources are counted at a time, which takes a few megabytes at most.
-	maxSources = 10_000
-
+	maxSources  = 10_000
 	keyIDLength = 8
 )
 
@@ -96,7 +96,6 @@ type keyRecord struct {
 	now               time.Time  // by the database's clock, as are the times below
 	expiresAt         *time.Time // nil: never
 	revokedAt         *time.Time // nil: never
-	lastUsedAt        *time.Time // nil: not used yet
 }
 
 // fault says why a key does not work; "" if it does. Its user counts last, so that a key which
@@ -132,6 +131,7 @@ type authenticator struct {
 	requireAuth bool        // without users_table refuse everyone, rather than admit everyone
 	host        string      // the host that the server was told to listen on
 	badKeys     tally       // by address
+	noted       sync.Map    // when this server noted a use, by key id
 	touching    atomic.Bool // a last use is being written
 	latched     atomic.Bool // users_table was seen: from then on its absence is a fault
 }
@@ -189,15 +189,17 @@ func (a *authenticator) deny(r *http.Request, d denial) error {
 	return &d
 }
 
-// noteUse writes down that a key was used, at most every lastUsePrecision, beside the request and
-// one at a time. What it misses a later request notes, so its error is of no interest.
+// noteUse writes down that a key was used, beside the request and one at a time. What it misses a
+// later request notes, so its error is of no interest.
 func (a *authenticator) noteUse(ctx context.Context, k keyRecord) {
-	if k.lastUsedAt != nil && k.now.Sub(*k.lastUsedAt) < lastUsePrecision {
+	last, used := a.noted.Load(k.id)
+	if used && time.Since(last.(time.Time)) < lastUsePrecision {
 		return
 	}
 	if !a.touching.CompareAndSwap(false, true) {
 		return
 	}
+	a.noted.Store(k.id, time.Now())
 	go func() {
 		defer a.touching.Store(false)
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), authTimeout)
@@ -285,13 +287,11 @@ func (t *tally) endMinute() {
 	}
 }
 
-// addressOf is where r comes from. X-Forwarded-For is not trusted: anyone can write it.
+// addressOf is where r comes from; "invalid IP" if net/http did not say, which it always has so
+// far. X-Forwarded-For is not trusted: anyone can write it.
 func addressOf(r *http.Request) string {
-	address, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return r.RemoteAddr // net/http has always sent an address with port so far
-	}
-	return address
+	address, _ := netip.ParseAddrPort(r.RemoteAddr)
+	return address.Addr().String()
 }
 
 // A key: "tdb_", an id that may be shown, "_", 32 random bytes in base64url, and a CRC-32.

@@ -413,9 +413,13 @@ func checkLengths(r *http.Request) error {
 	if len(r.RequestURI) > maxURL {
 		return refuse(longURL, "The URL is longer than %d bytes.", maxURL)
 	}
-	var headers bytes.Buffer
-	_ = r.Header.Write(&headers) // without Host; a buffer takes everything
-	if headers.Len()+len(r.Host) > maxHeaders {
+	headers := len(r.Host)
+	for name, values := range r.Header {
+		for _, value := range values {
+			headers += len(name) + len(": \r\n") + len(value)
+		}
+	}
+	if headers > maxHeaders {
 		return refuse(longHeaders, "The headers are longer than %d bytes.", maxHeaders)
 	}
 	return nil

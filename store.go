@@ -1197,12 +1197,12 @@ func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
 	err := s.eachRow(ctx, nil, `
 		SELECT k.key_id, u.tenant_id, u.email, k.access = 'ro', u.is_active, k.key_digest,
 		       k.replaced_by IS NOT NULL, k.has_grace, clock_timestamp(), k.expires_at,
-		       k.revoked_at, (SELECT last_used_at FROM key_uses WHERE key_id = k.key_id)
+		       k.revoked_at
 		FROM (SELECT * FROM keys_table WHERE key_digest = $1 OFFSET 0) AS k  -- by its index
 		JOIN users_table u USING (tenant_id, user_id)`,
 		[]any{digest}, func(rows *sql.Rows) error {
 			return rows.Scan(&k.id, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest,
-				&k.replaced, &k.inGrace, &k.now, &k.expiresAt, &k.revokedAt, &k.lastUsedAt)
+				&k.replaced, &k.inGrace, &k.now, &k.expiresAt, &k.revokedAt)
 		})
 	return k, err
 }
