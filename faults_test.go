@@ -333,13 +333,20 @@ func (p *program) kill() {
 	p.cmd.Wait()
 }
 
+// portsInUse are those that freePort has given out: a test that starts its program again needs its own.
+var portsInUse sync.Map
+
 // freePort is a port that nobody listens on, below those that Linux hands out by itself.
 func freePort(t *testing.T) int {
 	t.Helper()
 	for range 1000 {
 		port := 10_000 + rand.Intn(10_000)
-		if l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port)); err == nil {
-			l.Close()
+		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
+		if err != nil {
+			continue
+		}
+		l.Close()
+		if _, taken := portsInUse.LoadOrStore(port, true); !taken {
 			return port
 		}
 	}
