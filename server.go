@@ -1137,6 +1137,7 @@ func (u *uploadReader) readCSV(in io.Reader, p *parameters, c Caller) error {
 	n := 1
 	for ; lines.Scan(); n++ {
 		line := lines.Bytes()
+		u.row = uploadRow{Value: notGiven} // or a refusal would name the series of the row before
 		if n == 1 {
 			line = bytes.TrimPrefix(line, []byte("\ufeff")) // by which Excel marks UTF-8
 		}
@@ -1207,7 +1208,6 @@ func (u *uploadReader) addCells(number int, columns []field, cells [][]byte) err
 	if len(cells) != len(columns) {
 		return fmt.Errorf("expected %d cells, as in the header", len(columns))
 	}
-	u.row = uploadRow{Value: notGiven}
 	for i, cell := range cells {
 		column := columns[i]
 		if len(cell) == 0 && column.into != &u.row.Value {

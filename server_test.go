@@ -1412,6 +1412,7 @@ func badCSVs() []badUpload {
 		{"a short line", good + "2025-02-02,load\n", 422, "3"},
 		{"a value that is a word", good + "2025-02-02,load,one\n", 422, "value"},
 		{"a value that is a letter, on line 3", good + "2025-02-01,load,x\n", 422, "line[3].value"},
+		{"a short line after that of a series", good + "2025-02-02\n", 422, `cells, as in the header"`},
 		{"a value that is a letter, of a series", good + "2025-02-01,load,x\n", 422, `the series is \"load\"`},
 		{"a value with an underscore", header + "2025-02-01,load,1_0\n", 422, "line[2].value"},
 		{"a value Infinity", header + "2025-02-01,load,Infinity\n", 422, "value"},
