@@ -248,7 +248,7 @@ func isLoopback(host string) bool {
 // source is what requests that are counted together have in common. The rest is for the log.
 type source struct {
 	address, keyID string
-	status         int
+	status         int // 0: any
 }
 
 // tally counts requests by source, for a minute at a time.

@@ -344,7 +344,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 func (s *server) hasLine(r *http.Request, status int, denied denial) bool {
 	from := source{address: addressOf(r), status: status}
 	if denied.isKey {
-		from.keyID = denied.keyID
+		from = source{address: from.address, keyID: denied.keyID} // whether it got 401 or 429
 	}
 	return s.lines.add(from) <= maxLines(from)
 }
