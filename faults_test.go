@@ -2078,8 +2078,7 @@ func (a *attack) run(t *testing.T) {
 		p.kill()
 		clear(h.statuses)
 	}
-	// Much garbage may gather before Go collects it by itself.
-	p := mustProgramWith(t, []string{"GOGC=400"}, asAppRole(dsn), port)
+	p := mustProgram(t, asAppRole(dsn), port)
 	ctx, end := context.WithCancel(context.Background())
 	var beside sync.WaitGroup
 	beside.Go(func() {
@@ -2119,7 +2118,8 @@ func TestListsStreamWithoutGrowingMemory(t *testing.T) { // S35
 	mustCreateTables(t, dsn, "--with-users")
 	s := serverAt(t, dsn, port)
 	key := s.mustUser(t, tenantA, "a@example.com")
-	p := mustProgram(t, asAppRole(dsn), port)
+	// What answers hold shows where little garbage gathers beside it.
+	p := mustProgramWith(t, []string{"GOGC=100"}, asAppRole(dsn), port)
 	measure := func(series, runs int) (peak int) {
 		list := mustDecode[map[string]any](t, s.must(t, 200, "GET", "/list_timeseries", key, ""))
 		shown := mustDecode[struct {

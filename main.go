@@ -20,10 +20,18 @@ import (
 // (memoryTotal in server.go), connections, and some room. GOMEMLIMIT in the environment wins.
 const memoryLimit = 512 << 20
 
+// garbagePercent is how much garbage there may be, in percent of what is in use, before Go collects
+// it. Requests leave garbage and little else: Go's own 100 makes small reads a tenth slower. GOGC
+// in the environment wins.
+const garbagePercent = 400
+
 func main() {
 	time.Local = time.UTC // also of the log
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(memoryLimit)
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbagePercent)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once

@@ -73,6 +73,7 @@ const (
 	deadKeyLines = 60
 
 	flushBytes = 64 << 10 // of a stream are sent at a time
+	smallBytes = 8 << 10  // are a small answer; the memory for a larger one grows
 	minGzip    = 16 << 10 // bytes of an answer: a smaller one is sent sooner than it is compressed
 
 	// memoryTotal is what all requests together may hold in bodies, decoded rows, what is being
@@ -1501,14 +1502,15 @@ type rowWriter struct {
 func newRowWriter(w *response, csv bool, columns ...string) rowWriter {
 	o := rowWriter{csv: csv}
 	o.w = w
+	o.buf = make([]byte, 0, smallBytes)
 	if csv {
 		o.contentType = typeCSV
-		o.buf = []byte(strings.Join(columns, ",") + "\n")
+		o.buf = append(o.buf, strings.Join(columns, ",")+"\n"...)
 		o.before = append([]string{""}, slices.Repeat([]string{","}, len(columns)-1)...)
 		return o
 	}
 	o.contentType = "application/json"
-	o.buf = []byte(`{"data":[`)
+	o.buf = append(o.buf, `{"data":[`...)
 	o.quote = `"`
 	o.null = "null"
 	separator := "{"

@@ -1055,6 +1055,29 @@ func (s *store) eachRow(ctx context.Context, tx *sql.Tx, query string, args []an
 	return rows.Err()
 }
 
+// oneRow runs query in tx and scans its one row; without one it returns sql.ErrNoRows.
+func (s *store) oneRow(ctx context.Context, tx *sql.Tx, query string, args []any,
+	into ...any) error {
+	st, err := s.prepare(ctx, query)
+	if err != nil {
+		return err
+	}
+	return tx.StmtContext(ctx, st).QueryRowContext(ctx, args...).Scan(into...)
+}
+
+// change runs a statement in tx, and returns how many rows it wrote.
+func (s *store) change(ctx context.Context, tx *sql.Tx, query string, args ...any) (int64, error) {
+	st, err := s.prepare(ctx, query)
+	if err != nil {
+		return 0, err
+	}
+	result, err := tx.StmtContext(ctx, st).ExecContext(ctx, args...)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected()
+}
+
 // inTx runs fn in one transaction and commits when fn returns nil. Otherwise, or when fn panics,
 // nothing is stored. An error of the commit itself leaves open whether it took effect: that is what
 // a client's own run_id is for. All writes use inTx: outside a transaction database/sql may retry a
@@ -1468,11 +1491,7 @@ func (s *store) audit(ctx context.Context, tx *sql.Tx, line auditLine) error {
 // changeOne runs a statement that changes one row, and writes its line of the trail.
 func (s *store) changeOne(ctx context.Context, tx *sql.Tx, line auditLine, query string,
 	id string) error {
-	result, err := tx.ExecContext(ctx, query, id)
-	if err != nil {
-		return err
-	}
-	n, err := result.RowsAffected()
+	n, err := s.change(ctx, tx, query, id)
 	if err != nil {
 		return err
 	}
@@ -1551,23 +1570,44 @@ func noSeries(ref seriesRef) error {
 // exist is notFound, an id with another key than the one given invalid.
 func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) (
 	[]series, error) {
-	found := []series{} // not nil, which JSON shows as null
-	var unknown []seriesRef
-	err := s.eachRow(ctx, tx, `
+	found, unknown, err := s.lookUpSeries(ctx, c, tx, refs)
+	if err == nil && len(unknown) > 0 {
+		return nil, s.suggestSeries(ctx, c, tx, unknown[0])
+	}
+	return found, err
+}
+
+// lookUpSeries is findSeries, but for what does not exist: that has no id and is listed as unknown.
+// A key that was trimmed is looked up as it was given first: UNION ALL comes in the order in which
+// it is written, and sorting would take longer than the look-ups.
+func (s *store) lookUpSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) (
+	found []series, unknown []seriesRef, err error) {
+	var ids, keys, given []string
+	for _, ref := range refs {
+		ids = append(ids, string(ref.ID))
+		keys = append(keys, string(ref.Key))
+		given = append(given, ref.Given)
+	}
+	found = []series{} // not nil, which JSON shows as null
+	err = s.eachRow(ctx, tx, `
 		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
-		FROM ROWS FROM (json_to_recordset($2) AS (id text, key text, given text))
+		FROM unnest($2::text[], $3::text[], $4::text[])
 		     WITH ORDINALITY AS ref (id, key, given, number)
-		LEFT JOIN LATERAL (SELECT * FROM (
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
+		LEFT JOIN LATERAL (
+			SELECT * FROM series_table
+			WHERE tenant_id = $1 AND series_key = nullif(ref.given, '') AND ref.id = ''
 			UNION ALL
 			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = ''
 			UNION ALL
-			SELECT * FROM series_table
-			WHERE tenant_id = $1 AND series_key = nullif(ref.given, '') AND ref.id = ''
-			) AS s ORDER BY series_key = ref.key LIMIT 1
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
+			LIMIT 1
 		) AS s ON true
 		ORDER BY ref.number`,
-		[]any{c.tenant, asJSON(refs)}, func(rows *sql.Rows) error {
+		[]any{
+			c.tenant,
+			pq.Array(ids), pq.Array(keys), pq.Array(given),
+		},
+		func(rows *sql.Rows) error {
 			var x series
 			if err := rows.Scan(&x.ID, &x.Key, &x.Unit); err != nil {
 				return err
@@ -1582,10 +1622,7 @@ func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []ser
 			}
 			return nil
 		})
-	if err == nil && len(unknown) > 0 {
-		return nil, s.suggestSeries(ctx, c, tx, unknown[0])
-	}
-	return found, err
+	return found, unknown, err
 }
 
 // maxSuggested is how many keys are compared to suggest one, which takes some 50 ms.
@@ -1619,22 +1656,21 @@ func (s *store) suggestSeries(ctx context.Context, c Caller, tx *sql.Tx, ref ser
 // of the same series cannot deadlock.
 func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef,
 	unit label, about descriptions) (found []series, created int64, err error) {
+	found, unknown, err := s.lookUpSeries(ctx, c, tx, refs)
+	if err != nil || len(unknown) == 0 {
+		return found, 0, err
+	}
 	// The new ones are counted row by row: Citus' own count has the conflicts in it.
-	err = tx.QueryRowContext(ctx, `
+	err = s.oneRow(ctx, tx, `
 		WITH created AS (
 			INSERT INTO series_table (tenant_id, series_key, unit, description)
 			SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '')
-			FROM json_to_recordset($3) AS n (id text, key text, given text)
-			WHERE n.id = '' AND (  -- not NOT EXISTS, which compares all with all
-				SELECT series_id FROM series_table t
-				WHERE t.tenant_id = $1 AND t.series_key = n.key) IS NULL
-			  AND (
-				SELECT series_id FROM series_table t
-				WHERE t.tenant_id = $1 AND t.series_key = nullif(n.given, '')) IS NULL
+			FROM json_to_recordset($3) AS n (id text, key text)
+			WHERE n.id = ''
 			ORDER BY n.key COLLATE "C"
 			ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING series_id)
 		SELECT count(*) FROM created`,
-		c.tenant, unit, asJSON(refs), asJSON(about)).Scan(&created)
+		[]any{c.tenant, unit, asJSON(unknown), asJSON(about)}, &created)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -1764,7 +1800,7 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		return nil, err
 	}
 	defer leave()
-	ids := map[string]string{}
+	ids := make(map[string]string, len(u.series))
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		// The series first: as of the run's change_time they must exist.
 		refs := slices.AppendSeq([]seriesRef{}, maps.Keys(u.series))
@@ -1779,12 +1815,12 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		if err != nil {
 			return err
 		}
-		rows := map[series][]*seriesRows{}
+		rows := make(map[series][]*seriesRows, len(found))
 		for i, x := range found {
 			ids[x.Key] = x.ID
 			rows[x] = append(rows[x], u.series[refs[i]]) // two refs may name one series
 		}
-		isNew, err := insertRun(ctx, c, tx, u)
+		isNew, err := s.insertRun(ctx, c, tx, u)
 		if err == nil && !isNew && created > 0 {
 			err = refuse(notFound, "run_id %s is stored already, and a series of it was erased or "+
 				"renamed since", u.runID)
@@ -1796,20 +1832,16 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		if err != nil {
 			return err
 		}
-		for some := range slices.Chunk(blocks, blocksPerStatement) {
-			if err := s.insertBlocks(ctx, c, tx, u.runID, some); err != nil {
-				return err
-			}
-		}
-		return nil
+		return s.insertBlocks(ctx, c, tx, u.runID, blocks)
 	})
 	return ids, err
 }
 
 // insertRun stores the run's own row and sets u.runID if the client did not. isNew is false if this
 // request was stored before.
-func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool, err error) {
-	err = tx.QueryRowContext(ctx, `
+func (s *store) insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (
+	isNew bool, err error) {
+	err = s.oneRow(ctx, tx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time,
 		       known_time, run_params, rows_inserted, request_digest, changed_by, inserted_at)
 		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3,
@@ -1818,10 +1850,12 @@ func insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (isNew bool
 		       $9::bytea, nullif($10, ''), now
 		FROM clock_timestamp() AS now
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
-		c.tenant, u.runID, u.workflowID,
-		u.start, u.finish, u.known,
-		string(u.params), u.rows,
-		u.digest, c.email).Scan(&u.runID)
+		[]any{
+			c.tenant, u.runID, u.workflowID,
+			u.start, u.finish, u.known,
+			string(u.params), u.rows,
+			u.digest, c.email,
+		}, &u.runID)
 	if sqlState(err) == "54001" { // statement_too_complex
 		return false, invalid("run_params is nested too deep for PostgreSQL")
 	}
@@ -1851,8 +1885,8 @@ const (
 	maxBlockValues = 1000
 	maxBlockSpan   = timestamp(32 * day)
 
-	// blocksPerStatement keeps the parameters of one INSERT within some megabytes.
-	blocksPerStatement = 100
+	// pointsPerStatement keeps the parameters of one INSERT within some megabytes.
+	pointsPerStatement = 100_000
 )
 
 // block is what one row of values_table holds: points of one series in order.
@@ -1901,53 +1935,50 @@ func secondRow(parts []*seriesRows, p point) int32 {
 	return numbers[1]
 }
 
-// stretch says which elements of the arrays sent with it belong to one block, counted from 1.
-type stretch struct {
-	SeriesID string `json:"series_id"`
-	First    int    `json:"first"`
-	Last     int    `json:"last"`
-}
-
-// insertBlocks stores blocks in one statement: all their values end to end in three arrays, and a
-// list of stretches. A block whose run or series is gone is not stored, and then nothing is.
+// insertBlocks stores blocks of a run: in each statement the values of several end to end in three
+// arrays, and for each block where in these it begins and ends, counted from 1. A block whose run
+// or series is gone is not stored, and then nothing is.
 func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid,
 	blocks []block) error {
-	var stretches []stretch
-	var points []point
-	for _, b := range blocks {
-		stretches = append(stretches,
-			stretch{b.seriesID, len(points) + 1, len(points) + len(b.points)})
-		points = append(points, b.points...)
+	for len(blocks) > 0 {
+		var series []string
+		var first, last []int64
+		var points []point
+		for len(blocks) > 0 && len(points) < pointsPerStatement {
+			series = append(series, blocks[0].seriesID)
+			first = append(first, int64(len(points)+1))
+			points = append(points, blocks[0].points...)
+			last = append(last, int64(len(points)))
+			blocks = blocks[1:]
+		}
+		stored, err := s.change(ctx, tx, `
+			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+			       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends,
+			       "values")
+			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, 1, r.known_time,
+			       r.inserted_at, r.changed_by, a.times[b.first], a.times[b.last],
+			       a.times[b.first:b.last],
+			       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
+			            THEN a.ends[b.first:b.last] END,
+			       a."values"[b.first:b.last]
+			FROM runs_table r,
+			     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[])
+			         AS a (times, ends, "values"),
+			     unnest($6::uuid[], $7::integer[], $8::integer[]) AS b (series_id, first, last)
+			     CROSS JOIN LATERAL (
+				SELECT series_id FROM series_table
+				WHERE tenant_id = $1 AND series_id = b.series_id OFFSET 0) AS s
+			WHERE r.tenant_id = $1 AND r.run_id = $2`,
+			c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
+			pq.Array(series), pq.Array(first), pq.Array(last))
+		if err != nil {
+			return err
+		}
+		if stored < int64(len(series)) {
+			return errErased
+		}
 	}
-	stored := 0
-	err := s.eachRow(ctx, tx, `
-		INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-		       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends,
-		       "values")
-		SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, 1, r.known_time,
-		       r.inserted_at, r.changed_by, a.times[b.first], a.times[b.last],
-		       a.times[b.first:b.last],
-		       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
-		            THEN a.ends[b.first:b.last] END,
-		       a."values"[b.first:b.last]
-		FROM runs_table r,
-		     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[])
-		         AS a (times, ends, "values"),
-		     json_to_recordset($6) AS b (series_id uuid, first integer, last integer)
-		     CROSS JOIN LATERAL (
-			SELECT series_id FROM series_table
-			WHERE tenant_id = $1 AND series_id = b.series_id OFFSET 0) AS s
-		WHERE r.tenant_id = $1 AND r.run_id = $2 RETURNING 1`,
-		[]any{c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
-			asJSON(stretches)},
-		func(*sql.Rows) error {
-			stored++
-			return nil
-		})
-	if err == nil && stored < len(blocks) {
-		return errErased
-	}
-	return err
+	return nil
 }
 
 // ---- Arrays in PostgreSQL's binary form (array_send in src/backend/utils/adt/arrayfuncs.c):
@@ -2216,16 +2247,19 @@ func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 // $1 is the tenant; $2 and $3 are the window; the others are those of ofQuery.
 const (
 	// ofQuery is what a block v must fulfil whatever its time: bounds of known_time, as_of and
-	// changed_since, a run that was not withdrawn, and runs and workflows, of which NULL is any.
+	// changed_since, a run that was not withdrawn, and runs, of which NULL is any.
 	ofQuery = `v.known_time >= $4 AND v.known_time < $5
 			  AND v.change_time <= $6 AND v.change_time > $7
 			  AND (SELECT d.change_time FROM withdrawals_table d
 			       WHERE d.tenant_id = $1 AND d.run_id = v.run_id AND d.change_time <= $6) IS NULL
-			  AND ($8::uuid[] IS NULL OR v.run_id = ANY ($8))
-			  AND ($9::text[] IS NULL OR (
+			  AND ($8::uuid[] IS NULL OR v.run_id = ANY ($8))`
+
+	// What it must fulfil as well. To look runs up costs a little even where nobody asks for it.
+	anyWorkflow = ` AND $9::text[] IS NULL`
+	ofWorkflows = ` AND (
 			      SELECT r.workflow_id FROM runs_table r
 			      WHERE r.tenant_id = $1 AND r.run_id = v.run_id AND r.inserted_at <= $6)
-			      = ANY ($9))`
+			      = ANY ($9)`
 
 	// windowsOfAll has one window of each series of the tenant.
 	windowsOfAll = `
@@ -2233,6 +2267,14 @@ const (
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
 		FROM series_table WHERE tenant_id = $1 AND inserted_at <= $6
 		ORDER BY series_key COLLATE "C"`
+
+	// windowsOfKey has the window of the series of key $10, or none for it, with the name: what
+	// windowsOfNamed would have, for the request that is made most.
+	windowsOfKey = `
+		SELECT s.series_id, s.series_key, s.unit, '' AS wanted_id, $10::text AS wanted_key,
+		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
+		FROM (SELECT) AS one LEFT JOIN series_table s
+		ON s.tenant_id = $1 AND s.series_key = $10 AND s.inserted_at <= $6`
 
 	// windowsOfNamed has one window of each series that $10, JSON, names by id or key. What there
 	// is not comes first, with the name and no series. windowsOfGiven also tries keys with the
@@ -2337,16 +2379,20 @@ const (
 			WHERE v.tenant_id = $1 AND v.series_id = w.series_id AND v.valid_to >= w.window_start
 			  AND v.valid_from >= w.window_start - interval '768 hours'
 			  AND v.valid_from < w.window_end
-			  AND ` + ofQuery + `
-			ORDER BY `
+			  AND ` + ofQuery
+	byTime    = ` ORDER BY v.valid_from`
+	byKnown   = ` ORDER BY v.known_time, v.valid_from`
 	endBlocks = `) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
 	WHERE b.version IS NOT NULL OR w.series_id IS NULL`
 
-	byTime  = fromBlocks + `v.valid_from` + endBlocks
-	byKnown = fromBlocks + `v.known_time, v.valid_from` + endBlocks
-
-	selectPlaces = selectBlocks + windowsOfPlaces + byTime
+	selectPlaces = selectBlocks + windowsOfPlaces + fromBlocks + anyWorkflow + byTime + endBlocks
 )
+
+// isOfOneKey tells whether q asks for one series, by a key that was given as it is kept.
+func (q *readQuery) isOfOneKey() bool {
+	return len(q.series) == 1 && len(q.match) == 0 && q.series[0].ID == "" &&
+		!q.series[0].wasTrimmed()
+}
 
 // args are the arguments of ofQuery, with those of any window.
 func (q *readQuery) args(c Caller) []any {
@@ -2365,18 +2411,26 @@ func (q *readQuery) statement() string {
 	switch {
 	case len(q.match) > 0:
 		windows = windowsOfMatched
+	case q.isOfOneKey():
+		windows = windowsOfKey
 	case slices.ContainsFunc(q.series, seriesRef.wasTrimmed):
 		windows = windowsOfGiven
 	case len(q.series) > 0:
 		windows = windowsOfNamed
 	}
-	if q.latest && q.lead < 0 && q.daysAhead < 0 { // SQL knows nothing of these
+	// Where the last value stands, SQL can tell if it knows all that q asks of a run.
+	if q.latest && q.lead < 0 && q.daysAhead < 0 && len(q.workflows) == 0 {
 		windows = latestStart + windows + latestEnd
 	}
-	if q.overlapping {
-		return selectBlocks + windows + byKnown
+	workflows := anyWorkflow
+	if len(q.workflows) > 0 {
+		workflows = ofWorkflows
 	}
-	return selectBlocks + windows + byTime
+	order := byTime
+	if q.overlapping {
+		order = byKnown
+	}
+	return selectBlocks + windows + fromBlocks + workflows + order + endBlocks
 }
 
 // Read calls emit for each value that q asks for, ordered by series_key, then valid_time
@@ -2394,7 +2448,10 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		return err
 	}
 	args := q.args(c)
-	if len(q.series)+len(q.match) > 0 {
+	switch {
+	case q.isOfOneKey():
+		args = append(args, string(q.series[0].Key))
+	case len(q.series)+len(q.match) > 0:
 		args = append(args, asJSON(append([]seriesRef{}, q.series...))) // nil would be null
 	}
 	if len(q.match) > 0 {
@@ -2751,7 +2808,8 @@ type runName struct {
 
 // names tells whether the run of v may be meant.
 func (n runName) names(v *version) bool {
-	return (n.id == "" || string(n.id) == v.RunID) && (n.known == 0 || n.known == v.Known)
+	return (n.id == "" || string(n.id) == v.RunID) &&
+		(n.known == 0 || n.known == v.Known)
 }
 
 // correction is one update of a value. What is not given stays as it is, and null clears it.
