@@ -60,7 +60,7 @@ const (
 	maxLine        = 4 << 10   // of a CSV
 	maxRows        = 1_000_000 // of one upload: more is better sent in several
 	maxSeries      = 100_000   // of one upload: each takes some hundred bytes, whatever its rows
-	maxUpdates     = 10_000    // of PUT /values: they hold their tenant's lock together
+	maxUpdates     = 10_000    // of PUT /values: they hold a lock together
 	maxTags        = 100       // of one value
 	maxPatterns    = 20        // of match: each is compared with every key
 	maxRuns        = 10_000    // of GET /runs
@@ -1607,7 +1607,8 @@ type valueWriter struct {
 	rowWriter
 	overlapping, detail bool
 	of                  *series // of the last row
-	id, key, unit       []byte  // its cells, which are the same in all its rows
+	id, names           []byte  // what all its rows share: one cell, and those of key and unit
+	unitColumn          int
 }
 
 func newValueWriter(w *response, q readRequest) *valueWriter {
@@ -1631,16 +1632,20 @@ func newValueWriter(w *response, q readRequest) *valueWriter {
 	if q.detail {
 		columns = append(columns, "change_time", "changed_by", "annotation", "tags", "version")
 	}
-	return &valueWriter{rowWriter: newRowWriter(w, q.csv, columns...),
-		overlapping: q.overlapping, detail: q.detail}
+	return &valueWriter{
+		rowWriter:   newRowWriter(w, q.csv, columns...),
+		overlapping: q.overlapping,
+		detail:      q.detail,
+		unitColumn:  slices.Index(columns, "series_unit"),
+	}
 }
 
 func (o *valueWriter) row(e *element) error {
 	if x := e.from.of; x != o.of {
 		o.of = x
 		o.id = []byte(o.quote + x.ID + o.quote)
-		o.key = o.written(&x.Key)
-		o.unit = o.written(&x.Unit)
+		between := []byte(o.before[o.unitColumn])
+		o.names = slices.Concat(o.written(&x.Key), between, o.written(&x.Unit))
 	}
 	if o.overlapping {
 		o.time(e.from.Known, true)
@@ -1653,8 +1658,8 @@ func (o *valueWriter) row(e *element) error {
 	if len(e.from.aggregates) == 0 {
 		o.number(e.value)
 	}
-	o.cell(o.key)
-	o.cell(o.unit)
+	o.cell(o.names)
+	o.column++ // that of the unit
 	if !o.detail {
 		if e.end != 0 || o.csv { // rows of a CSV cannot differ
 			o.time(e.end, false)

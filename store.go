@@ -2856,11 +2856,11 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 	updated = []corrected{} // not nil, which JSON shows as null
 	unchanged = []corrected{}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		if err := lockRuns(ctx, c, tx); err != nil {
-			return err
-		}
 		stored, err := s.findTargets(ctx, c, tx, corrections)
 		if err != nil {
+			return err
+		}
+		if err := s.lockSeries(ctx, c, tx, stored); err != nil {
 			return err
 		}
 		intervals, err := s.findStored(ctx, c, tx, corrections, stored, memory)
@@ -2894,12 +2894,34 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 	return updated, unchanged, err
 }
 
-// lockRuns has corrections and withdrawals within a tenant wait for each other, so that each sees
-// the one before. This lock needs no UPDATE privilege. Two tenants with the same hash would merely
-// wait.
-func lockRuns(ctx context.Context, c Caller, tx *sql.Tx) error {
-	_, err := tx.ExecContext(ctx,
-		`SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, c.tenant)
+// maxSeriesLocks bounds how much of PostgreSQL's table of locks, by default 6,400, one request
+// takes: at all places together a third of it.
+const maxSeriesLocks = 100
+
+// lockSeries has corrections of the same series wait for each other, so that each sees the one
+// before, and for withdrawals. What is about many series has all of the tenant's wait. Advisory
+// locks need no UPDATE privilege. Two texts with the same hash would merely wait.
+func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, stored []corrected) error {
+	var ids []string
+	for _, v := range stored {
+		ids = append(ids, v.Series)
+	}
+	slices.Sort(ids) // in one order, whoever locks, so that nobody waits for each other
+	ids = slices.Compact(ids)
+	if len(ids) > maxSeriesLocks {
+		return s.lockTenant(ctx, c, tx)
+	}
+	_, err := s.change(ctx, tx, `
+		SELECT pg_advisory_xact_lock_shared(hashtextextended($1, 0)),
+		       pg_advisory_xact_lock(hashtextextended($1 || id, 0))
+		FROM unnest($2::text[]) AS id`,
+		c.tenant, pq.Array(ids))
+	return err
+}
+
+// lockTenant waits for the corrections and withdrawals of a tenant, and has others wait.
+func (s *store) lockTenant(ctx context.Context, c Caller, tx *sql.Tx) error {
+	_, err := s.change(ctx, tx, `SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, c.tenant)
 	return err
 }
 
@@ -3310,7 +3332,7 @@ func (s *store) Withdraw(ctx context.Context, c Caller, run uuid, annotation pro
 	}
 	defer leave()
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		if err := lockRuns(ctx, c, tx); err != nil {
+		if err := s.lockTenant(ctx, c, tx); err != nil {
 			return err
 		}
 		// What is inserted is not seen by the rest of the statement, so there is one row at most.
