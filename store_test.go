@@ -3348,6 +3348,66 @@ func TestUploadRepeatedAfterItsWithdrawalStaysWithdrawn(t *testing.T) {
 	}
 }
 
+// What a correction waits for: one of the same series that is at work on any server, and a withdrawal.
+func TestCorrectionsWaitOnlyForTheirSeries(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	rows := []string{}
+	updates := []string{}
+	for i := range maxSeriesLocks + 1 {
+		rows = append(rows, fmt.Sprintf(`{"valid_time":"2025-01-01","value_key":"s%d","value":0}`, i))
+		updates = append(updates, fmt.Sprintf(`{"valid_time":"2025-01-01","series_key":"s%d","value":1}`, i))
+	}
+	run := s.mustUpload(t, key, runWith("", rows...))
+	put := func(n int, value string) string {
+		return `{"updates":[` + strings.ReplaceAll(strings.Join(updates[:n], ","), `"value":1`, `"value":`+value) + `]}`
+	}
+	const corrections = `pg_advisory_xact_lock_shared(hashtextextended($1 || left($2, 0), 0))`
+	const series = corrections + `, pg_advisory_xact_lock(hashtextextended($1 || $2, 0))`
+	const withdrawal = `pg_advisory_xact_lock(hashtextextended($1 || left($2, 0), 0))`
+	for _, c := range []struct {
+		name, atWork, of   string
+		method, path, body string
+		waits              bool
+	}{
+		{"a correction of the series", series, "s0", "PUT", "/values", put(1, "1"), true},
+		{"a correction of another series", series, "s1", "PUT", "/values", put(1, "2"), false},
+		{"a withdrawal", withdrawal, "s0", "PUT", "/values", put(1, "3"), true},
+		{"a correction of as many series as have locks of their own", series, "s100", "PUT", "/values", put(maxSeriesLocks, "4"), false},
+		{"corrections, for one of more series", corrections, "s0", "PUT", "/values", put(maxSeriesLocks+1, "5"), true},
+		{"corrections, for a withdrawal", corrections, "s0", "POST", "/runs/" + run.RunID + "/withdraw", "{}", true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			other, err := s.db.Begin()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer other.Rollback()
+			if _, err := other.Exec(`SELECT `+c.atWork, tenantA, run.SeriesIDs[c.of]); err != nil {
+				t.Fatal(err)
+			}
+			status := make(chan int)
+			go func() {
+				resp, _, err := s.do(c.method, c.path, key, c.body, "Content-Type: application/json")
+				if err != nil {
+					t.Error(err)
+				}
+				status <- resp.StatusCode
+			}()
+			if c.waits {
+				waitUntil(t, "the request waits for the lock", func() bool {
+					return mustQuery(t, s.db, `SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+						AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`) == "1"
+				})
+				other.Rollback()
+			}
+			if got := <-status; got != 200 {
+				t.Errorf("the request got %d", got)
+			}
+		})
+	}
+}
+
 func TestConcurrentWithdrawalsAndCorrectionsAgree(t *testing.T) {
 	t.Parallel()
 	s, key := mustTenant(t)
