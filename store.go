@@ -832,8 +832,10 @@ const (
 	// poolSize has one connection more, for statements that are prepared while all places are
 	// taken. Two servers, with lookupPool and a connection for health each, fit PostgreSQL's
 	// default of 100.
-	poolSize   = totalPlaces + 1
-	lookupPool = 8 // connections for looking up keys alone
+	poolSize = totalPlaces + 1
+	// lookupPool has the connections for looking up keys alone. A look-up takes a tenth of a
+	// millisecond: more of them would mostly compete for processors with the work on data.
+	lookupPool = 4
 
 	connectTimeout  = 5 * time.Second  // for a connection to the database
 	connMaxLifetime = 30 * time.Minute // retires a connection that went bad
