@@ -1185,7 +1185,7 @@ func TestProgramLogsInUTCAndStopsOnSIGTERM(t *testing.T) { // S27, S30
 	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v %s", err, out)
 	}
-	cmd := exec.CommandContext(t.Context(), binary, "api", "--port", "0")
+	cmd := exec.CommandContext(t.Context(), binary, "api", "--port", strconv.Itoa(freePort(t)))
 	cmd.Env = append(os.Environ(), "TZ=Asia/Tokyo", "TIMEDB_DSN="+asAppRole(dsn))
 	var printed, logged logBuffer
 	cmd.Stdout = &printed

@@ -878,7 +878,7 @@ type apiOptions struct {
 
 func (o *apiOptions) setPort(text string) (err error) {
 	o.port, err = strconv.Atoi(text)
-	if err != nil || o.port < 0 || o.port > maxPort {
+	if err != nil || o.port < 1 || o.port > maxPort {
 		return fmt.Errorf("expected a number from 1 to %d", maxPort)
 	}
 	return nil

@@ -29,6 +29,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -70,7 +71,7 @@ func mustNotServe(t testing.TB, want int, dsn string, args ...string) string {
 		return ""
 	}
 	var out, errs logBuffer
-	code := run(ctx, append([]string{"api", "--port", "0"}, args...), env, strings.NewReader(""), &out, &errs)
+	code := run(ctx, append([]string{"api", "--port", strconv.Itoa(freePort(t))}, args...), env, strings.NewReader(""), &out, &errs)
 	if code != want || !strings.Contains(errs.String(), "ERROR: ") {
 		t.Fatalf("timedb api %s: exit %d, want %d and an error: %s", strings.Join(args, " "), code, want, &errs)
 	}
@@ -133,7 +134,7 @@ func TestUnusableDatabaseIsNamedWithTheSourceOfItsDSN(t *testing.T) { // S6
 			[]string{`"db"`, "127.0.0.1:1", "DATABASE_URL"}},
 		{"nobody listens, by the flag", "delete tables -y -d " + unreachable, "TIMEDB_DSN", good.String(),
 			[]string{`"db"`, "127.0.0.1:1", "--dsn"}},
-		{"nobody listens, for the server", "api --port 0", "TIMEDB_DSN", unreachable,
+		{"nobody listens, for the server", "api", "TIMEDB_DSN", unreachable,
 			[]string{`"db"`, "127.0.0.1:1", "TIMEDB_DSN"}},
 		{"a database that there is not", "delete tenant" + tenant, "TIMEDB_DSN",
 			with(func(u *url.URL) { u.Path = "/timedb_none" }), []string{`"timedb_none"`, good.Host, "does not exist"}},
@@ -198,7 +199,7 @@ func TestPasswordOfADSNIsNeverPrinted(t *testing.T) { // S6
 		{"the scheme of another database", "mysql://u:hunter2@127.0.0.1:1/db"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			for _, args := range [][]string{{"users", "list"}, {"api", "--port", "0"}} {
+			for _, args := range [][]string{{"users", "list"}, {"api"}} {
 				code, stdout, stderr := runIn(map[string]string{"DATABASE_URL": c.dsn}, "", args...)
 				if code == 0 {
 					t.Errorf("%v works with the DSN %q", args, c.dsn)
@@ -333,6 +334,7 @@ func TestWrongUsageIsNamed(t *testing.T) {
 		{"a misspelt command", "users lsit", "did you mean users list?"},
 		{"a misspelt command with flags", "user list --json", "did you mean users list?"},
 		{"a misspelt group", "user", "did you mean users?"},
+		{"letters that changed places", "usres list", "did you mean users list?"},
 		{"help on a misspelt command", "help delete tenants", "did you mean delete tenant?"},
 		{"a word that is like no command", "nope", "there are create, delete, series, users, keys, audit, api, version"},
 		{"a misspelt flag", "users list --tennant-id " + tenantA, "did you mean --tenant-id?"},
@@ -340,6 +342,7 @@ func TestWrongUsageIsNamed(t *testing.T) {
 		{"a port that is a word", "api --port http", "from 1 to 65535"},
 		{"a port too high", "api --port 65536", "from 1 to 65535"},
 		{"a port below zero", "api --port -1", "from 1 to 65535"},
+		{"a port of zero", "api --port 0", "from 1 to 65535"},
 		{"delete runs without a tenant", "delete runs --run-id " + nobody, "--tenant-id is required"},
 		{"delete runs without a choice", "delete runs -t " + tenantA, "--run-id or --known-before"},
 		{"delete runs with two choices",

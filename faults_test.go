@@ -337,7 +337,7 @@ func (p *program) kill() {
 var portsInUse sync.Map
 
 // freePort is a port that nobody listens on, below those that Linux hands out by itself.
-func freePort(t *testing.T) int {
+func freePort(t testing.TB) int {
 	t.Helper()
 	for range 1000 {
 		port := 10_000 + rand.Intn(10_000)

@@ -289,9 +289,10 @@ func mustAPIOn(t testing.TB, dsn, serving string, args ...string) *testServer {
 	getenv := func(name string) string { return env[name] }
 	out, done := &logBuffer{}, make(chan struct{})
 	code := -1
+	port := strconv.Itoa(freePort(t))
 	go func() {
 		defer close(done)
-		code = run(ctx, append([]string{"api", "--port", "0"}, args...), getenv, strings.NewReader(""), out, s.log)
+		code = run(ctx, append([]string{"api", "--port", port}, args...), getenv, strings.NewReader(""), out, s.log)
 	}()
 	s.stop = func() int {
 		cancel()

@@ -517,7 +517,7 @@ func nearestName(name string, known []string) string {
 	for _, candidate := range known {
 		alike := lettersAlike(name, candidate)
 		longer := max(len(name), len(candidate))
-		if alike > most && 3*alike >= 2*longer {
+		if alike > most && 5*alike >= 3*longer {
 			nearest = candidate
 			most = alike
 		}
