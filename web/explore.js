@@ -6,7 +6,7 @@ import {about, bySeries, extent, forget, lineParameters, loadNow, loadRevisions,
 import {Plot} from "./plot.js";
 import {initReference, showExamples} from "./reference.js";
 import {Table, correctionColumns, fillCode, initTabs, openTab, runColumns, shownOf, tabNames, valueColumns} from "./tabs.js";
-import {DAY, HOUR, fromInput, iso, many, setZone, showDate, showTime, toInput, zoneName} from "./times.js";
+import {DAY, HOUR, iso, many, setZone, showDate, showTime, timeIn, zoneName} from "./times.js";
 import {correct, withdraw} from "./writes.js";
 
 const COLORS = 10;
@@ -24,6 +24,7 @@ let loaded = null;         // what was read for the window: {window, bucket, now
 let picture = null;        // what is drawn of it at the two moments
 const colors = new Map();  // series_key → color, kept while the series is ticked
 const past = [];           // windows, to go back to
+let arriving = null;       // the time that the cursor goes to once the picture is there
 
 // ---- The link
 
@@ -226,12 +227,14 @@ function show(rows) {
     sayNothingThere();
     return;
   }
-  picture = {...domain, series, rows, bucket: loaded.bucket, moved: isMoved(), marks: [...marks.values()].flat()};
+  picture = {...domain, series, rows, bucket: loaded.bucket, moved: isMoved(), known: state.known, marks: [...marks.values()].flat()};
   $("instead").hidden = true;
   $("canvas").hidden = false;
   plot.draw(picture);
+  if (arriving !== null) plot.goTo(arriving);
+  arriving = null;
   $("note").textContent = noteOf(rows);
-  fillTabs();
+  setTimeout(fillTabs); // the plot comes first
   requestAnimationFrame(() => setTimeout(() => performance.mark("drawn"))); // script/browser measures when it is seen
 }
 
@@ -268,8 +271,8 @@ function noteOf(rows) {
 function sayWindow() {
   const {from, to} = windowOf();
   $("span-said").textContent = from === null && to === null ? "all of time" : `${from === null ? "…" : showTime(from)} → ${to === null ? "…" : showTime(to)}`;
-  $("from").value = toInput(from ?? NaN);
-  $("to").value = toInput(to ?? NaN);
+  $("from").value = from === null ? "" : showTime(from);
+  $("to").value = to === null ? "" : showTime(to);
   for (const button of document.querySelectorAll("[data-range]")) {
     const {range} = button.dataset;
     const isIt = range === "all" ? from === null && to === null : from !== null && to - from === range * HOUR;
@@ -360,6 +363,7 @@ function visit(row) {
     return;
   }
   const half = Math.max(HOUR, (to - from) / 2 || 3 * DAY);
+  arriving = row.t;
   zoom(Math.floor(row.t - half), Math.ceil(row.t + half));
 }
 
@@ -401,11 +405,14 @@ function move(part) {
   zoom(picture.from + by, picture.to + by);
 }
 
-// chooseRange shows the last hours of what there is, which may end long before today, or ahead of it.
+// chooseRange shows the last hours of what there is, which may end long before today, or ahead of it. The end is a full
+// hour, or a full day where the window is long.
 function chooseRange(range) {
   const all = loaded && extent(loaded.keys);
-  if (range === "all" || !all) zoom(null, null);
-  else zoom(all.to - range * HOUR, all.to);
+  if (range === "all" || !all) return zoom(null, null);
+  const unit = range > 24 * 7 ? DAY : HOUR;
+  const end = Math.ceil(all.to / unit) * unit;
+  zoom(end - range * HOUR, end);
 }
 
 // ---- The two moments
@@ -416,7 +423,10 @@ class Moment {
   constructor(name, sentence) {
     Object.assign(this, {name, sentence, slider: $(name), field: $(`${name}-time`), first: 0, last: 1});
     this.slider.addEventListener("input", () => this.set(this.slider.value < PLACES ? this.timeAt(+this.slider.value) : null));
-    this.field.addEventListener("change", () => this.set(fromInput(this.field.value)));
+    this.field.addEventListener("change", () => {
+      const time = timeIn(this.field);
+      if (time !== undefined) this.set(time);
+    });
     $(`${name}-now`).addEventListener("click", () => this.set(null));
   }
 
@@ -451,7 +461,7 @@ class Moment {
       const place = time === null ? PLACES : Math.round((time - this.first) / (this.last - this.first) * PLACES);
       this.slider.value = Math.max(0, Math.min(time === null ? PLACES : PLACES - 1, place));
     }
-    if (document.activeElement !== this.field) this.field.value = toInput(time ?? NaN);
+    this.field.value = time === null ? "" : showTime(time);
     this.slider.setAttribute("aria-valuetext", time === null ? "now" : `${showTime(time)} ${zoneName()}`);
     this.slider.closest(".moment").classList.toggle("moved", time !== null);
     $(`${this.name}-said`).textContent = this.sentence(time);
@@ -469,7 +479,7 @@ function makeMoments() {
 // setStops tells the sliders which moments there are: when runs were known; when runs, corrections and withdrawals came.
 function setStops() {
   const runs = loaded?.runs.data ?? [];
-  const withdrawals = runs.filter((run) => run.withdrawn_at).map((run) => Date.parse(run.withdrawn_at));
+  const withdrawals = runs.map((run) => run.withdrawn).filter((time) => time !== null);
   moments.known.setStops(runs.map((run) => run.known));
   moments.stored.setStops([...runs.map((run) => run.stored), ...(loaded?.corrections.data ?? []).map((row) => row.changed), ...withdrawals]);
 }
@@ -599,7 +609,8 @@ function wire() {
   });
   $("span-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    const [from, to] = [fromInput($("from").value), fromInput($("to").value)];
+    const [from, to] = [timeIn($("from")), timeIn($("to"))];
+    if (from === undefined || to === undefined) return;
     $("span").open = false;
     zoom(from, to);
   });

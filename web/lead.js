@@ -70,7 +70,7 @@ export const errorColumns = (width, unit) => [
 ];
 
 // fillChoices offers series as forecast and as measured, and keeps what was chosen while it is there. At first the one
-// with more runs is the forecast.
+// with more runs is the forecast, and one in the same unit is what was measured.
 export function fillChoices(series) {
   const byRuns = [...series].sort((a, b) => b.allRuns.length - a.allRuns.length).map((one) => one.key);
   const choose = (select, preferred) => {
@@ -79,6 +79,7 @@ export function fillChoices(series) {
     select.value = series.some((one) => one.key === before) ? before : preferred ?? "";
   };
   choose($("forecast"), byRuns[0]);
-  choose($("measured"), byRuns.at(-1));
-  if ($("forecast").value === $("measured").value && series.length > 1) $("measured").value = byRuns.findLast((key) => key !== $("forecast").value);
+  const unitOf = (key) => series.find((one) => one.key === key)?.unit;
+  const others = byRuns.filter((key) => key !== $("forecast").value);
+  choose($("measured"), others.findLast((key) => unitOf(key) === unitOf($("forecast").value)) ?? others.at(-1));
 }

@@ -33,6 +33,12 @@ export async function about(keys, signal) {
   return {runs, corrections};
 }
 
+// writtenAt is the first millisecond at which something was there: the server compares with microseconds.
+function writtenAt(text) {
+  const micros = /\.\d{3}(\d{3})/.exec(text)?.[1] ?? "000";
+  return Date.parse(text) + (micros === "000" ? 0 : 1);
+}
+
 async function statsOf(keys, signal) {
   const missing = keys.filter((key) => !known.stats.has(key));
   if (missing.length === 0) return;
@@ -48,7 +54,8 @@ async function runsOf(keys, signal) {
     const answer = await get("runs", parameters, signal);
     for (const run of answer.data) {
       run.known = Date.parse(run.known_time);
-      run.stored = Date.parse(run.inserted_at);
+      run.stored = writtenAt(run.inserted_at);
+      run.withdrawn = run.withdrawn_at ? writtenAt(run.withdrawn_at) : null;
     }
     known.runs.set(key, answer);
   }));
@@ -65,7 +72,7 @@ async function correctionsOf(keys, signal) {
     for (const row of answer.data) {
       row.t = Date.parse(row.valid_time);
       row.e = row.valid_time_end ? Date.parse(row.valid_time_end) : null;
-      row.changed = Date.parse(row.change_time);
+      row.changed = writtenAt(row.change_time);
       row.known = Date.parse(row.known_time);
     }
     known.corrections.set(name, answer);
@@ -223,10 +230,9 @@ export function bySeries(rows) {
 
 // standing says whether a run counts at the moments, or why not.
 export function standing(run, {known: before, stored}) {
-  const withdrawn = run.withdrawn_at ? Date.parse(run.withdrawn_at) : Infinity;
   if (Number.isFinite(before) && run.known >= before) return "not known yet";
   if (Number.isFinite(stored) && run.stored > stored) return "not stored yet";
-  if (withdrawn <= (stored ?? Infinity)) return "withdrawn";
+  if (run.withdrawn !== null && run.withdrawn <= (stored ?? Infinity)) return "withdrawn";
   return "counts";
 }
 

@@ -9,6 +9,7 @@ const PAD = {top: 10, right: 16, bottom: 26};
 const NEAR = 12;      // pixels within which something is pointed at
 const FEW = 14;       // pixels between values that leave room for a dot on each
 const LEAST_DRAG = 6; // pixels; less is a click
+const TWICE = 300;    // milliseconds in which a click may become a double click
 
 export class Plot {
   // on has the functions point(row), choose(row), zoom(from, to), back(), move(part of the window), remove(series_key).
@@ -24,7 +25,7 @@ export class Plot {
     root.addEventListener("pointerdown", (event) => this.#pressed(event));
     root.addEventListener("pointerup", (event) => this.#released(event));
     root.addEventListener("pointercancel", () => { this.drag = null; this.#drawOver(); });
-    root.addEventListener("dblclick", (event) => { if (!event.target.closest("button")) on.back(); });
+    root.addEventListener("dblclick", (event) => this.#clickedTwice(event));
     root.addEventListener("keydown", (event) => this.#keyed(event));
     new ResizeObserver(() => this.draw(this.picture)).observe(root);
   }
@@ -37,7 +38,7 @@ export class Plot {
     this.root.replaceChildren();
   }
 
-  // draw shows a picture: {from, to, moved, bucket, series: [{key, unit, color, now, shown, runs, allRuns, marks, allMarks}]}.
+  // draw shows a picture: {from, to, moved, known, bucket, series: [{key, unit, color, now, shown, runs, allRuns, marks, allMarks}]}.
   draw(picture) {
     this.picture = picture;
     if (!picture || this.root.clientWidth < 100) return;
@@ -90,6 +91,7 @@ export class Plot {
   }
 
   #drawAxes(pane, isLast) {
+    const isFirst = pane === this.panes[0];
     const parts = [];
     for (const tick of pane.ticks) {
       const y = pane.y(tick);
@@ -100,8 +102,14 @@ export class Plot {
     for (const {time, label} of timeTicks(from, to, (this.right - this.left) / 96)) {
       const x = this.x(time);
       parts.push(el("svg:line", {class: "tick", x1: x, x2: x, y1: pane.bottom, y2: pane.bottom + 5}));
-      const isRoom = x - this.left > label.length * 2 && this.right - x > label.length * 3.4 + (isLast ? zoneName().length * 6.4 : 0);
+      const isRoom = x - this.left > label.length * 2 && this.right - x > label.length * 3.4 + (isLast ? zoneName().length * 7 + 16 : 0);
       if (isRoom) parts.push(el("svg:text", {x, y: pane.bottom + 19, "text-anchor": "middle"}, label));
+    }
+    const {known} = this.picture;
+    if (known !== null && known > from && known < to) { // what is to the right of it was the future then
+      const x = this.x(known);
+      parts.push(el("svg:line", {class: "then", x1: x, x2: x, y1: 0, y2: pane.bottom}),
+        el("svg:text", {class: "thenSaid", x: x + 5, y: 12}, isFirst ? "known before" : ""));
     }
     parts.push(el("svg:line", {class: "axis", x1: this.left, x2: this.right, y1: pane.bottom, y2: pane.bottom}));
     if (isLast) parts.push(el("svg:text", {class: "zone", x: this.right + 8, y: pane.bottom + 19, "text-anchor": "end"}, zoneName()));
@@ -311,7 +319,7 @@ export class Plot {
     let found = null;
     let least = NEAR;
     for (const one of pane.series) {
-      for (const run of one.runs) {
+      for (const run of one.allRuns.length > 1 ? one.runs : []) {
         const i = nearestTime(run.t, t);
         if (i < 0 || run.v[i] === null || Math.abs(this.x(run.t[i]) - x) > 2 * NEAR) continue;
         const distance = Math.abs(pane.y(run.v[i]) - y);
@@ -351,13 +359,20 @@ export class Plot {
     if (!drag) return;
     if (drag.isWide) {
       const [from, to] = [this.time(drag.x), this.time(drag.now)].sort((a, b) => a - b);
-      this.on.zoom(Math.floor(from), Math.ceil(to));
+      const unit = [60e3, 1e3, 1].find((length) => to - from > 300 * length) ?? 1; // nobody drags to the millisecond
+      this.on.zoom(Math.floor(from / unit) * unit, Math.ceil(to / unit) * unit);
       return;
     }
     this.#drawOver();
     const entry = this.cursor?.entries.find(({row, pane}) => pane === drag.at.pane && row.value !== null &&
       Math.hypot(this.x(row.t) - drag.at.x, pane.y(row.value) - drag.at.y) < NEAR);
-    if (entry) this.on.choose(entry.row);
+    clearTimeout(this.clicked);
+    if (entry) this.clicked = setTimeout(() => this.on.choose(entry.row), TWICE);
+  }
+
+  #clickedTwice(event) {
+    clearTimeout(this.clicked);
+    if (!event.target.closest("button")) this.on.back();
   }
 
   #keyed(event) {

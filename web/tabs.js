@@ -2,7 +2,7 @@
 
 import {$, el, urlOf} from "./api.js";
 import {kindOf, standing} from "./picture.js";
-import {digits, many, showTime, zoneName} from "./times.js";
+import {digits, showTime, zoneName} from "./times.js";
 
 const ROW = 30;    // pixels, as docs.css has it
 const BEYOND = 20; // rows above and below those that are seen
@@ -23,7 +23,8 @@ export class Table {
   // marked(row) is the class of a row.
   fill(columns, rows, marked = () => "") {
     const {scrollTop} = this.scroller;
-    Object.assign(this, {columns, rows, marked, selected: null});
+    const selected = rows.includes(this.selected) ? this.selected : null;
+    Object.assign(this, {columns, rows, marked, selected});
     this.scroller.hidden = rows.length === 0;
     this.head = el("tr", {"aria-rowindex": "1"}, ...columns.map((column) => el("th", {scope: "col", class: column.isNumber ? "number" : false}, column.name)));
     this.body = el("tbody");
@@ -36,7 +37,8 @@ export class Table {
     table.style.minWidth = `${columns.reduce((sum, column) => sum + column.width, 0)}ch`;
     this.scroller.replaceChildren(table);
     this.#draw();
-    this.scroller.scrollTop = scrollTop;
+    this.scroller.scrollTop = scrollTop; // where it was, if there are so many rows
+    this.#draw();
   }
 
   #draw() {
@@ -75,6 +77,7 @@ function space(rows) {
 }
 
 const time = (text) => (text ? showTime(Date.parse(text)) : "");
+const second = (text) => showTime(Math.floor(Date.parse(text) / 1000) * 1000); // of what a clock of the database says
 const named = (color, key) => el("span", {}, el("span", {class: `dot ${color}`, "aria-hidden": "true"}), key);
 const exact = (value) => (value === null || value === undefined ? undefined : String(value));
 
@@ -113,7 +116,7 @@ export function correctionColumns(colorOf) {
     {name: "from", width: 13, isNumber: true, of: (row) => (kindOf(row) === "added" ? "added" : digits(row.old_value)), exact: (row) => exact(row.old_value)},
     {name: "to", width: 13, isNumber: true, of: (row) => digits(row.value), exact: (row) => exact(row.value)},
     {name: "by", width: 22, of: (row) => row.changed_by, exact: (row) => row.changed_by ?? undefined},
-    {name: "when", width: 18, of: (row) => time(row.change_time), exact: (row) => row.change_time},
+    {name: "when", width: 18, of: (row) => second(row.change_time), exact: (row) => row.change_time},
     {name: "of the run known", width: 18, of: (row) => time(row.known_time), exact: (row) => row.known_time},
     {name: "why", width: 32, of: reasonOf, exact: (row) => reasonOf(row) || undefined},
   ];
@@ -131,7 +134,7 @@ export function runColumns(moments, shown, withdraw) {
   const state = (run) => {
     const word = standing(run, moments);
     if (!run.withdrawn_at) return word;
-    const by = `withdrawn ${time(run.withdrawn_at)} by ${run.withdrawn_by ?? "someone"}${run.annotation ? `: ${run.annotation}` : ""}`;
+    const by = `withdrawn ${second(run.withdrawn_at)} by ${run.withdrawn_by ?? "someone"}${run.annotation ? `: ${run.annotation}` : ""}`;
     return word === "withdrawn" ? by : `${word}; later ${by}`;
   };
   const button = (run) => (run.withdrawn_at ? "" : el("button", {type: "button", "aria-label": `Withdraw the run known ${time(run.known_time)}`,
@@ -142,11 +145,11 @@ export function runColumns(moments, shown, withdraw) {
   return [
     {name: `known (${zoneName()})`, width: 20, of: (run) => time(run.known_time), exact: (run) => run.known_time},
     {name: "workflow", width: 20, of: (run) => run.workflow_id, exact: (run) => run.workflow_id},
-    {name: "stored", width: 20, of: (run) => time(run.inserted_at), exact: (run) => run.inserted_at},
+    {name: "stored", width: 20, of: (run) => second(run.inserted_at), exact: (run) => run.inserted_at},
     {name: "by", width: 22, of: (run) => run.changed_by, exact: (run) => run.changed_by ?? undefined},
-    {name: "values", width: 9, isNumber: true, of: (run) => many(run.rows, "").trim()},
+    {name: "values", width: 9, isNumber: true, of: (run) => run.rows.toLocaleString("en")},
     {name: "in the picture", width: 14, isNumber: true, of: (run) => String(shown.get(run.run_id) ?? "")},
-    {name: "now", width: 38, of: state, exact: state},
+    {name: "state", width: 38, of: state, exact: state},
     {name: "", width: 15, of: button},
   ];
 }

@@ -45,13 +45,15 @@ export function showDate(time) {
 
 export const iso = (time) => new Date(time).toISOString().replace(/(:00)?\.000Z$/, "Z");
 
-// An <input type=datetime-local> speaks the zone's clock without saying so.
-export const toInput = (time) => (Number.isFinite(time) ? showTime(time).replace(" ", "T") : "");
-
-export function fromInput(text) {
-  const parts = /^(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,3}))?)?$/.exec(text);
+// timeIn reads a field as showTime writes it, in the zone: null if it is empty. Its own clock may be left out. Where it is
+// no time, the field says so, and undefined is returned.
+export function timeIn(field) {
+  const text = field.value.trim();
+  const parts = /^(\d{4})-(\d\d)-(\d\d)(?:[ T](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,3}))?)?)?$/.exec(text);
+  field.setCustomValidity(text && !parts ? "Expected a time such as 2025-10-21 10:00, or nothing." : "");
+  if (!field.reportValidity()) return undefined;
   if (!parts) return null;
-  const [year, month, day, hours, minutes, seconds = 0, millis = "0"] = parts.slice(1);
+  const [year, month, day, hours = 0, minutes = 0, seconds = 0, millis = "0"] = parts.slice(1);
   return moment(+year, month - 1, +day, +hours, +minutes, +seconds, +millis.padEnd(3, "0"));
 }
 

@@ -25,6 +25,7 @@ function open(dialog, submit) {
       button.disabled = false;
     }
   };
+  form.oninput = () => { said.textContent = ""; };
   dialog.showModal();
 }
 
