@@ -161,11 +161,11 @@ func TestEveryRouteNeedsAKey(t *testing.T) {
 	s := mustServer(t)
 	paths := []string{
 		"/upload", "/values", "/series", "/list_timeseries", "/runs", "/corrections", withdraw(nobody),
-		"/", "/healthz", "/docs", "/openapi.json",
+		"/", "/healthz", "/docs", "/docs/api.js", "/docs/docs.css", "/openapi.json",
 		"/nope", "/values/", "/docs/", "/values/x", "//values", "/./values", "/upload?x=%zz",
 		"/users", "/debug/pprof/", "/.git/config",
 	}
-	holdNoData := []string{"/", "/healthz", "/docs", "/openapi.json"}
+	holdNoData := []string{"/", "/healthz", "/docs", "/docs/api.js", "/docs/docs.css", "/openapi.json"}
 	methods := []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"}
 	for _, path := range paths {
 		for _, method := range methods {

@@ -529,14 +529,7 @@ async function login(event) {
   supersede("picture");
   supersede("moment");
   setBusy(false);
-  forget();
-  catalog = [];
-  loaded = null;
-  colors.clear();
-  past.length = 0;
-  $("workspace").hidden = true;
-  $("intro").hidden = false;
-  instead("");
+  leaveNothing();
   say("Reading…");
   try {
     useKey($("key").value);
@@ -549,12 +542,27 @@ async function login(event) {
   showExamples(catalog, state.keys);
 }
 
+// leaveNothing takes away whatever was read with another key.
+function leaveNothing() {
+  forget();
+  catalog = [];
+  loaded = null;
+  colors.clear();
+  past.length = 0;
+  $("workspace").hidden = true;
+  $("intro").hidden = false;
+  instead("");
+  for (const table of Object.values(tables)) table.fill([], []);
+  for (const id of ["series", "lead-plot", "forecast", "measured", "tip", "curl", "pandas", "readout", "correct-what", "withdraw-what"]) $(id).replaceChildren();
+}
+
 function enter() {
+  state.keys = state.keys.filter((key) => seriesOf(key));
+  writeLink();
   if (catalog.length === 0) {
     say("The key is good, and its tenant has no series yet. POST /upload makes one: the reference has an example to send.");
     return;
   }
-  state.keys = state.keys.filter((key) => seriesOf(key));
   $("intro").hidden = true;
   $("workspace").hidden = false;
   fillSeries();

@@ -54,7 +54,9 @@ export class Plot {
     this.left = Math.max(48, 16 + 7.2 * longest);
     this.right = this.root.clientWidth - PAD.right;
     this.root.replaceChildren(...this.panes.map((pane, i) => this.#drawPane(pane, i === this.panes.length - 1)));
-    if (this.cursor) this.#pointAt(this.cursor.t);
+    const isUsed = this.root.matches(":hover") || document.activeElement === this.root;
+    if (this.cursor && isUsed) this.#pointAt(this.cursor.t);
+    else this.#pointerLeft();
   }
 
   #height() {

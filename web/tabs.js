@@ -149,7 +149,7 @@ export function runColumns(moments, shown, withdraw) {
     {name: "by", width: 22, of: (run) => run.changed_by, exact: (run) => run.changed_by ?? undefined},
     {name: "values", width: 9, isNumber: true, of: (run) => run.rows.toLocaleString("en")},
     {name: "in the picture", width: 14, isNumber: true, of: (run) => String(shown.get(run.run_id) ?? "")},
-    {name: "state", width: 38, of: state, exact: state},
+    {name: "state", width: 48, of: state, exact: state},
     {name: "", width: 15, of: button},
   ];
 }

@@ -58,7 +58,7 @@ export function timeIn(field) {
 }
 
 export function showSpan(span) {
-  if (span % DAY === 0) return `${span / DAY} d`;
+  if (span % DAY === 0 && span >= 5 * DAY) return `${span / DAY} d`;
   if (span % HOUR === 0) return `${span / HOUR} h`;
   return `${Math.round(span / 60e3)} min`;
 }
