@@ -101,7 +101,7 @@ export class Plot {
         el("svg:text", {x: this.left - 8, y: y + 4, "text-anchor": "end"}, digits(tick)));
     }
     const {from, to} = this.picture;
-    for (const {time, label} of timeTicks(from, to, (this.right - this.left) / 96)) {
+    for (const {time, label} of timeTicks(from, to, (this.right - this.left) / (this.right < 500 ? 64 : 96))) {
       const x = this.x(time);
       parts.push(el("svg:line", {class: "tick", x1: x, x2: x, y1: pane.bottom, y2: pane.bottom + 5}));
       const isRoom = x - this.left > label.length * 2 && this.right - x > label.length * 3.4 + (isLast ? zoneName().length * 7 + 16 : 0);

@@ -13,7 +13,12 @@ export function showExamples(catalog, keys) {
   live = null;
   chosen = keys[0] ?? catalog[0]?.series_key ?? "";
   $("live-keys").replaceChildren(...catalog.slice(0, 1000).map((one) => el("option", {value: one.series_key})));
-  for (const answer of $("reference").querySelectorAll(".answer")) answer.hidden = true; // of another key, perhaps
+  // What was asked and answered may be of another key.
+  for (const field of $("reference").querySelectorAll(".parameters input")) field.value = "";
+  for (const answer of $("reference").querySelectorAll(".answer")) {
+    answer.hidden = true;
+    answer.textContent = "";
+  }
 }
 
 async function exists() {
@@ -69,11 +74,9 @@ class Operation {
       const list = parameter.name === "series_key" ? "live-keys" : false;
       return el("input", {"aria-label": parameter.name, placeholder: String([parameter.example ?? ""].flat()[0]), autocomplete: "off", list});
     };
-    const place = el("td", {}, make());
-    if (isList) {
-      const more = el("button", {type: "button", "aria-label": `Another ${parameter.name}`, onclick: () => more.before(make())}, "+");
-      place.append(more);
-    }
+    const inputs = el("div", {}, make());
+    const more = el("button", {type: "button", "aria-label": `Another ${parameter.name}`, onclick: () => inputs.append(make())}, "+");
+    const place = el("td", {}, el("div", {class: "field"}, inputs, isList ? more : null));
     const values = () => [...place.querySelectorAll("input, select")].map((one) => one.value).filter((value) => value !== "");
     const put = (value) => { place.querySelector("input, select").value = value; };
     return {...parameter, place, values, put};
