@@ -1,7 +1,7 @@
 // The page's first view: what is chosen, where that is kept, and what happens when it changes.
 
 import {$, el, get, getBlob, supersede, useKey} from "./api.js";
-import {drawErrors, errorColumns, errorsByLead, fillChoices} from "./lead.js";
+import {drawErrors, errorColumns, errorsByLead, fillChoices, runsOf} from "./lead.js";
 import {about, bySeries, extent, forget, lineParameters, loadNow, loadRevisions, loadThen, marksOf, standing} from "./picture.js";
 import {Plot} from "./plot.js";
 import {initReference, showExamples} from "./reference.js";
@@ -217,7 +217,7 @@ function show(rows) {
   const usedColors = new Set();
   const series = loaded.keys.map((key) => {
     const color = colorOf(key);
-    const allRuns = loaded.revisions?.get(key) ?? [];
+    const allRuns = revisedIn(key, now.get(key) ?? []);
     const isDashed = usedColors.has(color);
     usedColors.add(color);
     return {key, unit: seriesOf(key)?.unit ?? "dimensionless", color, isDashed, allRuns, now: now.get(key) ?? [], shown: shown.get(key) ?? [],
@@ -236,6 +236,13 @@ function show(rows) {
   $("note").textContent = noteOf(rows);
   setTimeout(fillTabs); // the plot comes first
   requestAnimationFrame(() => setTimeout(() => performance.mark("drawn"))); // script/browser measures when it is seen
+}
+
+// revisedIn returns the runs of a series, or none if no run says anything anew: what is measured comes in a run a day.
+function revisedIn(key, rows) {
+  const runs = loaded.revisions?.get(key) ?? [];
+  const values = runs.reduce((sum, run) => sum + run.t.length, 0);
+  return !loaded.bucket && values <= rows.length ? [] : runs;
 }
 
 // sayNothingThere says where the data are.
@@ -338,9 +345,9 @@ function fillLead() {
   if (picture.bucket || !loaded.revisions || !state.revisions) return stop("Needs single values and their revisions: zoom in, and tick Revisions.");
   const forecast = series.find((one) => one.key === $("forecast").value);
   const measured = series.find((one) => one.key === $("measured").value);
-  const errors = errorsByLead(forecast.runs, measured.now);
+  const errors = errorsByLead(runsOf(forecast), measured.now);
   if (errors.bins.length === 0) return stop("The two have no valid time in common.");
-  $("lead-said").textContent = forecast.unit === measured.unit ? `${many(errors.bins.reduce((sum, bin) => sum + bin.count, 0), "value")} of ${many(forecast.runs.length, "run")}.` :
+  $("lead-said").textContent = forecast.unit === measured.unit ? `${many(errors.bins.reduce((sum, bin) => sum + bin.count, 0), "value")} of ${many(Math.max(1, forecast.runs.length), "run")}.` :
     `Mind the units: ${forecast.unit} and ${measured.unit}.`;
   drawErrors($("lead-plot"), errors, forecast.unit, forecast.color);
   tables.lead.fill(errorColumns(errors.width, forecast.unit), errors.bins);

@@ -35,6 +35,12 @@ export function errorsByLead(runs, measured) {
   return {width, bins: sorted.map((bin) => ({lead: bin.lead, count: bin.count, error: bin.absolute / bin.count, bias: bin.sum / bin.count}))};
 }
 
+// runsOf are the runs of a series. Where there is only one, its values are the line that is drawn.
+export function runsOf(series) {
+  if (series.allRuns.length > 0) return series.runs;
+  return series.shown.map((row) => ({known: Date.parse(row.known_time), t: [row.t], v: [row.value]}));
+}
+
 // drawErrors draws the mean absolute error as bars and the bias as a line.
 export function drawErrors(place, {width, bins}, unit, color) {
   const right = place.clientWidth - PAD.right;

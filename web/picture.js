@@ -167,8 +167,11 @@ export async function loadThen(keys, window, moments, bucket, signal) {
   return (await linesIn(keys, window, moments, bucket, signal)).rows;
 }
 
-// loadRevisions reads what every run says, stored by a moment; null means that it is too much to draw.
-export async function loadRevisions(keys, window, stored, signal) {
+// loadRevisions reads what every run says, stored by a moment; null means that it is too much to draw. What came in one run
+// has no revisions.
+export async function loadRevisions(all, window, stored, signal) {
+  const keys = all.filter((key) => known.runs.get(key)?.data.length !== 1);
+  if (keys.length === 0) return new Map();
   const bounded = Number.isFinite(window.from) ? window : extent(keys);
   if (!bounded || storedIn(keys, bounded) > MOST_REVISED * 1.5) return null;
   const parameters = [...keys.map((key) => ["series_key", key]), ...bounds(window, {stored}), ["mode", "overlapping"], ["limit", MOST_REVISED]];

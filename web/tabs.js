@@ -103,7 +103,7 @@ export function valueColumns(picture, colorOf, correct) {
     {name: "version", width: 9, isNumber: true, of: (row) => String(row.version)},
     {name: "by", width: 22, of: (row) => row.changed_by, exact: (row) => row.changed_by ?? undefined},
     {name: "why", width: 26, of: (row) => reasonOf(row), exact: (row) => reasonOf(row) || undefined},
-    {name: "", width: 14, of: button},
+    {name: "correct", width: 14, of: button},
   ];
 }
 
@@ -150,7 +150,7 @@ export function runColumns(moments, shown, withdraw) {
     {name: "values", width: 9, isNumber: true, of: (run) => run.rows.toLocaleString("en")},
     {name: "in the picture", width: 14, isNumber: true, of: (run) => String(shown.get(run.run_id) ?? "")},
     {name: "state", width: 48, of: state, exact: state},
-    {name: "", width: 15, of: button},
+    {name: "withdraw", width: 15, of: button},
   ];
 }
 
