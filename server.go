@@ -773,8 +773,7 @@ func (p *parameters) finish(c Caller) error {
 	return p.err
 }
 
-// checkTenant refuses a tenant_id that is not the caller's: it never changes whom a request acts
-// for.
+// checkTenant refuses a tenant_id other than the caller's: no request acts for another tenant.
 func checkTenant(c Caller, id uuid) error {
 	if id == "" || string(id) == c.tenant {
 		return nil
@@ -789,27 +788,22 @@ func checkTenant(c Caller, id uuid) error {
 const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
 	"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-// pageFiles are the files that /docs loads, and their types. No other route answers JavaScript.
-var pageFiles = map[string]string{
-	"docs.css":     "text/css; charset=utf-8",
-	"api.js":       "text/javascript; charset=utf-8",
-	"explore.js":   "text/javascript; charset=utf-8",
-	"lead.js":      "text/javascript; charset=utf-8",
-	"picture.js":   "text/javascript; charset=utf-8",
-	"plot.js":      "text/javascript; charset=utf-8",
-	"reference.js": "text/javascript; charset=utf-8",
-	"tabs.js":      "text/javascript; charset=utf-8",
-	"times.js":     "text/javascript; charset=utf-8",
-	"writes.js":    "text/javascript; charset=utf-8",
+// pageScripts are the scripts of /docs. No other route answers JavaScript, so nothing that is
+// stored can be loaded as a script.
+var pageScripts = []string{
+	"api.js", "explore.js", "lead.js", "picture.js", "plot.js", "reference.js", "tabs.js",
+	"times.js", "writes.js",
 }
 
 func sendPageFile(w *response, r *http.Request, c Caller) error {
 	name := strings.TrimPrefix(r.URL.Path, "/docs/")
-	contentType, known := pageFiles[name]
-	if !known {
-		return refuse(notFound, "There is nothing at this path.")
+	switch {
+	case name == "docs.css":
+		return sendFile(name, "text/css; charset=utf-8")(w, r, c)
+	case slices.Contains(pageScripts, name):
+		return sendFile(name, "text/javascript; charset=utf-8")(w, r, c)
 	}
-	return sendFile(name, contentType)(w, r, c)
+	return refuse(notFound, "There is nothing at this path.")
 }
 
 // sendFile sends a file of web/.

@@ -6,6 +6,7 @@ import {MOST_LINES, bandOf, kindOf} from "./picture.js";
 import {digits, inUnit, many, numberTicks, showTime, timeTicks, zoneName} from "./times.js";
 
 const PAD = {top: 10, right: 16, bottom: 26};
+const LETTER = 7;     // pixels of a letter below the plot, or a little less
 const NEAR = 12;      // pixels within which something is pointed at
 const FEW = 14;       // pixels between values that leave room for a dot on each
 const LEAST_DRAG = 6; // pixels; less is a click
@@ -21,7 +22,7 @@ export class Plot {
     this.alone = null;  // the run that is shown alone: {key, run}
     this.tip = $("tip");
     root.addEventListener("pointermove", (event) => this.#pointerMoved(event));
-    root.addEventListener("pointerleave", () => this.#pointerLeft());
+    root.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") this.#pointerLeft(); });
     root.addEventListener("pointerdown", (event) => this.#pressed(event));
     root.addEventListener("pointerup", (event) => this.#released(event));
     root.addEventListener("pointercancel", () => { this.drag = null; this.#drawOver(); });
@@ -51,7 +52,7 @@ export class Plot {
       pane.ticks = numberTicks(...pane.range, pane.height / 48);
     });
     const longest = Math.max(...this.panes.flatMap((pane) => pane.ticks.map((tick) => digits(tick).length)));
-    this.left = Math.max(48, 16 + 7.2 * longest);
+    this.left = Math.max(48, 16 + LETTER * longest);
     this.right = this.root.clientWidth - PAD.right;
     this.root.replaceChildren(...this.panes.map((pane, i) => this.#drawPane(pane, i === this.panes.length - 1)));
     const isUsed = this.root.matches(":hover") || document.activeElement === this.root;
@@ -101,11 +102,16 @@ export class Plot {
         el("svg:text", {x: this.left - 8, y: y + 4, "text-anchor": "end"}, digits(tick)));
     }
     const {from, to} = this.picture;
+    const end = this.right + 8 - (isLast ? zoneName().length * LETTER + 8 : 0);
+    let free = this.left - 8; // where there is room for a label
     for (const {time, label} of timeTicks(from, to, (this.right - this.left) / (this.right < 500 ? 64 : 96))) {
       const x = this.x(time);
       parts.push(el("svg:line", {class: "tick", x1: x, x2: x, y1: pane.bottom, y2: pane.bottom + 5}));
-      const isRoom = x - this.left > label.length * 2 && this.right - x > label.length * 3.4 + (isLast ? zoneName().length * 7 + 16 : 0);
-      if (isRoom) parts.push(el("svg:text", {x, y: pane.bottom + 19, "text-anchor": "middle"}, label));
+      const half = label.length * LETTER / 2;
+      const middle = Math.max(x, this.left - 8 + half);
+      if (middle - half < free || middle + half > end) continue;
+      parts.push(el("svg:text", {x: middle, y: pane.bottom + 19, "text-anchor": "middle"}, label));
+      free = middle + half + 8;
     }
     const {known} = this.picture;
     if (known !== null && known > from && known < to) { // what is to the right of it was the future then
@@ -351,11 +357,12 @@ export class Plot {
   #pressed(event) {
     const at = this.picture && event.button === 0 && !event.target.closest("button") ? this.#place(event) : null;
     if (!at) return;
+    if (event.pointerType !== "mouse") this.#pointerMoved(event); // a finger points by pressing
     this.drag = {x: Math.max(this.left, at.x), now: at.x, origin: event.clientX - at.x, isWide: false, at};
     this.root.setPointerCapture(event.pointerId);
   }
 
-  #released() {
+  #released(event) {
     const drag = this.drag;
     this.drag = null;
     if (!drag) return;
@@ -369,7 +376,7 @@ export class Plot {
     const entry = this.cursor?.entries.find(({row, pane}) => pane === drag.at.pane && row.value !== null &&
       Math.hypot(this.x(row.t) - drag.at.x, pane.y(row.value) - drag.at.y) < NEAR);
     clearTimeout(this.clicked);
-    if (entry) this.clicked = setTimeout(() => this.on.choose(entry.row), TWICE);
+    if (entry && event.pointerType === "mouse") this.clicked = setTimeout(() => this.on.choose(entry.row), TWICE);
   }
 
   #clickedTwice(event) {
