@@ -21,6 +21,7 @@ const state = {view: "explore", keys: [], from: null, to: null, known: null, sto
 
 let catalog = [];          // the series of the tenant: {series_key, series_id, unit, description}
 let loaded = null;         // what was read for the window: {window, bucket, now, revisions, runs, corrections}
+let isLoading = false;     // the whole of it, not only what a moment changes
 let picture = null;        // what is drawn of it at the two moments
 const colors = new Map();  // series_key → color, kept while the series is ticked
 const past = [];           // windows, to go back to
@@ -122,6 +123,8 @@ async function attempt(work, again) {
   } catch (error) {
     if (error.name === "AbortError") return;
     setBusy(false);
+    loaded = null;
+    isLoading = false;
     instead(error.message, {isError: true, button: {text: "Try again", onclick: again}});
   }
 }
@@ -139,10 +142,12 @@ function load() {
   if (state.keys.length === 0) {
     setBusy(false);
     loaded = null;
+    isLoading = false;
     setStops();
     instead("Tick one series or more. Series with the same unit share a pane.");
     return;
   }
+  isLoading = true;
   attempt(async () => {
     const {keys} = state;
     const found = await about(keys, signal);
@@ -153,6 +158,7 @@ function load() {
       state.revisions ? loadRevisions(keys, window, state.stored, signal) : new Map(),
     ]);
     const then = isMoved() ? await loadThen(keys, window, momentsOf(), now.bucket, signal) : now.rows;
+    isLoading = false;
     loaded = {keys, window, bucket: now.bucket, now: now.rows, revisions, stored: state.stored, ...found};
     setStops();
     show(then);
@@ -161,6 +167,7 @@ function load() {
 
 // loadMoment reads what changes when a moment moves. What runs said is another only by another "stored by".
 function loadMoment() {
+  if (isLoading) return load(); // which had begun with the moment before
   if (!loaded) return;
   const signal = supersede("moment");
   writeLink();
@@ -354,12 +361,9 @@ function fillLead() {
 }
 
 // requestOf is the request for the lines of the picture.
-const requestOf = () => (loaded ? lineParameters(loaded.keys, loaded.window, momentsOf(), loaded.bucket) : []);
+const requestOf = () => lineParameters(state.keys, windowOf(), momentsOf(), loaded?.bucket ?? "");
 
-function showCode() {
-  if (loaded) return fillCode(requestOf());
-  $("curl").textContent = $("pandas").textContent = "";
-}
+const showCode = () => fillCode(requestOf());
 
 // visit shows a correction: in the window that there is, or in one around it.
 function visit(row) {
@@ -383,6 +387,10 @@ function step(direction) {
 }
 
 function askCorrection(row) {
+  if (state.stored !== null) {
+    $("note").textContent = "A correction is made now: set “Stored by” back to now.";
+    return;
+  }
   if (loaded.bucket) return zoom(row.t, Math.max(row.t + HOUR, picture.rows.find((other) => other.t > row.t)?.t ?? 0));
   correct(row, reload);
 }
@@ -554,6 +562,7 @@ function leaveNothing() {
   forget();
   catalog = [];
   loaded = null;
+  isLoading = false;
   colors.clear();
   past.length = 0;
   $("workspace").hidden = true;
@@ -633,6 +642,7 @@ function wire() {
   for (const button of document.querySelectorAll("[data-copies]")) {
     button.addEventListener("click", () => copy(button, $(button.dataset.copies).textContent));
   }
+  $("refresh").addEventListener("click", reload);
   $("copy-link").addEventListener("click", () => copy($("copy-link"), location.href));
   $("download").addEventListener("click", download);
   $("previous").addEventListener("click", () => step(-1));

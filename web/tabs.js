@@ -65,8 +65,11 @@ export class Table {
     if (place < 0) return;
     const {scrollTop, clientHeight} = this.scroller;
     const top = place * ROW;
-    if (top < scrollTop || top > scrollTop + clientHeight - 3 * ROW) this.scroller.scrollTop = top - clientHeight / 2;
-    this.#draw();
+    if (top < scrollTop || top > scrollTop + clientHeight - 3 * ROW) {
+      this.scroller.scrollTop = top - clientHeight / 2;
+      this.#draw();
+    }
+    for (const node of this.body.children) node.classList.toggle("selected", node.getAttribute("aria-rowindex") === String(place + 2));
   }
 }
 
