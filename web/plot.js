@@ -42,6 +42,7 @@ export class Plot {
   // draw shows a picture: {from, to, moved, known, bucket, series: [{key, unit, color, now, shown, runs, allRuns, marks, allMarks}]}.
   draw(picture) {
     this.picture = picture;
+    this.alone = null;
     if (!picture || this.root.clientWidth < 100) return;
     const units = [...new Set(picture.series.map((one) => one.unit))];
     this.panes = units.map((unit) => ({unit, series: picture.series.filter((one) => one.unit === unit)}));
@@ -82,7 +83,8 @@ export class Plot {
     pane.bottom = bottom;
     pane.y = (value) => bottom - (value / 4 - lo / 4) / (hi / 4 - lo / 4) * (bottom - PAD.top);
     const clip = `clip${this.panes.indexOf(pane)}`;
-    const body = el("svg:g", {"clip-path": `url(#${clip})`}, ...pane.series.map((one) => this.#drawSeries(one, pane)));
+    pane.clip = `url(#${clip})`;
+    const body = el("svg:g", {"clip-path": pane.clip}, ...pane.series.map((one) => this.#drawSeries(one, pane)));
     pane.over = el("svg:g", {class: "over"});
     pane.svg = el("svg:svg", {width: this.root.clientWidth, height, "aria-hidden": "true"},
       el("svg:clipPath", {id: clip}, el("svg:rect", {x: this.left - 1, y: 0, width: this.right - this.left + 2, height: bottom + 1})),
@@ -244,7 +246,7 @@ export class Plot {
         }
       }
       const alone = this.alone && pane.series.find((one) => one.key === this.alone.key);
-      if (alone) parts.push(el("svg:g", {class: alone.color}, el("svg:path", {class: "alone", d: this.#line(pointsOf(this.alone.run), pane)})));
+      if (alone) parts.push(el("svg:g", {class: alone.color, "clip-path": pane.clip}, el("svg:path", {class: "alone", d: this.#line(pointsOf(this.alone.run), pane)})));
       pane.over.replaceChildren(...parts);
       pane.svg.classList.toggle("hasAlone", Boolean(alone));
     }
