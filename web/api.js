@@ -12,7 +12,9 @@ export const $ = (id) => document.getElementById(id);
 // el makes an element, or with "svg:" before its tag one of SVG, with attributes, listeners (on…) and children.
 export function el(tag, attributes = {}, ...children) {
   const isDrawing = tag.startsWith("svg:");
-  const node = isDrawing ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
+  const node = isDrawing
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
+    : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== false && value !== undefined) node.setAttribute(name, value === true ? "" : value);
@@ -59,7 +61,8 @@ function place() {
 
 function leave() {
   const next = waiting.shift();
-  if (next) next(); // which takes the place over
+  if (next)
+    next(); // which takes the place over
   else counts.running--;
 }
 
@@ -109,7 +112,8 @@ const pathOf = (route, parameters) => {
   return query.size ? `${route}?${query}` : route;
 };
 
-export const get = (route, parameters, signal) => read(pathOf(route, parameters), {signal}, (answer) => answer.json());
+export const get = (route, parameters, signal) =>
+  read(pathOf(route, parameters), {signal}, (answer) => answer.json());
 
 export const getBlob = (route, parameters) => read(pathOf(route, parameters), {}, (answer) => answer.blob());
 
@@ -118,4 +122,5 @@ export function send(method, route, body) {
   return read(route, options, (answer) => answer.json());
 }
 
-export const urlOf = (route, parameters) => new URL(pathOf(route, parameters), location.href.split("#")[0]).href;
+export const urlOf = (route, parameters) =>
+  new URL(pathOf(route, parameters), location.href.split("#")[0]).href;

@@ -2,30 +2,61 @@
 
 import {$, el, get, getBlob, supersede, useKey} from "./api.js";
 import {drawErrors, errorColumns, errorsByLead, fillChoices, runsOf} from "./lead.js";
-import {about, bySeries, extent, forget, lineParameters, loadNow, loadRevisions, loadThen, marksOf, standing} from "./picture.js";
+import {
+  about,
+  bySeries,
+  extent,
+  forget,
+  lineParameters,
+  loadNow,
+  loadRevisions,
+  loadThen,
+  marksOf,
+  standing,
+} from "./picture.js";
 import {Plot} from "./plot.js";
 import {initReference, showExamples} from "./reference.js";
-import {Table, correctionColumns, fillCode, initTabs, openTab, runColumns, shownOf, tabNames, valueColumns} from "./tabs.js";
+import {
+  Table,
+  correctionColumns,
+  fillCode,
+  initTabs,
+  openTab,
+  runColumns,
+  shownOf,
+  tabNames,
+  valueColumns,
+} from "./tabs.js";
 import {DAY, HOUR, iso, many, setZone, showDate, showTime, timeIn, zoneName} from "./times.js";
 import {correct, withdraw} from "./writes.js";
 
 const COLORS = 10;
-const MOST_LISTED = 300;   // series in the list; others are found by a part of their name
-const PLACES = 1000;       // of a slider; the last one is now
-const TICKING = 150;       // milliseconds in which ticks are collected into one question
-const SLIDING = 40;        // likewise of a slider
-const PATIENCE = 150;      // milliseconds before a picture that is out of date fades
+const MOST_LISTED = 300; // series in the list; others are found by a part of their name
+const PLACES = 1000; // of a slider; the last one is now
+const TICKING = 150; // milliseconds in which ticks are collected into one question
+const SLIDING = 40; // likewise of a slider
+const PATIENCE = 150; // milliseconds before a picture that is out of date fades
 
 // What the link of the page holds, and nothing else does. Times are in milliseconds; null bounds nothing, or is now.
-const state = {view: "explore", keys: [], from: null, to: null, known: null, stored: null, zone: "UTC", revisions: true, tab: "values"};
+const state = {
+  view: "explore",
+  keys: [],
+  from: null,
+  to: null,
+  known: null,
+  stored: null,
+  zone: "UTC",
+  revisions: true,
+  tab: "values",
+};
 
-let catalog = [];          // the series of the tenant: {series_key, series_id, unit, description}
-let loaded = null;         // what was read for the window: {window, bucket, now, revisions, runs, corrections}
-let isLoading = false;     // the whole of it, not only what a moment changes
-let picture = null;        // what is drawn of it at the two moments
-const colors = new Map();  // series_key → color, kept while the series is ticked
-const past = [];           // windows, to go back to
-let arriving = null;       // the time that the cursor goes to once the picture is there
+let catalog = []; // the series of the tenant: {series_key, series_id, unit, description}
+let loaded = null; // what was read for the window: {window, bucket, now, revisions, runs, corrections}
+let isLoading = false; // the whole of it, not only what a moment changes
+let picture = null; // what is drawn of it at the two moments
+const colors = new Map(); // series_key → color, kept while the series is ticked
+const past = []; // windows, to go back to
+let arriving = null; // the time that the cursor goes to once the picture is there
 
 // ---- The link
 
@@ -38,7 +69,10 @@ function readLink() {
   Object.assign(state, {
     view: link.get("view") === "reference" ? "reference" : "explore",
     keys: [...new Set(link.getAll("series_key"))],
-    from: at("start_valid"), to: at("end_valid"), known: at("end_known"), stored: at("as_of"),
+    from: at("start_valid"),
+    to: at("end_valid"),
+    known: at("end_known"),
+    stored: at("as_of"),
     zone: link.get("zone") === "local" ? "local" : "UTC",
     revisions: link.get("revisions") !== "off",
     tab: tabNames().includes(link.get("tab")) ? link.get("tab") : "values",
@@ -198,8 +232,15 @@ function giveColors() {
   for (const key of colors.keys()) if (!state.keys.includes(key)) colors.delete(key);
   for (const key of state.keys) {
     if (colors.has(key)) continue;
-    const uses = Array.from({length: COLORS}, (_, i) => [...colors.values()].filter((color) => color === `c${i}`).length);
-    const own = Math.max(0, catalog.findIndex((one) => one.series_key === key)) % COLORS;
+    const uses = Array.from(
+      {length: COLORS},
+      (_, i) => [...colors.values()].filter((color) => color === `c${i}`).length,
+    );
+    const own =
+      Math.max(
+        0,
+        catalog.findIndex((one) => one.series_key === key),
+      ) % COLORS;
     const order = uses.map((_, i) => (own + i) % COLORS);
     colors.set(key, `c${order.reduce((best, i) => (uses[i] < uses[best] ? i : best))}`);
   }
@@ -227,14 +268,32 @@ function show(rows) {
     const allRuns = revisedIn(key, now.get(key) ?? []);
     const isDashed = usedColors.has(color);
     usedColors.add(color);
-    return {key, unit: seriesOf(key)?.unit ?? "dimensionless", color, isDashed, allRuns, now: now.get(key) ?? [], shown: shown.get(key) ?? [],
-      runs: allRuns.filter((run) => run.known < (state.known ?? Infinity)), marks: marks.get(key) ?? [], allMarks: allMarks.get(key) ?? []};
+    return {
+      key,
+      unit: seriesOf(key)?.unit ?? "dimensionless",
+      color,
+      isDashed,
+      allRuns,
+      now: now.get(key) ?? [],
+      shown: shown.get(key) ?? [],
+      runs: allRuns.filter((run) => run.known < (state.known ?? Infinity)),
+      marks: marks.get(key) ?? [],
+      allMarks: allMarks.get(key) ?? [],
+    };
   });
   if (loaded.now.length === 0 && rows.length === 0) {
     sayNothingThere();
     return;
   }
-  picture = {...domain, series, rows, bucket: loaded.bucket, moved: isMoved(), known: state.known, marks: [...marks.values()].flat()};
+  picture = {
+    ...domain,
+    series,
+    rows,
+    bucket: loaded.bucket,
+    moved: isMoved(),
+    known: state.known,
+    marks: [...marks.values()].flat(),
+  };
   $("instead").hidden = true;
   $("canvas").hidden = false;
   plot.draw(picture);
@@ -259,10 +318,12 @@ function sayNothingThere() {
   if (!all) {
     instead("Nothing is stored of these series yet. POST /upload adds values; the reference has an example.");
   } else if (from !== null && (to <= all.from || from >= all.to)) {
-    instead(`No values of these series between ${showTime(from)} and ${showTime(to)} ${zoneName()}. The latest are of ${showDate(all.to)}.`,
-      {button: {text: "Show them", onclick: () => zoom(all.to - (to - from), all.to)}});
+    const button = {text: "Show them", onclick: () => zoom(all.to - (to - from), all.to)};
+    const window = `${showTime(from)} and ${showTime(to)} ${zoneName()}`;
+    instead(`No values of these series between ${window}. The latest are of ${showDate(all.to)}.`, {button});
   } else {
-    instead("No values of these series here: what is stored is withdrawn, or lies elsewhere.", {button: {text: "Show all of time", onclick: () => zoom(null, null)}});
+    const button = {text: "Show all of time", onclick: () => zoom(null, null)};
+    instead("No values of these series here: what is stored is withdrawn, or lies elsewhere.", {button});
   }
 }
 
@@ -270,7 +331,9 @@ function noteOf(rows) {
   const parts = [];
   if (loaded.bucket) {
     const count = rows.reduce((sum, row) => sum + row.count, 0);
-    parts.push(`${many(count, "value")} as means over ${loaded.bucket}, least to greatest shaded; zoom in to see each`);
+    parts.push(
+      `${many(count, "value")} as means over ${loaded.bucket}, least to greatest shaded; zoom in to see each`,
+    );
   } else {
     parts.push(many(rows.length, "value"));
   }
@@ -284,9 +347,10 @@ function noteOf(rows) {
 
 function sayWindow() {
   const {from, to} = windowOf();
-  $("span-said").textContent = from === null && to === null ? "all of time" : `${from === null ? "…" : showTime(from)} → ${to === null ? "…" : showTime(to)}`;
   $("from").value = from === null ? "" : showTime(from);
   $("to").value = to === null ? "" : showTime(to);
+  const isBound = from !== null || to !== null;
+  $("span-said").textContent = isBound ? `${$("from").value || "…"} → ${$("to").value || "…"}` : "all of time";
   for (const button of document.querySelectorAll("[data-range]")) {
     const {range} = button.dataset;
     const isIt = range === "all" ? from === null && to === null : from !== null && to - from === range * HOUR;
@@ -308,9 +372,13 @@ function makeTables() {
 function fillTabs() {
   const corrections = loaded?.corrections.data.length ?? 0;
   const runs = loaded?.runs.data.length ?? 0;
-  $("tab-corrections").textContent = corrections ? `Corrections ${corrections}${loaded.corrections.more ? "+" : ""}` : "Corrections";
+  $("tab-corrections").textContent = corrections
+    ? `Corrections ${corrections}${loaded.corrections.more ? "+" : ""}`
+    : "Corrections";
   $("tab-runs").textContent = runs ? `Runs ${runs}${loaded.runs.more ? "+" : ""}` : "Runs";
-  ({values: fillValues, corrections: fillCorrections, runs: fillRuns, lead: fillLead, code: showCode})[state.tab]();
+  ({values: fillValues, corrections: fillCorrections, runs: fillRuns, lead: fillLead, code: showCode})[
+    state.tab
+  ]();
 }
 
 function fillValues() {
@@ -325,19 +393,27 @@ function fillCorrections() {
   const list = loaded?.corrections.data ?? [];
   $("previous").disabled = $("next").disabled = list.length === 0;
   const counted = list.filter(isMade).length;
-  let text = `${many(counted, "correction")} of these series${loaded?.corrections.more ? ", the newest" : ""}, the newest first`;
-  if (counted < list.length) text += `; ${list.length - counted} later than the moments chosen are struck out`;
-  $("corrections-said").textContent = list.length ? `${text}.` : "No value of these series was corrected. Click a point in the plot to correct it.";
-  tables.corrections.fill(list.length ? correctionColumns(colorOf) : [], list, (row) => (isMade(row) ? "" : "off"));
+  let text = "No value of these series was corrected. Click a point in the plot to correct it.";
+  if (list.length > 0) text = `${many(counted, "correction")} of these series, the newest first.`;
+  if (loaded?.corrections.more) text += " Older ones are not listed.";
+  if (counted < list.length) text += ` ${list.length - counted} later than the moments chosen are struck out.`;
+  $("corrections-said").textContent = text;
+  tables.corrections.fill(list.length ? correctionColumns(colorOf) : [], list, (row) =>
+    isMade(row) ? "" : "off",
+  );
 }
 
 function fillRuns() {
   const list = loaded?.runs.data ?? [];
   const counting = list.filter((run) => standing(run, momentsOf()) === "counts").length;
-  $("runs-said").textContent = list.length ? `${counting} of ${many(list.length, "run")} count at these moments${loaded.runs.more ? "; older runs are not listed" : ""}.` :
-    "No runs: an upload makes one.";
-  tables.runs.fill(list.length ? runColumns(momentsOf(), picture ? shownOf(picture) : new Map(), askWithdrawal) : [], list,
-    (run) => (standing(run, momentsOf()) === "counts" ? "" : "off"));
+  let text = "No runs: an upload makes one.";
+  if (list.length > 0) text = `${counting} of ${many(list.length, "run")} count at these moments.`;
+  if (loaded?.runs.more) text += " Older ones are not listed.";
+  $("runs-said").textContent = text;
+  const columns = runColumns(momentsOf(), picture ? shownOf(picture) : new Map(), askWithdrawal);
+  tables.runs.fill(list.length > 0 ? columns : [], list, (run) =>
+    standing(run, momentsOf()) === "counts" ? "" : "off",
+  );
 }
 
 function fillLead() {
@@ -349,13 +425,17 @@ function fillLead() {
   };
   fillChoices(series);
   if (series.length < 2) return stop("Tick a forecast and the series that was measured.");
-  if (picture.bucket || !loaded.revisions || !state.revisions) return stop("Needs single values and their revisions: zoom in, and tick Revisions.");
+  if (picture.bucket || !loaded.revisions || !state.revisions) {
+    return stop("Needs single values and their revisions: zoom in, and tick Revisions.");
+  }
   const forecast = series.find((one) => one.key === $("forecast").value);
   const measured = series.find((one) => one.key === $("measured").value);
   const errors = errorsByLead(runsOf(forecast), measured.now);
   if (errors.bins.length === 0) return stop("The two have no valid time in common.");
-  $("lead-said").textContent = forecast.unit === measured.unit ? `${many(errors.bins.reduce((sum, bin) => sum + bin.count, 0), "value")} of ${many(Math.max(1, forecast.runs.length), "run")}.` :
-    `Mind the units: ${forecast.unit} and ${measured.unit}.`;
+  const count = errors.bins.reduce((sum, bin) => sum + bin.count, 0);
+  let text = `${many(count, "value")} of ${many(Math.max(1, forecast.runs.length), "run")}.`;
+  if (forecast.unit !== measured.unit) text += ` Mind the units: ${forecast.unit} and ${measured.unit}.`;
+  $("lead-said").textContent = text;
   drawErrors($("lead-plot"), errors, forecast.unit, forecast.color);
   tables.lead.fill(errorColumns(errors.width, forecast.unit), errors.bins);
 }
@@ -391,7 +471,8 @@ function askCorrection(row) {
     $("note").textContent = "A correction is made now: set “Stored by” back to now.";
     return;
   }
-  if (loaded.bucket) return zoom(row.t, Math.max(row.t + HOUR, picture.rows.find((other) => other.t > row.t)?.t ?? 0));
+  if (loaded.bucket)
+    return zoom(row.t, Math.max(row.t + HOUR, picture.rows.find((other) => other.t > row.t)?.t ?? 0));
   correct(row, reload);
 }
 
@@ -437,7 +518,9 @@ function chooseRange(range) {
 class Moment {
   constructor(name, sentence) {
     Object.assign(this, {name, sentence, slider: $(name), field: $(`${name}-time`), first: 0, last: 1});
-    this.slider.addEventListener("input", () => this.set(this.slider.value < PLACES ? this.timeAt(+this.slider.value) : null));
+    this.slider.addEventListener("input", () =>
+      this.set(this.slider.value < PLACES ? this.timeAt(+this.slider.value) : null),
+    );
     this.field.addEventListener("change", () => {
       const time = timeIn(this.field);
       if (time !== undefined) this.set(time);
@@ -446,7 +529,7 @@ class Moment {
   }
 
   timeAt(place) {
-    const time = this.first + (this.last - this.first) * place / PLACES;
+    const time = this.first + ((this.last - this.first) * place) / PLACES;
     return this.last - this.first > 2 * DAY ? Math.ceil(time / 60e3) * 60e3 : Math.ceil(time);
   }
 
@@ -461,11 +544,15 @@ class Moment {
     this.first = stops.reduce((a, b) => Math.min(a, b), Infinity);
     this.last = stops.reduce((a, b) => Math.max(a, b), -Infinity) + 1;
     this.slider.disabled = stops.length === 0;
-    const marks = new Set(stops.map((time) => Math.round((time - this.first) / (this.last - this.first) * PLACES)));
+    const marks = new Set(
+      stops.map((time) => Math.round(((time - this.first) / (this.last - this.first)) * PLACES)),
+    );
     const rug = $(`${this.name}-rug`);
     rug.setAttribute("viewBox", `0 0 ${PLACES} 8`);
     rug.setAttribute("preserveAspectRatio", "none");
-    rug.replaceChildren(el("svg:path", {"vector-effect": "non-scaling-stroke", d: [...marks].map((x) => `M${x} 2V8`).join("")}));
+    rug.replaceChildren(
+      el("svg:path", {"vector-effect": "non-scaling-stroke", d: [...marks].map((x) => `M${x} 2V8`).join("")}),
+    );
     this.show(false);
   }
 
@@ -473,7 +560,8 @@ class Moment {
   show(isMoving) {
     const time = state[this.name];
     if (!isMoving || time === null) {
-      const place = time === null ? PLACES : Math.round((time - this.first) / (this.last - this.first) * PLACES);
+      const place =
+        time === null ? PLACES : Math.round(((time - this.first) / (this.last - this.first)) * PLACES);
       this.slider.value = Math.max(0, Math.min(time === null ? PLACES : PLACES - 1, place));
     }
     this.field.value = time === null ? "" : showTime(time);
@@ -485,10 +573,15 @@ class Moment {
 
 const moments = {};
 function makeMoments() {
-  moments.known = new Moment("known", (time) => (time === null ? "Everything that is known now. Move it to see what had been forecast by then." :
-    `What was known before ${showTime(time)} ${zoneName()}: only runs with an earlier known_time.`));
-  moments.stored = new Moment("stored", (time) => (time === null ? "Everything that is stored now. Move it to see what this database held by then." :
-    `What this database held at ${showTime(time)} ${zoneName()}: later uploads, corrections and withdrawals are undone.`));
+  moments.known = new Moment("known", (time) => {
+    if (time === null) return "Everything that is known now. Move it to see what had been forecast by then.";
+    return `What was known before ${showTime(time)} ${zoneName()}: only runs with an earlier known_time.`;
+  });
+  moments.stored = new Moment("stored", (time) => {
+    if (time === null) return "Everything that is stored now. Move it to see what this database held by then.";
+    const moment = `${showTime(time)} ${zoneName()}`;
+    return `What this database held at ${moment}: later uploads, corrections and withdrawals are undone.`;
+  });
 }
 
 // setStops tells the sliders which moments there are: when runs were known; when runs, corrections and withdrawals came.
@@ -496,7 +589,8 @@ function setStops() {
   const runs = loaded?.runs.data ?? [];
   const withdrawals = runs.map((run) => run.withdrawn).filter((time) => time !== null);
   moments.known.setStops(runs.map((run) => run.known));
-  moments.stored.setStops([...runs.map((run) => run.stored), ...(loaded?.corrections.data ?? []).map((row) => row.changed), ...withdrawals]);
+  const corrections = (loaded?.corrections.data ?? []).map((row) => row.changed);
+  moments.stored.setStops([...runs.map((run) => run.stored), ...corrections, ...withdrawals]);
 }
 
 // ---- The list of series
@@ -507,16 +601,36 @@ function fillSeries() {
   const ticked = found.filter((one) => state.keys.includes(one.series_key));
   const listed = new Set([...ticked, ...found].slice(0, MOST_LISTED));
   giveColors();
-  $("series").replaceChildren(...found.filter((one) => listed.has(one)).map((one) => {
-    const isTicked = state.keys.includes(one.series_key);
-    const box = el("input", {type: "checkbox", value: one.series_key, checked: isTicked, onchange: (event) => tick(one.series_key, event.target.checked)});
-    const unit = one.unit === "dimensionless" ? "" : one.unit;
-    return el("li", {class: isTicked ? colorOf(one.series_key) : false},
-      el("label", {title: one.description ?? undefined}, box, el("span", {}, one.series_key), el("small", {}, unit)));
-  }));
+  $("series").replaceChildren(
+    ...found
+      .filter((one) => listed.has(one))
+      .map((one) => {
+        const isTicked = state.keys.includes(one.series_key);
+        const box = el("input", {
+          type: "checkbox",
+          value: one.series_key,
+          checked: isTicked,
+          onchange: (event) => tick(one.series_key, event.target.checked),
+        });
+        const unit = one.unit === "dimensionless" ? "" : one.unit;
+        return el(
+          "li",
+          {class: isTicked ? colorOf(one.series_key) : false},
+          el(
+            "label",
+            {title: one.description ?? undefined},
+            box,
+            el("span", {}, one.series_key),
+            el("small", {}, unit),
+          ),
+        );
+      }),
+  );
   sayTicked();
-  $("series-said").textContent = found.length > listed.size ? `${listed.size} of ${many(found.length, "series", "series")}: find more by name.` :
-    found.length === 0 ? "None is called so." : "";
+  let text = found.length === 0 ? "None is called so." : "";
+  if (found.length > listed.size)
+    text = `${listed.size} of ${many(found.length, "series", "series")}: find more by name.`;
+  $("series-said").textContent = text;
 }
 
 function sayTicked() {
@@ -569,14 +683,28 @@ function leaveNothing() {
   $("intro").hidden = false;
   instead("");
   for (const table of Object.values(tables)) table.fill([], []);
-  for (const id of ["series", "lead-plot", "forecast", "measured", "tip", "curl", "pandas", "readout", "correct-what", "withdraw-what"]) $(id).replaceChildren();
+  const filled = [
+    "series",
+    "lead-plot",
+    "forecast",
+    "measured",
+    "tip",
+    "curl",
+    "pandas",
+    "readout",
+    "correct-what",
+    "withdraw-what",
+  ];
+  for (const id of filled) $(id).replaceChildren();
 }
 
 function enter() {
   state.keys = state.keys.filter((key) => seriesOf(key));
   writeLink();
   if (catalog.length === 0) {
-    say("The key is good, and its tenant has no series yet. POST /upload makes one: the reference has an example to send.");
+    say(
+      "The key is good, and its tenant has no series yet. POST /upload makes one: the reference has an example to send.",
+    );
     return;
   }
   $("intro").hidden = true;
@@ -588,9 +716,13 @@ function enter() {
 // ---- Wiring
 
 const plot = new Plot($("plot"), {
-  point: (row) => { if (state.tab === "values") tables.values?.select(row); },
+  point: (row) => {
+    if (state.tab === "values") tables.values?.select(row);
+  },
   choose: (row) => askCorrection(row),
-  zoom, back, move,
+  zoom,
+  back,
+  move,
   remove: (key) => tick(key, false),
 });
 
@@ -602,7 +734,9 @@ async function copy(button, text) {
   } catch {
     button.textContent = "Copy it by hand"; // the browser does not allow it, as on plain HTTP
   }
-  setTimeout(() => { button.textContent = before; }, 2000);
+  setTimeout(() => {
+    button.textContent = before;
+  }, 2000);
 }
 
 async function download() {
@@ -638,7 +772,8 @@ function wire() {
     $("span").open = false;
     zoom(from, to);
   });
-  for (const button of document.querySelectorAll("[data-range]")) button.addEventListener("click", () => chooseRange(button.dataset.range));
+  for (const button of document.querySelectorAll("[data-range]"))
+    button.addEventListener("click", () => chooseRange(button.dataset.range));
   for (const button of document.querySelectorAll("[data-copies]")) {
     button.addEventListener("click", () => copy(button, $(button.dataset.copies).textContent));
   }

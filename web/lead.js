@@ -15,7 +15,8 @@ export function errorsByLead(runs, measured) {
   const errors = [];
   for (const run of runs) {
     run.t.forEach((t, i) => {
-      if (run.v[i] !== null && actual.has(t)) errors.push({lead: t - run.known, error: run.v[i] - actual.get(t)});
+      if (run.v[i] !== null && actual.has(t))
+        errors.push({lead: t - run.known, error: run.v[i] - actual.get(t)});
     });
   }
   if (errors.length === 0) return {width: 0, bins: []};
@@ -32,7 +33,15 @@ export function errorsByLead(runs, measured) {
     bin.absolute += Math.abs(error);
   }
   const sorted = [...bins.values()].sort((a, b) => a.lead - b.lead);
-  return {width, bins: sorted.map((bin) => ({lead: bin.lead, count: bin.count, error: bin.absolute / bin.count, bias: bin.sum / bin.count}))};
+  return {
+    width,
+    bins: sorted.map((bin) => ({
+      lead: bin.lead,
+      count: bin.count,
+      error: bin.absolute / bin.count,
+      bias: bin.sum / bin.count,
+    })),
+  };
 }
 
 // runsOf are the runs of a series. Where there is only one, its values are the line that is drawn.
@@ -49,23 +58,58 @@ export function drawErrors(place, {width, bins}, unit, color) {
   const last = bins.at(-1).lead + width;
   const hi = Math.max(...bins.map((bin) => bin.error)) * 1.08 || 1;
   const lo = Math.min(0, ...bins.map((bin) => bin.bias)) * 1.08;
-  const x = (lead) => PAD.left + (lead - first) / (last - first) * (right - PAD.left);
-  const y = (value) => bottom - (value - lo) / (hi - lo) * (bottom - PAD.top);
+  const x = (lead) => PAD.left + ((lead - first) / (last - first)) * (right - PAD.left);
+  const y = (value) => bottom - ((value - lo) / (hi - lo)) * (bottom - PAD.top);
   const grid = numberTicks(lo, hi, 4).flatMap((tick) => [
     el("svg:line", {class: "grid", x1: PAD.left, x2: right, y1: y(tick), y2: y(tick)}),
     el("svg:text", {x: PAD.left - 8, y: y(tick) + 4, "text-anchor": "end"}, digits(tick)),
   ]);
   const every = Math.ceil(bins.length / Math.max(2, (right - PAD.left) / 64));
-  const labels = bins.filter((bin, i) => i % every === 0)
-    .map((bin) => el("svg:text", {x: x(bin.lead), y: bottom + 16, "text-anchor": "middle"}, showSpan(bin.lead)));
-  const bars = bins.map((bin) => el("svg:rect",
-    {class: "bar", x: x(bin.lead) + 1, width: Math.max(1, x(bin.lead + width) - x(bin.lead) - 2), y: y(bin.error), height: Math.max(0, y(0) - y(bin.error))},
-    el("svg:title", {}, `${showSpan(bin.lead)} ahead: ${digits(bin.error)}${inUnit(unit)} of ${many(bin.count, "value")}`)));
+  const labels = bins
+    .filter((bin, i) => i % every === 0)
+    .map((bin) =>
+      el("svg:text", {x: x(bin.lead), y: bottom + 16, "text-anchor": "middle"}, showSpan(bin.lead)),
+    );
+  const bars = bins.map((bin) =>
+    el(
+      "svg:rect",
+      {
+        class: "bar",
+        x: x(bin.lead) + 1,
+        width: Math.max(1, x(bin.lead + width) - x(bin.lead) - 2),
+        y: y(bin.error),
+        height: Math.max(0, y(0) - y(bin.error)),
+      },
+      el(
+        "svg:title",
+        {},
+        `${showSpan(bin.lead)} ahead: ${digits(bin.error)}${inUnit(unit)} of ${many(bin.count, "value")}`,
+      ),
+    ),
+  );
   const bias = bins.map((bin) => `${x(bin.lead + width / 2).toFixed(1)} ${y(bin.bias).toFixed(1)}`).join("L");
   const axis = el("svg:line", {class: "axis", x1: PAD.left, x2: right, y1: y(0), y2: y(0)});
-  const legend = el("svg:text", {x: right, y: HEIGHT - 4, "text-anchor": "end"}, "lead time: bars are the mean absolute error, the line the bias");
-  place.replaceChildren(el("svg:svg", {width: place.clientWidth, height: HEIGHT, role: "img", "aria-label": "Error by lead time; the table below has the numbers"},
-    ...grid, el("svg:g", {class: color}, ...bars, el("svg:path", {class: "flat", d: `M${bias}`})), axis, ...labels, legend));
+  const legend = el(
+    "svg:text",
+    {x: right, y: HEIGHT - 4, "text-anchor": "end"},
+    "lead time: bars are the mean absolute error, the line the bias",
+  );
+  place.replaceChildren(
+    el(
+      "svg:svg",
+      {
+        width: place.clientWidth,
+        height: HEIGHT,
+        role: "img",
+        "aria-label": "Error by lead time; the table below has the numbers",
+      },
+      ...grid,
+      el("svg:g", {class: color}, ...bars, el("svg:path", {class: "flat", d: `M${bias}`})),
+      axis,
+      ...labels,
+      legend,
+    ),
+  );
 }
 
 export const errorColumns = (width, unit) => [
@@ -82,7 +126,7 @@ export function fillChoices(series) {
   const choose = (select, preferred) => {
     const before = select.value;
     select.replaceChildren(...series.map((one) => el("option", {}, one.key)));
-    select.value = series.some((one) => one.key === before) ? before : preferred ?? "";
+    select.value = series.some((one) => one.key === before) ? before : (preferred ?? "");
   };
   choose($("forecast"), byRuns[0]);
   const unitOf = (key) => series.find((one) => one.key === key)?.unit;

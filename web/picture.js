@@ -3,19 +3,33 @@
 import {get} from "./api.js";
 import {DAY, HOUR, iso, isLocal, zoneName} from "./times.js";
 
-export const MOST_POINTS = 12000;  // that are drawn one by one; of more the server makes buckets
+export const MOST_POINTS = 12000; // that are drawn one by one; of more the server makes buckets
 export const MOST_REVISED = 80000; // rows of revisions that are asked for
-export const MOST_LINES = 30;      // runs that are drawn as lines; more are a band
-const MOST_RUNS = 2000;            // in the list, the newest known
-const MOST_CORRECTIONS = 2000;     // in the list, the newest made
-const MOST_OWN_RUNS = 4;           // series whose runs are asked for one by one; beyond, all runs are listed
-const MOST_PATTERNS = 20;          // of match, which the server bounds
+export const MOST_LINES = 30; // runs that are drawn as lines; more are a band
+const MOST_RUNS = 2000; // in the list, the newest known
+const MOST_CORRECTIONS = 2000; // in the list, the newest made
+const MOST_OWN_RUNS = 4; // series whose runs are asked for one by one; beyond, all runs are listed
+const MOST_PATTERNS = 20; // of match, which the server bounds
 
 // Lengths of buckets. Those of a day or more follow the calendar.
 const BUCKETS = [
-  ["PT1S", 1e3], ["PT5S", 5e3], ["PT15S", 15e3], ["PT1M", 60e3], ["PT5M", 300e3], ["PT15M", 900e3], ["PT30M", 1800e3],
-  ["PT1H", HOUR], ["PT3H", 3 * HOUR], ["PT6H", 6 * HOUR], ["PT12H", 12 * HOUR], ["P1D", DAY], ["P1W", 7 * DAY],
-  ["P1M", 31 * DAY], ["P3M", 92 * DAY], ["P1Y", 366 * DAY], ["P10Y", 3660 * DAY],
+  ["PT1S", 1e3],
+  ["PT5S", 5e3],
+  ["PT15S", 15e3],
+  ["PT1M", 60e3],
+  ["PT5M", 300e3],
+  ["PT15M", 900e3],
+  ["PT30M", 1800e3],
+  ["PT1H", HOUR],
+  ["PT3H", 3 * HOUR],
+  ["PT6H", 6 * HOUR],
+  ["PT12H", 12 * HOUR],
+  ["P1D", DAY],
+  ["P1W", 7 * DAY],
+  ["P1M", 31 * DAY],
+  ["P3M", 92 * DAY],
+  ["P1Y", 366 * DAY],
+  ["P10Y", 3660 * DAY],
 ];
 
 // ---- What is known of series before their values are read
@@ -29,7 +43,11 @@ export function forget() {
 
 // about asks for what is not known yet of the series: what is stored of them, their runs, their corrections.
 export async function about(keys, signal) {
-  const [, runs, corrections] = await Promise.all([statsOf(keys, signal), runsOf(keys, signal), correctionsOf(keys, signal)]);
+  const [, runs, corrections] = await Promise.all([
+    statsOf(keys, signal),
+    runsOf(keys, signal),
+    correctionsOf(keys, signal),
+  ]);
   return {runs, corrections};
 }
 
@@ -49,16 +67,20 @@ async function statsOf(keys, signal) {
 
 async function runsOf(keys, signal) {
   const lists = keys.length > MOST_OWN_RUNS ? [""] : keys;
-  await Promise.all(lists.filter((key) => !known.runs.has(key)).map(async (key) => {
-    const parameters = [["limit", MOST_RUNS], ...(key ? [["series_key", key]] : [])];
-    const answer = await get("runs", parameters, signal);
-    for (const run of answer.data) {
-      run.known = Date.parse(run.known_time);
-      run.stored = writtenAt(run.inserted_at);
-      run.withdrawn = run.withdrawn_at ? writtenAt(run.withdrawn_at) : null;
-    }
-    known.runs.set(key, answer);
-  }));
+  await Promise.all(
+    lists
+      .filter((key) => !known.runs.has(key))
+      .map(async (key) => {
+        const parameters = [["limit", MOST_RUNS], ...(key ? [["series_key", key]] : [])];
+        const answer = await get("runs", parameters, signal);
+        for (const run of answer.data) {
+          run.known = Date.parse(run.known_time);
+          run.stored = writtenAt(run.inserted_at);
+          run.withdrawn = run.withdrawn_at ? writtenAt(run.withdrawn_at) : null;
+        }
+        known.runs.set(key, answer);
+      }),
+  );
   const all = new Map();
   for (const list of lists) for (const run of known.runs.get(list).data) all.set(run.run_id, run);
   const data = [...all.values()].sort((a, b) => b.known - a.known);
@@ -68,7 +90,11 @@ async function runsOf(keys, signal) {
 async function correctionsOf(keys, signal) {
   const name = JSON.stringify(keys.toSorted());
   if (!known.corrections.has(name)) {
-    const answer = await get("corrections", [["limit", MOST_CORRECTIONS], ...keys.map((key) => ["series_key", key])], signal);
+    const answer = await get(
+      "corrections",
+      [["limit", MOST_CORRECTIONS], ...keys.map((key) => ["series_key", key])],
+      signal,
+    );
     for (const row of answer.data) {
       row.t = Date.parse(row.valid_time);
       row.e = row.valid_time_end ? Date.parse(row.valid_time_end) : null;
@@ -98,7 +124,7 @@ function storedIn(keys, window) {
     const first = Date.parse(one.first_valid_time);
     const last = Date.parse(one.last_valid_time) + 1;
     const common = Math.min(last, window.to) - Math.max(first, window.from);
-    sum += one.values * Math.max(0, common) / (last - first);
+    sum += (one.values * Math.max(0, common)) / (last - first);
   }
   return sum;
 }
@@ -174,7 +200,12 @@ export async function loadRevisions(all, window, stored, signal) {
   if (keys.length === 0) return new Map();
   const bounded = Number.isFinite(window.from) ? window : extent(keys);
   if (!bounded || storedIn(keys, bounded) > MOST_REVISED * 1.5) return null;
-  const parameters = [...keys.map((key) => ["series_key", key]), ...bounds(window, {stored}), ["mode", "overlapping"], ["limit", MOST_REVISED]];
+  const parameters = [
+    ...keys.map((key) => ["series_key", key]),
+    ...bounds(window, {stored}),
+    ["mode", "overlapping"],
+    ["limit", MOST_REVISED],
+  ];
   const answer = await get("values", parameters, signal);
   return answer.more ? null : revisionsOf(answer.data);
 }
@@ -241,9 +272,12 @@ export function standing(run, {known: before, stored}) {
 
 // marksOf returns the corrections that count at the moments: of each value of a run the last one.
 export function marksOf(corrections, runs, {known: before, stored}) {
-  const withdrawn = new Set(runs.filter((run) => standing(run, {stored}) === "withdrawn").map((run) => run.run_id));
+  const withdrawn = new Set(
+    runs.filter((run) => standing(run, {stored}) === "withdrawn").map((run) => run.run_id),
+  );
   const last = new Map();
-  for (const row of corrections) { // the newest come first
+  for (const row of corrections) {
+    // the newest come first
     const isMade = row.changed <= (stored ?? Infinity) && row.known < (before ?? Infinity);
     const place = [row.series_id, row.run_id, row.valid_time, row.valid_time_end].join(" ");
     if (isMade && !withdrawn.has(row.run_id) && !last.has(place)) last.set(place, row);

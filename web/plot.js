@@ -6,11 +6,11 @@ import {MOST_LINES, bandOf, kindOf} from "./picture.js";
 import {digits, inUnit, many, numberTicks, showTime, timeTicks, zoneName} from "./times.js";
 
 const PAD = {top: 10, right: 16, bottom: 26};
-const LETTER = 7;     // pixels of a letter below the plot, or a little less
-const NEAR = 12;      // pixels within which something is pointed at
-const FEW = 14;       // pixels between values that leave room for a dot on each
+const LETTER = 7; // pixels of a letter below the plot, or a little less
+const NEAR = 12; // pixels within which something is pointed at
+const FEW = 14; // pixels between values that leave room for a dot on each
 const LEAST_DRAG = 6; // pixels; less is a click
-const TWICE = 300;    // milliseconds in which a click may become a double click
+const TWICE = 300; // milliseconds in which a click may become a double click
 
 export class Plot {
   // on has the functions point(row), choose(row), zoom(from, to), back(), move(part of the window), remove(series_key).
@@ -19,13 +19,18 @@ export class Plot {
     this.on = on;
     this.picture = null;
     this.cursor = null; // {t, entries}
-    this.alone = null;  // the run that is shown alone: {key, run}
+    this.alone = null; // the run that is shown alone: {key, run}
     this.tip = $("tip");
     root.addEventListener("pointermove", (event) => this.#pointerMoved(event));
-    root.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") this.#pointerLeft(); });
+    root.addEventListener("pointerleave", (event) => {
+      if (event.pointerType === "mouse") this.#pointerLeft();
+    });
     root.addEventListener("pointerdown", (event) => this.#pressed(event));
     root.addEventListener("pointerup", (event) => this.#released(event));
-    root.addEventListener("pointercancel", () => { this.drag = null; this.#drawOver(); });
+    root.addEventListener("pointercancel", () => {
+      this.drag = null;
+      this.#drawOver();
+    });
     root.addEventListener("dblclick", (event) => this.#clickedTwice(event));
     root.addEventListener("keydown", (event) => this.#keyed(event));
     new ResizeObserver(() => this.draw(this.picture)).observe(root);
@@ -48,14 +53,16 @@ export class Plot {
     this.panes = units.map((unit) => ({unit, series: picture.series.filter((one) => one.unit === unit)}));
     const height = this.#height();
     this.panes.forEach((pane, i) => {
-      pane.height = Math.max(110, Math.round(i === 0 && units.length > 1 ? height * 0.62 : height * (units.length > 1 ? 0.38 : 1)));
+      pane.height = Math.max(110, Math.round(height * shareOf(i, units.length)));
       pane.range = rangeOf(pane.series);
       pane.ticks = numberTicks(...pane.range, pane.height / 48);
     });
     const longest = Math.max(...this.panes.flatMap((pane) => pane.ticks.map((tick) => digits(tick).length)));
     this.left = Math.max(48, 16 + LETTER * longest);
     this.right = this.root.clientWidth - PAD.right;
-    this.root.replaceChildren(...this.panes.map((pane, i) => this.#drawPane(pane, i === this.panes.length - 1)));
+    this.root.replaceChildren(
+      ...this.panes.map((pane, i) => this.#drawPane(pane, i === this.panes.length - 1)),
+    );
     const isUsed = this.root.matches(":hover") || document.activeElement === this.root;
     if (this.cursor && isUsed) this.#pointAt(this.cursor.t);
     else this.#pointerLeft();
@@ -68,7 +75,7 @@ export class Plot {
 
   x(time) {
     const {from, to} = this.picture;
-    return this.left + (time - from) / (to - from) * (this.right - this.left);
+    return this.left + ((time - from) / (to - from)) * (this.right - this.left);
   }
 
   time(x) {
@@ -78,21 +85,58 @@ export class Plot {
   }
 
   #drawPane(pane, isLast) {
-    const {height, range: [lo, hi]} = pane;
+    const {
+      height,
+      range: [lo, hi],
+    } = pane;
     const bottom = height - PAD.bottom;
     pane.bottom = bottom;
-    pane.y = (value) => bottom - (value / 4 - lo / 4) / (hi / 4 - lo / 4) * (bottom - PAD.top);
+    pane.y = (value) => bottom - ((value / 4 - lo / 4) / (hi / 4 - lo / 4)) * (bottom - PAD.top);
     const clip = `clip${this.panes.indexOf(pane)}`;
     pane.clip = `url(#${clip})`;
-    const body = el("svg:g", {"clip-path": pane.clip}, ...pane.series.map((one) => this.#drawSeries(one, pane)));
+    const body = el(
+      "svg:g",
+      {"clip-path": pane.clip},
+      ...pane.series.map((one) => this.#drawSeries(one, pane)),
+    );
     pane.over = el("svg:g", {class: "over"});
-    pane.svg = el("svg:svg", {width: this.root.clientWidth, height, "aria-hidden": "true"},
-      el("svg:clipPath", {id: clip}, el("svg:rect", {x: this.left - 1, y: 0, width: this.right - this.left + 2, height: bottom + 1})),
-      ...this.#drawAxes(pane, isLast), body, pane.over);
-    const chips = pane.series.map((one) => el("li", {class: `chip ${one.color}`}, el("span", {class: "dot", "aria-hidden": "true"}), one.key,
-      el("button", {type: "button", "aria-label": `Remove ${one.key}`, title: "Remove", onclick: () => this.on.remove(one.key)}, "×")));
+    pane.svg = el(
+      "svg:svg",
+      {width: this.root.clientWidth, height, "aria-hidden": "true"},
+      el(
+        "svg:clipPath",
+        {id: clip},
+        el("svg:rect", {x: this.left - 1, y: 0, width: this.right - this.left + 2, height: bottom + 1}),
+      ),
+      ...this.#drawAxes(pane, isLast),
+      body,
+      pane.over,
+    );
+    const chips = pane.series.map((one) =>
+      el(
+        "li",
+        {class: `chip ${one.color}`},
+        el("span", {class: "dot", "aria-hidden": "true"}),
+        one.key,
+        el(
+          "button",
+          {
+            type: "button",
+            "aria-label": `Remove ${one.key}`,
+            title: "Remove",
+            onclick: () => this.on.remove(one.key),
+          },
+          "×",
+        ),
+      ),
+    );
     const unit = pane.unit === "dimensionless" ? "no unit" : pane.unit;
-    return el("div", {class: "pane"}, el("div", {class: "head"}, el("b", {class: "unit"}, unit), el("ul", {class: "chips"}, ...chips)), pane.svg);
+    return el(
+      "div",
+      {class: "pane"},
+      el("div", {class: "head"}, el("b", {class: "unit"}, unit), el("ul", {class: "chips"}, ...chips)),
+      pane.svg,
+    );
   }
 
   #drawAxes(pane, isLast) {
@@ -100,8 +144,10 @@ export class Plot {
     const parts = [];
     for (const tick of pane.ticks) {
       const y = pane.y(tick);
-      parts.push(el("svg:line", {class: "grid", x1: this.left, x2: this.right, y1: y, y2: y}),
-        el("svg:text", {x: this.left - 8, y: y + 4, "text-anchor": "end"}, digits(tick)));
+      parts.push(
+        el("svg:line", {class: "grid", x1: this.left, x2: this.right, y1: y, y2: y}),
+        el("svg:text", {x: this.left - 8, y: y + 4, "text-anchor": "end"}, digits(tick)),
+      );
     }
     const {from, to} = this.picture;
     const end = this.right + 8 - (isLast ? zoneName().length * LETTER + 8 : 0);
@@ -109,20 +155,32 @@ export class Plot {
     for (const {time, label} of timeTicks(from, to, (this.right - this.left) / (this.right < 500 ? 64 : 96))) {
       const x = this.x(time);
       parts.push(el("svg:line", {class: "tick", x1: x, x2: x, y1: pane.bottom, y2: pane.bottom + 5}));
-      const half = label.length * LETTER / 2;
+      const half = (label.length * LETTER) / 2;
       const middle = Math.max(x, this.left - 8 + half);
       if (middle - half < free || middle + half > end) continue;
       parts.push(el("svg:text", {x: middle, y: pane.bottom + 19, "text-anchor": "middle"}, label));
       free = middle + half + 8;
     }
     const {known} = this.picture;
-    if (known !== null && known > from && known < to) { // what is to the right of it was the future then
+    if (known !== null && known > from && known < to) {
+      // what is to the right of it was the future then
       const x = this.x(known);
-      parts.push(el("svg:line", {class: "then", x1: x, x2: x, y1: 0, y2: pane.bottom}),
-        el("svg:text", {class: "thenSaid", x: x + 5, y: 12}, isFirst ? "known before" : ""));
+      parts.push(
+        el("svg:line", {class: "then", x1: x, x2: x, y1: 0, y2: pane.bottom}),
+        el("svg:text", {class: "thenSaid", x: x + 5, y: 12}, isFirst ? "known before" : ""),
+      );
     }
-    parts.push(el("svg:line", {class: "axis", x1: this.left, x2: this.right, y1: pane.bottom, y2: pane.bottom}));
-    if (isLast) parts.push(el("svg:text", {class: "zone", x: this.right + 8, y: pane.bottom + 19, "text-anchor": "end"}, zoneName()));
+    parts.push(
+      el("svg:line", {class: "axis", x1: this.left, x2: this.right, y1: pane.bottom, y2: pane.bottom}),
+    );
+    if (isLast)
+      parts.push(
+        el(
+          "svg:text",
+          {class: "zone", x: this.right + 8, y: pane.bottom + 19, "text-anchor": "end"},
+          zoneName(),
+        ),
+      );
     return parts;
   }
 
@@ -134,17 +192,25 @@ export class Plot {
     } else {
       one.runs.forEach((run, i) => {
         const path = el("svg:path", {class: "run", d: this.#line(pointsOf(run), pane)});
-        path.style.opacity = 0.15 + 0.55 * (i + 1) / one.runs.length; // the older, the paler
+        path.style.opacity = 0.15 + (0.55 * (i + 1)) / one.runs.length; // the older, the paler
         group.append(path);
       });
     }
     if (this.picture.bucket) group.append(el("svg:path", {class: "band", d: this.#area(one.shown, pane)}));
     if (this.picture.moved) group.append(el("svg:path", {class: "ghost", d: this.#line(one.now, pane)}));
     const hasRoom = one.shown.length * FEW < this.right - this.left;
-    group.append(el("svg:path", {class: `flat${hasRoom ? " dotted" : ""}${one.isDashed ? " dashed" : ""}`, d: this.#line(one.shown, pane)}));
+    group.append(
+      el("svg:path", {
+        class: `flat${hasRoom ? " dotted" : ""}${one.isDashed ? " dashed" : ""}`,
+        d: this.#line(one.shown, pane),
+      }),
+    );
     if (hasRoom) {
-      group.append(...one.shown.filter((row) => row.value !== null)
-        .map((row) => el("svg:circle", {class: "point", r: 2.5, cx: this.x(row.t), cy: pane.y(row.value)})));
+      group.append(
+        ...one.shown
+          .filter((row) => row.value !== null)
+          .map((row) => el("svg:circle", {class: "point", r: 2.5, cx: this.x(row.t), cy: pane.y(row.value)})),
+      );
     }
     group.append(...one.marks.map((mark) => this.#ring(mark, pane)));
     return group;
@@ -178,11 +244,17 @@ export class Plot {
       pieces.at(-1).push(point);
     });
     const corner = (t, value) => `${this.x(t).toFixed(1)} ${pane.y(value).toFixed(1)}`;
-    return pieces.map((piece) => {
-      const above = piece.flatMap((p) => (p.e ? [corner(p.t, p.max), corner(p.e, p.max)] : [corner(p.t, p.max)]));
-      const below = piece.toReversed().flatMap((p) => (p.e ? [corner(p.e, p.min), corner(p.t, p.min)] : [corner(p.t, p.min)]));
-      return `M${[...above, ...below].join("L")}Z`;
-    }).join("");
+    return pieces
+      .map((piece) => {
+        const above = piece.flatMap((p) =>
+          p.e ? [corner(p.t, p.max), corner(p.e, p.max)] : [corner(p.t, p.max)],
+        );
+        const below = piece
+          .toReversed()
+          .flatMap((p) => (p.e ? [corner(p.e, p.min), corner(p.t, p.min)] : [corner(p.t, p.min)]));
+        return `M${[...above, ...below].join("L")}Z`;
+      })
+      .join("");
   }
 
   // #ring marks a correction by its shape: a ring, with a cross for a value that was taken away and a plus for one added.
@@ -192,15 +264,19 @@ export class Plot {
     const x = this.x(mark.e ? (mark.t + mark.e) / 2 : mark.t);
     const y = value === null ? pane.bottom - 8 : Math.min(pane.bottom - 2, Math.max(6, pane.y(value)));
     const inner = {"to null": "M-3 -3L3 3M-3 3L3 -3", added: "M-3.5 0H3.5M0 -3.5V3.5", changed: ""}[kind];
-    return el("svg:g", {class: "correction", "data-kind": kind, transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`},
-      el("svg:circle", {r: kind === "changed" ? 5.5 : 6.5}), el("svg:path", {d: inner}));
+    return el(
+      "svg:g",
+      {class: "correction", "data-kind": kind, transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`},
+      el("svg:circle", {r: kind === "changed" ? 5.5 : 6.5}),
+      el("svg:path", {d: inner}),
+    );
   }
 
   // ---- The cursor
 
   // #entriesAt lists, for a time, what each series shows there.
   #entriesAt(t) {
-    const reach = (this.picture.to - this.picture.from) / (this.right - this.left) * NEAR;
+    const reach = ((this.picture.to - this.picture.from) / (this.right - this.left)) * NEAR;
     const entries = [];
     for (const pane of this.panes) {
       for (const one of pane.series) {
@@ -221,7 +297,8 @@ export class Plot {
   // #pointAt moves the cursor to a time; at is where the pointer is, if it is one.
   #pointAt(t, at = null) {
     const entries = this.#entriesAt(t);
-    const distance = ({row, pane}) => (at && pane === at.pane && row.value !== null ? Math.abs(pane.y(row.value) - at.y) : 1e6);
+    const distance = ({row, pane}) =>
+      at && pane === at.pane && row.value !== null ? Math.abs(pane.y(row.value) - at.y) : 1e6;
     if (at) entries.sort((a, b) => distance(a) - distance(b));
     this.cursor = {t, entries};
     this.#drawOver();
@@ -239,30 +316,47 @@ export class Plot {
       }
       if (this.cursor) {
         const x = this.x(this.cursor.t);
-        if (x >= this.left - 1 && x <= this.right + 1) parts.push(el("svg:line", {class: "cursor", x1: x, x2: x, y1: 0, y2: pane.bottom}));
+        if (x >= this.left - 1 && x <= this.right + 1)
+          parts.push(el("svg:line", {class: "cursor", x1: x, x2: x, y1: 0, y2: pane.bottom}));
         for (const {row, one, pane: own} of this.cursor.entries) {
           if (own !== pane || row.value === null) continue;
-          parts.push(el("svg:circle", {class: `here ${one.color}`, r: 4.5, cx: this.x(row.t), cy: pane.y(row.value)}));
+          parts.push(
+            el("svg:circle", {class: `here ${one.color}`, r: 4.5, cx: this.x(row.t), cy: pane.y(row.value)}),
+          );
         }
       }
       const alone = this.alone && pane.series.find((one) => one.key === this.alone.key);
-      if (alone) parts.push(el("svg:g", {class: alone.color, "clip-path": pane.clip}, el("svg:path", {class: "alone", d: this.#line(pointsOf(this.alone.run), pane)})));
+      if (alone)
+        parts.push(
+          el(
+            "svg:g",
+            {class: alone.color, "clip-path": pane.clip},
+            el("svg:path", {class: "alone", d: this.#line(pointsOf(this.alone.run), pane)}),
+          ),
+        );
       pane.over.replaceChildren(...parts);
       pane.svg.classList.toggle("hasAlone", Boolean(alone));
     }
   }
 
-  // describe is what the tooltip, and a screen reader, are told of one series at the cursor.
+  // #describe is what the tooltip, and a screen reader, are told of one series at the cursor.
   #describe(entry) {
     const {row, one} = entry;
     const lines = [];
     if (row.known_time) lines.push(`known ${showTime(Date.parse(row.known_time))}`);
-    if (this.picture.bucket) lines.push(`${digits(row.min)} to ${digits(row.max)}, ${many(row.count, "value")}`);
+    if (this.picture.bucket)
+      lines.push(`${digits(row.min)} to ${digits(row.max)}, ${many(row.count, "value")}`);
     for (const mark of this.#marksAt(entry).slice(0, 3)) {
       const from = mark.old_value === null ? "added" : digits(mark.old_value);
-      lines.push(`◎ ${from} → ${digits(mark.value)} by ${mark.changed_by ?? "someone"}${mark.annotation ? `: ${mark.annotation}` : ""}`);
+      lines.push(
+        `◎ ${from} → ${digits(mark.value)} by ${mark.changed_by ?? "someone"}${mark.annotation ? `: ${mark.annotation}` : ""}`,
+      );
     }
-    return {name: one.key, value: row.value === null ? "no value" : digits(row.value) + inUnit(one.unit), lines};
+    return {
+      name: one.key,
+      value: row.value === null ? "no value" : digits(row.value) + inUnit(one.unit),
+      lines,
+    };
   }
 
   #fillTip(at) {
@@ -270,11 +364,23 @@ export class Plot {
     this.tip.hidden = entries.length === 0;
     if (entries.length === 0) return;
     const said = entries.map((entry) => ({...this.#describe(entry), color: entry.one.color}));
-    const rows = said.map(({name, value, lines, color}) => el("div", {class: `entry ${color}`},
-      el("span", {class: "dot"}), el("span", {class: "name"}, name), el("b", {}, value), ...lines.map((line) => el("small", {}, line))));
-    const run = this.alone ? [el("div", {class: "entry"}, el("small", {}, `alone: the run known ${showTime(this.alone.run.known)}`))] : [];
+    const rows = said.map(({name, value, lines, color}) =>
+      el(
+        "div",
+        {class: `entry ${color}`},
+        el("span", {class: "dot"}),
+        el("span", {class: "name"}, name),
+        el("b", {}, value),
+        ...lines.map((line) => el("small", {}, line)),
+      ),
+    );
+    const run = this.alone
+      ? [el("div", {class: "entry"}, el("small", {}, `alone: the run known ${showTime(this.alone.run.known)}`))]
+      : [];
     this.tip.replaceChildren(el("div", {class: "when"}, `${showTime(t)} ${zoneName()}`), ...rows, ...run);
-    if (!at) $("readout").textContent = `${showTime(t)}: ${said.map((one) => [one.name, one.value, ...one.lines].join(" ")).join("; ")}`;
+    if (!at)
+      $("readout").textContent =
+        `${showTime(t)}: ${said.map((one) => [one.name, one.value, ...one.lines].join(" ")).join("; ")}`;
     const x = this.x(t);
     const isRight = x + this.tip.offsetWidth + 24 > this.root.clientWidth;
     this.tip.style.left = `${Math.max(0, isRight ? x - this.tip.offsetWidth - 14 : x + 14)}px`;
@@ -289,7 +395,8 @@ export class Plot {
   #place(event) {
     for (const pane of this.panes) {
       const box = pane.svg.getBoundingClientRect();
-      if (event.clientY >= box.top && event.clientY <= box.bottom) return {pane, x: event.clientX - box.left, y: event.clientY - box.top};
+      if (event.clientY >= box.top && event.clientY <= box.bottom)
+        return {pane, x: event.clientX - box.left, y: event.clientY - box.top};
     }
     return null;
   }
@@ -318,7 +425,9 @@ export class Plot {
 
   // #timeOfNearest is the valid time nearest to a time, of all series.
   #timeOfNearest(t) {
-    const times = this.picture.series.map((one) => one.shown[nearest(one.shown, t)]?.t).filter((time) => time !== undefined);
+    const times = this.picture.series
+      .map((one) => one.shown[nearest(one.shown, t)]?.t)
+      .filter((time) => time !== undefined);
     if (times.length === 0) return null;
     return times.reduce((best, time) => (Math.abs(time - t) < Math.abs(best - t) ? time : best));
   }
@@ -357,7 +466,8 @@ export class Plot {
   // ---- Dragging and keys
 
   #pressed(event) {
-    const at = this.picture && event.button === 0 && !event.target.closest("button") ? this.#place(event) : null;
+    const at =
+      this.picture && event.button === 0 && !event.target.closest("button") ? this.#place(event) : null;
     if (!at) return;
     if (event.pointerType !== "mouse") this.#pointerMoved(event); // a finger points by pressing
     this.drag = {x: Math.max(this.left, at.x), now: at.x, origin: event.clientX - at.x, isWide: false, at};
@@ -375,10 +485,15 @@ export class Plot {
       return;
     }
     this.#drawOver();
-    const entry = this.cursor?.entries.find(({row, pane}) => pane === drag.at.pane && row.value !== null &&
-      Math.hypot(this.x(row.t) - drag.at.x, pane.y(row.value) - drag.at.y) < NEAR);
+    const entry = this.cursor?.entries.find(
+      ({row, pane}) =>
+        pane === drag.at.pane &&
+        row.value !== null &&
+        Math.hypot(this.x(row.t) - drag.at.x, pane.y(row.value) - drag.at.y) < NEAR,
+    );
     clearTimeout(this.clicked);
-    if (entry && event.pointerType === "mouse") this.clicked = setTimeout(() => this.on.choose(entry.row), TWICE);
+    if (entry && event.pointerType === "mouse")
+      this.clicked = setTimeout(() => this.on.choose(entry.row), TWICE);
   }
 
   #clickedTwice(event) {
@@ -390,11 +505,20 @@ export class Plot {
     if (!this.picture || event.target !== this.root || event.ctrlKey || event.metaKey || event.altKey) return;
     const name = event.shiftKey && event.key.startsWith("Arrow") ? `Shift${event.key}` : event.key;
     const work = {
-      ArrowLeft: () => this.#step(-1), ArrowRight: () => this.#step(1), Home: () => this.#end(0), End: () => this.#end(-1),
-      ShiftArrowLeft: () => this.on.move(-0.25), ShiftArrowRight: () => this.on.move(0.25),
-      PageUp: () => this.on.move(-1), PageDown: () => this.on.move(1),
-      "+": () => this.#scale(0.5), "-": () => this.#scale(2), Escape: () => this.on.back(),
-      Enter: () => { if (this.cursor?.entries[0]) this.on.choose(this.cursor.entries[0].row); },
+      ArrowLeft: () => this.#step(-1),
+      ArrowRight: () => this.#step(1),
+      Home: () => this.#end(0),
+      End: () => this.#end(-1),
+      ShiftArrowLeft: () => this.on.move(-0.25),
+      ShiftArrowRight: () => this.on.move(0.25),
+      PageUp: () => this.on.move(-1),
+      PageDown: () => this.on.move(1),
+      "+": () => this.#scale(0.5),
+      "-": () => this.#scale(2),
+      Escape: () => this.on.back(),
+      Enter: () => {
+        if (this.cursor?.entries[0]) this.on.choose(this.cursor.entries[0].row);
+      },
     }[name];
     if (!work) return;
     event.preventDefault();
@@ -404,11 +528,13 @@ export class Plot {
   // #step moves the cursor to the next valid time of any series, in one direction.
   #step(direction) {
     if (!this.cursor) return this.#end(direction > 0 ? 0 : -1);
-    const times = this.picture.series.map((one) => {
-      const i = nearest(one.shown, this.cursor.t);
-      const around = [one.shown[i - 1], one.shown[i], one.shown[i + 1]].filter(Boolean).map((row) => row.t);
-      return around.filter((t) => (t - this.cursor.t) * direction > 0).sort((a, b) => (a - b) * direction)[0];
-    }).filter((t) => t !== undefined);
+    const times = this.picture.series
+      .map((one) => {
+        const i = nearest(one.shown, this.cursor.t);
+        const around = [one.shown[i - 1], one.shown[i], one.shown[i + 1]].filter(Boolean).map((row) => row.t);
+        return around.filter((t) => (t - this.cursor.t) * direction > 0).sort((a, b) => (a - b) * direction)[0];
+      })
+      .filter((t) => t !== undefined);
     if (times.length > 0) this.#pointAt(direction > 0 ? Math.min(...times) : Math.max(...times));
   }
 
@@ -419,12 +545,19 @@ export class Plot {
 
   #scale(factor) {
     const {from, to} = this.picture;
-    const middle = this.cursor && this.cursor.t >= from && this.cursor.t <= to ? this.cursor.t : (from + to) / 2;
+    const middle =
+      this.cursor && this.cursor.t >= from && this.cursor.t <= to ? this.cursor.t : (from + to) / 2;
     this.on.zoom(Math.floor(middle - (middle - from) * factor), Math.ceil(middle + (to - middle) * factor));
   }
 }
 
 // ---- Numbers of a plot
+
+// shareOf is how much of the height the i-th pane of a number has: the first is the main one.
+function shareOf(i, count) {
+  if (count === 1) return 1;
+  return i === 0 ? 0.62 : 0.38;
+}
 
 const pointsOf = (run) => run.t.map((t, i) => ({t, e: run.e[i], value: run.v[i]}));
 
@@ -444,7 +577,7 @@ function rangeOf(series) {
   }
   if (lo > hi) return [0, 1];
   const air = hi > lo ? Math.max((hi / 4 - lo / 4) / 5, Math.abs(hi) / 1e12) : Math.abs(hi) / 20 || 1;
-  const isNearZero = lo >= 0 && lo < (hi / 4 - lo / 4);
+  const isNearZero = lo >= 0 && lo < hi / 4 - lo / 4;
   return [isNearZero ? 0 : Math.max(lo - air, -Number.MAX_VALUE), Math.min(hi + air, Number.MAX_VALUE)];
 }
 

@@ -4,7 +4,7 @@ import {$, el, urlOf} from "./api.js";
 import {kindOf, standing} from "./picture.js";
 import {digits, showTime, zoneName} from "./times.js";
 
-const ROW = 30;    // pixels, as docs.css has it
+const ROW = 30; // pixels, as docs.css has it
 const BEYOND = 20; // rows above and below those that are seen
 
 // ---- A table whose rows are made as they are scrolled to
@@ -26,14 +26,26 @@ export class Table {
     const selected = rows.includes(this.selected) ? this.selected : null;
     Object.assign(this, {columns, rows, marked, selected});
     this.scroller.hidden = rows.length === 0;
-    this.head = el("tr", {"aria-rowindex": "1"}, ...columns.map((column) => el("th", {scope: "col", class: column.isNumber ? "number" : false}, column.name)));
+    this.head = el(
+      "tr",
+      {"aria-rowindex": "1"},
+      ...columns.map((column) =>
+        el("th", {scope: "col", class: column.isNumber ? "number" : false}, column.name),
+      ),
+    );
     this.body = el("tbody");
     const widths = columns.map((column) => {
       const node = el("col");
       node.style.width = `${column.width}ch`;
       return node;
     });
-    const table = el("table", {"aria-rowcount": String(rows.length + 1)}, el("colgroup", {}, ...widths), el("thead", {}, this.head), this.body);
+    const table = el(
+      "table",
+      {"aria-rowcount": String(rows.length + 1)},
+      el("colgroup", {}, ...widths),
+      el("thead", {}, this.head),
+      this.body,
+    );
     table.style.minWidth = `${columns.reduce((sum, column) => sum + column.width, 0)}ch`;
     this.scroller.replaceChildren(table);
     this.#draw();
@@ -48,13 +60,23 @@ export class Table {
     const isFocused = this.body.contains(document.activeElement); // do not take a button away that has the focus
     if (isFocused && first >= this.first && last <= this.last) return;
     [this.first, this.last] = [first, last];
-    this.body.replaceChildren(space(first), ...this.rows.slice(first, last).map((row, i) => this.#row(row, first + i)), space(this.rows.length - last));
+    this.body.replaceChildren(
+      space(first),
+      ...this.rows.slice(first, last).map((row, i) => this.#row(row, first + i)),
+      space(this.rows.length - last),
+    );
   }
 
   #row(row, place) {
-    const cells = this.columns.map(({of, exact, isNumber}) => el("td", {class: isNumber ? "number" : false, title: exact?.(row)}, of(row) ?? ""));
+    const cells = this.columns.map(({of, exact, isNumber}) =>
+      el("td", {class: isNumber ? "number" : false, title: exact?.(row)}, of(row) ?? ""),
+    );
     const classes = `${this.marked(row)}${row === this.selected ? " selected" : ""}`;
-    return el("tr", {class: classes || false, "aria-rowindex": String(place + 2), onclick: () => this.onPick(row)}, ...cells);
+    return el(
+      "tr",
+      {class: classes || false, "aria-rowindex": String(place + 2), onclick: () => this.onPick(row)},
+      ...cells,
+    );
   }
 
   // select marks a row and scrolls to it.
@@ -69,7 +91,8 @@ export class Table {
       this.scroller.scrollTop = top - clientHeight / 2;
       this.#draw();
     }
-    for (const node of this.body.children) node.classList.toggle("selected", node.getAttribute("aria-rowindex") === String(place + 2));
+    for (const node of this.body.children)
+      node.classList.toggle("selected", node.getAttribute("aria-rowindex") === String(place + 2));
   }
 }
 
@@ -88,20 +111,57 @@ const exact = (value) => (value === null || value === undefined ? undefined : St
 
 export function valueColumns(picture, colorOf, correct) {
   const columns = [
-    {name: `valid time (${zoneName()})`, width: 22, of: (row) => time(row.valid_time), exact: (row) => row.valid_time},
-    {name: "series", width: 30, of: (row) => named(colorOf(row.series_key), row.series_key), exact: (row) => row.series_key},
-    {name: picture.bucket ? "mean" : "value", width: 14, isNumber: true, of: (row) => digits(row.value), exact: (row) => exact(row.value)},
-    {name: "unit", width: 10, of: (row) => (row.series_unit === "dimensionless" ? "" : row.series_unit), exact: (row) => row.series_unit},
+    {
+      name: `valid time (${zoneName()})`,
+      width: 22,
+      of: (row) => time(row.valid_time),
+      exact: (row) => row.valid_time,
+    },
+    {
+      name: "series",
+      width: 30,
+      of: (row) => named(colorOf(row.series_key), row.series_key),
+      exact: (row) => row.series_key,
+    },
+    {
+      name: picture.bucket ? "mean" : "value",
+      width: 14,
+      isNumber: true,
+      of: (row) => digits(row.value),
+      exact: (row) => exact(row.value),
+    },
+    {
+      name: "unit",
+      width: 10,
+      of: (row) => (row.series_unit === "dimensionless" ? "" : row.series_unit),
+      exact: (row) => row.series_unit,
+    },
   ];
   if (picture.bucket) {
-    const number = (name) => ({name, width: 14, isNumber: true, of: (row) => digits(row[name]), exact: (row) => exact(row[name])});
+    const number = (name) => ({
+      name,
+      width: 14,
+      isNumber: true,
+      of: (row) => digits(row[name]),
+      exact: (row) => exact(row[name]),
+    });
     return [...columns, number("min"), number("max"), number("count")];
   }
-  const button = (row) => el("button", {type: "button", "aria-label": `Correct ${row.series_key} at ${time(row.valid_time)}`, onclick: (event) => {
-    event.stopPropagation();
-    correct(row);
-  }}, "Correct…");
-  return [...columns,
+  const button = (row) =>
+    el(
+      "button",
+      {
+        type: "button",
+        "aria-label": `Correct ${row.series_key} at ${time(row.valid_time)}`,
+        onclick: (event) => {
+          event.stopPropagation();
+          correct(row);
+        },
+      },
+      "Correct…",
+    );
+  return [
+    ...columns,
     {name: "known", width: 18, of: (row) => time(row.known_time), exact: (row) => row.known_time},
     {name: "version", width: 9, isNumber: true, of: (row) => String(row.version)},
     {name: "by", width: 22, of: (row) => row.changed_by, exact: (row) => row.changed_by ?? undefined},
@@ -110,13 +170,30 @@ export function valueColumns(picture, colorOf, correct) {
   ];
 }
 
-const reasonOf = (row) => [row.annotation ?? "", ...(row.tags ?? []).map((tag) => `#${tag}`)].filter(Boolean).join(" ");
+const reasonOf = (row) =>
+  [row.annotation ?? "", ...(row.tags ?? []).map((tag) => `#${tag}`)].filter(Boolean).join(" ");
 
 export function correctionColumns(colorOf) {
   return [
-    {name: `valid time (${zoneName()})`, width: 22, of: (row) => time(row.valid_time), exact: (row) => row.valid_time},
-    {name: "series", width: 28, of: (row) => named(colorOf(row.series_key), row.series_key), exact: (row) => row.series_key},
-    {name: "from", width: 13, isNumber: true, of: (row) => (kindOf(row) === "added" ? "added" : digits(row.old_value)), exact: (row) => exact(row.old_value)},
+    {
+      name: `valid time (${zoneName()})`,
+      width: 22,
+      of: (row) => time(row.valid_time),
+      exact: (row) => row.valid_time,
+    },
+    {
+      name: "series",
+      width: 28,
+      of: (row) => named(colorOf(row.series_key), row.series_key),
+      exact: (row) => row.series_key,
+    },
+    {
+      name: "from",
+      width: 13,
+      isNumber: true,
+      of: (row) => (kindOf(row) === "added" ? "added" : digits(row.old_value)),
+      exact: (row) => exact(row.old_value),
+    },
     {name: "to", width: 13, isNumber: true, of: (row) => digits(row.value), exact: (row) => exact(row.value)},
     {name: "by", width: 22, of: (row) => row.changed_by, exact: (row) => row.changed_by ?? undefined},
     {name: "when", width: 18, of: (row) => second(row.change_time), exact: (row) => row.change_time},
@@ -140,13 +217,28 @@ export function runColumns(moments, shown, withdraw) {
     const by = `withdrawn ${second(run.withdrawn_at)} by ${run.withdrawn_by ?? "someone"}${run.annotation ? `: ${run.annotation}` : ""}`;
     return word === "withdrawn" ? by : `${word}; later ${by}`;
   };
-  const button = (run) => (run.withdrawn_at ? "" : el("button", {type: "button", "aria-label": `Withdraw the run known ${time(run.known_time)}`,
-    onclick: (event) => {
-      event.stopPropagation();
-      withdraw(run);
-    }}, "Withdraw…"));
+  const button = (run) =>
+    run.withdrawn_at
+      ? ""
+      : el(
+          "button",
+          {
+            type: "button",
+            "aria-label": `Withdraw the run known ${time(run.known_time)}`,
+            onclick: (event) => {
+              event.stopPropagation();
+              withdraw(run);
+            },
+          },
+          "Withdraw…",
+        );
   return [
-    {name: `known (${zoneName()})`, width: 20, of: (run) => time(run.known_time), exact: (run) => run.known_time},
+    {
+      name: `known (${zoneName()})`,
+      width: 20,
+      of: (run) => time(run.known_time),
+      exact: (run) => run.known_time,
+    },
     {name: "workflow", width: 20, of: (run) => run.workflow_id, exact: (run) => run.workflow_id},
     {name: "stored", width: 20, of: (run) => second(run.inserted_at), exact: (run) => run.inserted_at},
     {name: "by", width: 22, of: (run) => run.changed_by, exact: (run) => run.changed_by ?? undefined},

@@ -5,7 +5,9 @@ export const HOUR = 3600e3;
 export const DAY = 24 * HOUR;
 
 let zone = "UTC";
-export const setZone = (name) => { zone = name; };
+export const setZone = (name) => {
+  zone = name;
+};
 export const isLocal = () => zone === "local";
 export const zoneName = () => (isLocal() ? Intl.DateTimeFormat().resolvedOptions().timeZone : "UTC");
 
@@ -15,8 +17,25 @@ const two = (n) => String(n).padStart(2, "0");
 // fields are what a calendar and a clock in the zone show.
 function fields(time) {
   const d = new Date(time);
-  if (isLocal()) return [d.getFullYear(), d.getMonth(), d.getDate(), d.getHours(), d.getMinutes(), d.getSeconds(), d.getMilliseconds()];
-  return [d.getUTCFullYear(), d.getUTCMonth(), d.getUTCDate(), d.getUTCHours(), d.getUTCMinutes(), d.getUTCSeconds(), d.getUTCMilliseconds()];
+  if (isLocal())
+    return [
+      d.getFullYear(),
+      d.getMonth(),
+      d.getDate(),
+      d.getHours(),
+      d.getMinutes(),
+      d.getSeconds(),
+      d.getMilliseconds(),
+    ];
+  return [
+    d.getUTCFullYear(),
+    d.getUTCMonth(),
+    d.getUTCDate(),
+    d.getUTCHours(),
+    d.getUTCMinutes(),
+    d.getUTCSeconds(),
+    d.getUTCMilliseconds(),
+  ];
 }
 
 // moment is the inverse of fields. Fields beyond their range carry over, such as the 32nd of a month.
@@ -81,13 +100,15 @@ export function timeTicks(from, to, count) {
   const least = (to - from) / count;
   const [field, n] = STEPS.find(([, , length]) => length >= least) ?? STEPS.at(-1);
   const begin = fields(from).slice(0, field + 1);
-  if (field === 2) begin[2] = n < 7 ? 1 : begin[2] - ((new Date(Date.UTC(...begin)).getUTCDay() + 6) % 7); // Mondays
+  if (field === 2)
+    begin[2] = n < 7 ? 1 : begin[2] - ((new Date(Date.UTC(...begin)).getUTCDay() + 6) % 7); // Mondays
   else begin[field] -= begin[field] % n;
   const ticks = [];
   for (let i = 0; ticks.length < 200; i++) {
     const time = moment(...begin.with(-1, begin.at(-1) + i * n));
     if (time > to) break;
-    if (time >= from && time !== ticks.at(-1)?.time) ticks.push({time, label: tickLabel(time, field, ticks.length === 0)});
+    if (time >= from && time !== ticks.at(-1)?.time)
+      ticks.push({time, label: tickLabel(time, field, ticks.length === 0)});
   }
   return ticks;
 }
@@ -104,11 +125,12 @@ function tickLabel(time, field, isFirst) {
 
 // numberTicks returns about count round numbers within lo and hi. Quarters, because hi - lo may be beyond all numbers.
 export function numberTicks(lo, hi, count) {
-  const least = (hi / 4 - lo / 4) / count * 4;
+  const least = ((hi / 4 - lo / 4) / count) * 4;
   const power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10].map((n) => n * power).find((s) => s >= least) ?? power * 10;
   const ticks = [];
-  for (let n = Math.ceil(lo / step); n * step <= hi && ticks.length < 100; n++) ticks.push(Number((n * step).toPrecision(12)));
+  for (let n = Math.ceil(lo / step); n * step <= hi && ticks.length < 100; n++)
+    ticks.push(Number((n * step).toPrecision(12)));
   return ticks;
 }
 

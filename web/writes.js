@@ -3,7 +3,11 @@
 import {$, send} from "./api.js";
 import {digits, inUnit, many, showTime, zoneName} from "./times.js";
 
-const tagsOf = (text) => text.split(",").map((tag) => tag.trim()).filter(Boolean);
+const tagsOf = (text) =>
+  text
+    .split(",")
+    .map((tag) => tag.trim())
+    .filter(Boolean);
 
 // open shows a dialog. submit() does the work when its form is sent; it returns whether the dialog may close, and what it
 // throws is shown in the dialog.
@@ -25,7 +29,9 @@ function open(dialog, submit) {
       button.disabled = false;
     }
   };
-  form.oninput = () => { said.textContent = ""; };
+  form.oninput = () => {
+    said.textContent = "";
+  };
   dialog.showModal();
 }
 
@@ -34,22 +40,32 @@ function open(dialog, submit) {
 export function correct(row, done) {
   const value = $("correct-value");
   const isNull = $("correct-null");
-  const before = {value: row.value === null ? "" : String(row.value), why: row.annotation ?? "", tags: (row.tags ?? []).join(", ")};
-  $("correct-what").textContent = `${row.series_key} at ${showTime(row.t)} ${zoneName()}, now ${digits(row.value)}` +
+  const before = {
+    value: row.value === null ? "" : String(row.value),
+    why: row.annotation ?? "",
+    tags: (row.tags ?? []).join(", "),
+  };
+  $("correct-what").textContent =
+    `${row.series_key} at ${showTime(row.t)} ${zoneName()}, now ${digits(row.value)}` +
     `${row.value === null ? "" : inUnit(row.series_unit)}, of the run known ${showTime(Date.parse(row.known_time))}`;
   value.value = before.value;
   isNull.checked = row.value === null;
   value.disabled = isNull.checked;
-  isNull.onchange = () => { value.disabled = isNull.checked; };
+  isNull.onchange = () => {
+    value.disabled = isNull.checked;
+  };
   $("correct-why").value = before.why;
   $("correct-tags").value = before.tags;
   open($("correct"), async () => {
     const update = {series_id: row.series_id, run_id: row.run_id, valid_time: row.valid_time};
     if (row.valid_time_end) update.valid_time_end = row.valid_time_end;
-    if (isNull.checked !== (row.value === null) || value.value.trim() !== before.value) update.value = isNull.checked ? null : numberIn(value.value);
+    const isOther =
+      isNull.checked !== (row.value === null) || (!isNull.checked && value.value.trim() !== before.value);
+    if (isOther) update.value = isNull.checked ? null : numberIn(value.value);
     if ($("correct-why").value !== before.why) update.annotation = $("correct-why").value.trim() || null;
     if ($("correct-tags").value !== before.tags) update.tags = tagsOf($("correct-tags").value);
-    if (Object.keys(update).every((name) => /_id$|_time/.test(name))) throw new Error("Nothing is changed yet.");
+    if (Object.keys(update).every((name) => /_id$|_time/.test(name)))
+      throw new Error("Nothing is changed yet.");
     await send("PUT", "values", {updates: [update]});
     done();
     return true;
@@ -59,14 +75,16 @@ export function correct(row, done) {
 
 function numberIn(text) {
   const number = Number(text.trim().replace(",", "."));
-  if (text.trim() === "" || !Number.isFinite(number)) throw new Error("The new value is not a number. For none, tick “no value”.");
+  if (text.trim() === "" || !Number.isFinite(number))
+    throw new Error("The new value is not a number. For none, tick “no value”.");
   return number;
 }
 
 export function withdraw(run, done) {
   const sure = $("withdraw-sure");
   const button = $("withdraw").querySelector(".primary");
-  $("withdraw-what").textContent = `${run.workflow_id}, known ${showTime(run.known)} ${zoneName()}: no read will show its ${many(run.rows, "value")} any ` +
+  $("withdraw-what").textContent =
+    `${run.workflow_id}, known ${showTime(run.known)} ${zoneName()}: no read will show its ${many(run.rows, "value")} any ` +
     "more, in any series, and what it had covered shows again. Nothing is deleted: “Stored by” a moment before still shows it.";
   $("withdraw-why").value = "";
   sure.hidden = true;
