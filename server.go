@@ -791,8 +791,8 @@ const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; con
 // pageScripts are the scripts of /docs. No other route answers JavaScript, so nothing that is
 // stored can be loaded as a script.
 var pageScripts = []string{
-	"api.js", "explore.js", "lead.js", "picture.js", "plot.js", "reference.js", "tabs.js",
-	"times.js", "writes.js",
+	"api.js", "explore.js", "lead.js", "moments.js", "picture.js", "plot.js", "reference.js",
+	"tabs.js", "times.js", "writes.js",
 }
 
 func sendPageFile(w *response, r *http.Request, c Caller) error {

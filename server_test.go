@@ -556,6 +556,7 @@ func TestPageIsAFewFilesUnderAStrictPolicy(t *testing.T) {
 		{"/docs/api.js", script},
 		{"/docs/explore.js", script},
 		{"/docs/lead.js", script},
+		{"/docs/moments.js", script},
 		{"/docs/picture.js", script},
 		{"/docs/plot.js", script},
 		{"/docs/reference.js", script},

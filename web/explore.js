@@ -14,6 +14,7 @@ import {
   marksOf,
   standing,
 } from "./picture.js";
+import {Moment} from "./moments.js";
 import {Plot} from "./plot.js";
 import {initReference, showExamples} from "./reference.js";
 import {
@@ -32,7 +33,6 @@ import {correct, withdraw} from "./writes.js";
 
 const COLORS = 10;
 const MOST_LISTED = 300; // series in the list; others are found by a part of their name
-const PLACES = 1000; // of a slider; the last one is now
 const TICKING = 150; // milliseconds in which ticks are collected into one question
 const SLIDING = 40; // likewise of a slider
 const PATIENCE = 150; // milliseconds before a picture that is out of date fades
@@ -513,71 +513,14 @@ function chooseRange(range) {
 
 // ---- The two moments
 
-// Moment is one of the two sliders, with its field and its sentence. Places are spread evenly over time from the first to
-// the last of its stops; the last place is now.
-class Moment {
-  constructor(name, sentence) {
-    Object.assign(this, {name, sentence, slider: $(name), field: $(`${name}-time`), first: 0, last: 1});
-    this.slider.addEventListener("input", () =>
-      this.set(this.slider.value < PLACES ? this.timeAt(+this.slider.value) : null),
-    );
-    this.field.addEventListener("change", () => {
-      const time = timeIn(this.field);
-      if (time !== undefined) this.set(time);
-    });
-    $(`${name}-now`).addEventListener("click", () => this.set(null));
-  }
-
-  timeAt(place) {
-    const time = this.first + ((this.last - this.first) * place) / PLACES;
-    return this.last - this.first > 2 * DAY ? Math.ceil(time / 60e3) * 60e3 : Math.ceil(time);
-  }
-
-  set(time) {
-    state[this.name] = time;
-    this.show(true);
-    later(loadMoment, SLIDING);
-  }
-
-  // setStops draws the stops below the slider.
-  setStops(stops) {
-    this.first = stops.reduce((a, b) => Math.min(a, b), Infinity);
-    this.last = stops.reduce((a, b) => Math.max(a, b), -Infinity) + 1;
-    this.slider.disabled = stops.length === 0;
-    const marks = new Set(
-      stops.map((time) => Math.round(((time - this.first) / (this.last - this.first)) * PLACES)),
-    );
-    const rug = $(`${this.name}-rug`);
-    rug.setAttribute("viewBox", `0 0 ${PLACES} 8`);
-    rug.setAttribute("preserveAspectRatio", "none");
-    rug.replaceChildren(
-      el("svg:path", {"vector-effect": "non-scaling-stroke", d: [...marks].map((x) => `M${x} 2V8`).join("")}),
-    );
-    this.show(false);
-  }
-
-  // show puts slider, field and sentence to the time of the state. A slider that is being moved stays where it is.
-  show(isMoving) {
-    const time = state[this.name];
-    if (!isMoving || time === null) {
-      const place =
-        time === null ? PLACES : Math.round(((time - this.first) / (this.last - this.first)) * PLACES);
-      this.slider.value = Math.max(0, Math.min(time === null ? PLACES : PLACES - 1, place));
-    }
-    this.field.value = time === null ? "" : showTime(time);
-    this.slider.setAttribute("aria-valuetext", time === null ? "now" : `${showTime(time)} ${zoneName()}`);
-    this.slider.closest(".moment").classList.toggle("moved", time !== null);
-    $(`${this.name}-said`).textContent = this.sentence(time);
-  }
-}
-
 const moments = {};
 function makeMoments() {
-  moments.known = new Moment("known", (time) => {
+  const onMove = () => later(loadMoment, SLIDING);
+  moments.known = new Moment("known", state, onMove, (time) => {
     if (time === null) return "Everything that is known now. Move it to see what had been forecast by then.";
     return `What was known before ${showTime(time)} ${zoneName()}: only runs with an earlier known_time.`;
   });
-  moments.stored = new Moment("stored", (time) => {
+  moments.stored = new Moment("stored", state, onMove, (time) => {
     if (time === null) return "Everything that is stored now. Move it to see what this database held by then.";
     const moment = `${showTime(time)} ${zoneName()}`;
     return `What this database held at ${moment}: later uploads, corrections and withdrawals are undone.`;
