@@ -1,7 +1,6 @@
 package main
 
-// Who is calling, and for which tenant. This file can be read alone, from top to bottom: the
-// caller, the decision, open mode, the throttle, the keys.
+// Who is calling, and for which tenant. This file can be read alone, from top to bottom.
 //
 // Defended: someone without a key, or with a guessed, mistyped, expired, revoked or replaced one,
 // or with a stolen copy of the database (it holds digests, not keys), gets nothing. While
@@ -287,8 +286,7 @@ func (t *tally) endMinute() {
 	}
 }
 
-// addressOf is where r comes from; "invalid IP" if net/http did not say, which it always has so
-// far. X-Forwarded-For is not trusted: anyone can write it.
+// addressOf is where r comes from. X-Forwarded-For is not trusted: anyone can write it.
 func addressOf(r *http.Request) string {
 	address, _ := netip.ParseAddrPort(r.RemoteAddr)
 	return address.Addr().String()

@@ -23,7 +23,6 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"database/sql"
-	"encoding/base64"
 	"encoding/csv"
 	"encoding/json"
 	"errors"
@@ -546,38 +545,80 @@ const (
 
 // ---- Routes and the page
 
-func TestPageRunsNothingButItsOwnScript(t *testing.T) { // script/browser sees that browsers enforce the policy
+// script/browser sees that browsers enforce the policy, and that the page works under it.
+func TestPageIsAFewFilesUnderAStrictPolicy(t *testing.T) {
 	t.Parallel()
+	const html, css, script = "text/html; charset=utf-8", "text/css; charset=utf-8", "text/javascript; charset=utf-8"
 	s := mustServer(t)
-	resp, page, err := s.do("GET", "/docs", "", "")
-	if err != nil || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" {
-		t.Fatal(resp, err)
+	answered := map[string]bool{}
+	for _, c := range []struct{ name, kind string }{
+		{"/docs", html},
+		{"/docs/docs.css", css},
+		{"/docs/api.js", script},
+		{"/docs/explore.js", script},
+		{"/docs/lead.js", script},
+		{"/docs/moments.js", script},
+		{"/docs/picture.js", script},
+		{"/docs/plot.js", script},
+		{"/docs/reference.js", script},
+		{"/docs/tabs.js", script},
+		{"/docs/times.js", script},
+		{"/docs/writes.js", script},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			resp, text, err := s.do("GET", c.name, "", "")
+			if err != nil || resp.StatusCode != 200 || resp.Header.Get("Content-Type") != c.kind {
+				t.Fatalf("%v, %v, want 200 with %s", resp, err, c.kind)
+			}
+			answered[strings.TrimPrefix(c.name, "/docs/")] = true
+			const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
+				"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+			if got := resp.Header.Get("Content-Security-Policy"); got != policy {
+				t.Errorf("the policy is %q", got)
+			}
+			if resp.Header.Get("X-Content-Type-Options") != "nosniff" {
+				t.Error("browsers may guess another type")
+			}
+			dangerous := regexp.MustCompile(`innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|` +
+				`new Function|Storage|\bon[a-z]+="|style="|<style|<script>|https?://`)
+			found := dangerous.FindString(strings.ReplaceAll(text, "http://www.w3.org/2000/svg", ""))
+			if found != "" {
+				t.Errorf("the file has %q", found)
+			}
+		})
 	}
-	policy := resp.Header.Get("Content-Security-Policy")
-	for _, tag := range []string{"script", "style"} {
-		if strings.Count(page, "<"+tag) != 1 || strings.Count(page, "</"+tag+">") != 1 {
-			t.Errorf("there is not just one <%s>", tag)
-		}
-		_, inline, _ := strings.Cut(page, "<"+tag+">")
-		inline, _, _ = strings.Cut(inline, "</"+tag+">")
-		if inline == "" {
-			t.Errorf("there is nothing in <%s>", tag)
-		}
-		digest := sha256.Sum256([]byte(inline))
-		want := fmt.Sprintf("; %s-src 'sha256-%s'", tag, base64.StdEncoding.EncodeToString(digest[:]))
-		if !strings.Contains(policy, want) {
-			t.Errorf("the policy %q lacks %q", policy, want)
+	page := s.must(t, 200, "GET", "/docs", "", "")
+	for _, found := range regexp.MustCompile(`"docs/([^"]+)"`).FindAllStringSubmatch(page, -1) {
+		if !answered[found[1]] {
+			t.Errorf("the page loads %s, which is not answered", found[1])
 		}
 	}
-	if !strings.HasPrefix(policy, "default-src 'none'; ") || !strings.Contains(policy, "frame-ancestors 'none'") ||
-		strings.Contains(policy, "unsafe") {
-		t.Errorf("the policy is %q", policy)
+	files, err := web.ReadDir("web")
+	if err != nil {
+		t.Fatal(err)
 	}
-	dangerous := regexp.MustCompile(
-		`innerHTML|insertAdjacentHTML|document\.write|eval\(|\bsrc=|Storage|https?://`)
-	found := dangerous.FindString(strings.ReplaceAll(page, "http://www.w3.org/2000/svg", ""))
-	if found != "" {
-		t.Errorf("the page has %q", found)
+	for _, file := range files {
+		isScript := strings.HasSuffix(file.Name(), ".js")
+		if isScript && !answered[file.Name()] {
+			t.Errorf("web/%s is not answered", file.Name())
+		}
+	}
+}
+
+func TestPageHasNoOtherFile(t *testing.T) { // S1
+	t.Parallel()
+	s, key := mustTenant(t)
+	for _, name := range []string{
+		"/docs/docs.html", "/docs/openapi.json", "/docs/root.json", "/docs/nope.js", "/docs/API.js", "/docs/api.js.map",
+		"/docs/%2e%2e%2fserver.go", "/docs/..%2fserver.go", "/docs/api%2ejs%00", "/docs/web%2fapi.js", "/docs/api.js%2f",
+	} {
+		t.Run(name, func(t *testing.T) {
+			resp, body, err := s.do("GET", name, "", "")
+			if err != nil || resp.StatusCode != 401 || resp.Header.Get("Content-Type") != "application/json" {
+				t.Errorf("%v, %v, %.100s, want 401 in JSON", resp, err, body)
+			}
+			s.must(t, 404, "GET", name, key, "")
+		})
 	}
 }
 
@@ -596,6 +637,7 @@ func TestKnownPathsAnswerOtherMethodsWithAllow(t *testing.T) {
 		{withdraw(nobody), []string{"POST"}},
 		{"/", []string{"GET"}},
 		{"/docs", []string{"GET"}},
+		{"/docs/api.js", []string{"GET"}},
 	} {
 		t.Run("DELETE "+c.name, func(t *testing.T) {
 			resp, _, err := s.do("DELETE", c.name, key, "")
@@ -2189,6 +2231,7 @@ func (d *document) try(
 	method, path, _ := strings.Cut(request, " ")
 	operation, _, _ := strings.Cut(request, "?")
 	operation = ofOneRun.ReplaceAllString(operation, "/runs/{run_id}/")
+	operation = ofOneFile.ReplaceAllString(operation, "/docs/{file}")
 	resp, text, err := s.do(method, path, key, body, header...)
 	if err != nil || resp.StatusCode != want {
 		t.Fatalf("%s %.300s: %v %v %s, want %d", request, body, err, resp, text, want)
@@ -2197,7 +2240,10 @@ func (d *document) try(
 	return text
 }
 
-var ofOneRun = regexp.MustCompile(`/runs/[^/]+/`)
+var (
+	ofOneRun  = regexp.MustCompile(`/runs/[^/]+/`)
+	ofOneFile = regexp.MustCompile(`/docs/.+`)
+)
 
 // requestOf is an operation with the examples of its path parameters in their places.
 func (d *document) requestOf(operation string) string {
@@ -2281,6 +2327,9 @@ func (d *document) tryRequests(t *testing.T, s *testServer, key string) {
 		{"the root", 200, "GET /", ""},
 		{"health", 200, "GET /healthz", ""},
 		{"the page", 200, "GET /docs", ""},
+		{"its styles", 200, "GET /docs/docs.css", ""},
+		{"a script of it", 200, "GET /docs/api.js", ""},
+		{"no file of it", 404, "GET /docs/nope", ""},
 		{"the document itself", 200, "GET /openapi.json", ""},
 		{"no series", 200, "GET /list_timeseries", ""},
 		{"no runs", 200, "GET /runs", ""},
