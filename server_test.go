@@ -13,7 +13,7 @@ package main
 //	server_test.go  this file: the harness of all tests, then HTTP
 //
 // This file in order: the harness, routes and the page, limits and slow clients, uploads, reads, openapi.json,
-// benchmarks, fuzzing.
+// docs/REFERENCE.md, benchmarks, fuzzing.
 
 import (
 	"bufio"
@@ -2596,6 +2596,115 @@ func (d *document) parameters(operation string) []string {
 		}
 	}
 	return names
+}
+
+// ---- docs/REFERENCE.md
+
+// mustReference returns docs/REFERENCE.md.
+func mustReference(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("docs/REFERENCE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// sectionOf returns what follows a heading, such as "## Statuses", up to the next one of its level or above.
+func sectionOf(text, heading string) string {
+	_, section, _ := strings.Cut(text, "\n"+heading+"\n")
+	level := strings.IndexByte(heading, ' ')
+	next := regexp.MustCompile(fmt.Sprintf(`(?m)^#{1,%d} `, level)).FindStringIndex(section)
+	if next != nil {
+		section = section[:next[0]]
+	}
+	return section
+}
+
+var inBackticks = regexp.MustCompile("`([^`]*)`")
+
+// firstCells returns what stands in backticks in the first cells of the tables of a section that have this title in
+// their first cell, sorted.
+func firstCells(section, title string) []string {
+	var names []string
+	isOurs := false
+	for line := range strings.Lines(section) {
+		cell, isRow := strings.CutPrefix(line, "| ")
+		cell, _, _ = strings.Cut(cell, " | ")
+		switch {
+		case !isRow:
+			isOurs = isOurs && strings.HasPrefix(line, "|---")
+		case cell == title:
+			isOurs = true
+		case isOurs:
+			for _, name := range inBackticks.FindAllStringSubmatch(cell, -1) {
+				names = append(names, name[1])
+			}
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func expectSame(t *testing.T, what string, told, want []string) {
+	t.Helper()
+	slices.Sort(want)
+	if !slices.Equal(told, want) {
+		t.Errorf("%s: the reference has %q, want %q", what, told, want)
+	}
+}
+
+// docs/REFERENCE.md has each route with exactly its parameters, fields and statuses.
+func TestReferenceFitsTheDocument(t *testing.T) {
+	d := mustDocument(t)
+	text := mustReference(t)
+	expectSame(t, "routes", firstCells(sectionOf(text, "## Routes"), "route"), slices.Collect(maps.Keys(d.operations)))
+	openRoutes := sectionOf(text, "### Open routes")
+	for operation, described := range d.operations {
+		t.Run(operation, func(t *testing.T) {
+			section := sectionOf(text, "### `"+operation+"`")
+			given := regexp.MustCompile(`(?m)^Statuses: (.*)$`).FindStringSubmatch(section)
+			if section == "" {
+				row := fmt.Sprintf("(?m)^\\| `%s` \\|.*\\| (.*) \\|$", regexp.QuoteMeta(operation))
+				given = regexp.MustCompile(row).FindStringSubmatch(openRoutes)
+			}
+			if given == nil {
+				t.Fatal("the reference has no statuses of it")
+			}
+			answers := slices.Collect(maps.Keys(d.at(described, "responses")))
+			expectSame(t, "statuses", strings.Split(given[1], ", "), answers)
+			// What every request may have stands in one place.
+			names := slices.DeleteFunc(d.parameters(operation), func(name string) bool { return name == "tenant_id" })
+			expectSame(t, "parameters", firstCells(section, "parameter"), names)
+		})
+	}
+	for _, c := range []struct{ operation, title, schema string }{
+		{"POST /upload", "field", "Upload"},
+		{"POST /upload", "field of a row", "UploadRow"},
+		{"PUT /values", "field of an update", "Update"},
+		{"POST /series", "field", "NewSeries"},
+		{"POST /runs/{run_id}/withdraw", "field", "NewWithdrawal"},
+	} {
+		t.Run(c.schema, func(t *testing.T) {
+			properties := d.at(d.root, "components", "schemas", c.schema, "properties")
+			told := firstCells(sectionOf(text, "### `"+c.operation+"`"), c.title)
+			expectSame(t, "fields", told, slices.Collect(maps.Keys(properties)))
+		})
+	}
+}
+
+// Every status that the program may send has a row in docs/REFERENCE.md.
+func TestReferenceListsEveryStatus(t *testing.T) {
+	want := []string{"200", "500"}
+	for _, status := range statuses {
+		want = append(want, strconv.Itoa(status))
+	}
+	slices.Sort(want)
+	var told []string
+	for _, row := range regexp.MustCompile(`(?m)^\| (\d+) \|`).FindAllStringSubmatch(mustReference(t), -1) {
+		told = append(told, row[1])
+	}
+	expectSame(t, "statuses", told, slices.Compact(want))
 }
 
 // ---- Benchmarks
