@@ -541,6 +541,58 @@ func TestManualFitsTheCommands(t *testing.T) {
 	}
 }
 
+// docs/REFERENCE.md shows each command with exactly the flags that it takes, and explains each flag by all its names.
+func TestReferenceFitsTheCommands(t *testing.T) {
+	section := sectionOf(mustReference(t), "## Command line")
+	explained := map[string][]string{} // all names of a flag, by each of them
+	for _, row := range regexp.MustCompile("(?m)^\\| (`-.*?) \\|").FindAllStringSubmatch(section, -1) {
+		var names []string
+		for _, name := range inBackticks.FindAllStringSubmatch(row[1], -1) {
+			names = append(names, name[1])
+		}
+		for _, name := range names {
+			explained[name] = names
+		}
+	}
+	told := map[string]bool{} // flags that some command has
+	_, synopses, _ := strings.Cut(section, "```\n")
+	synopses, _, _ = strings.Cut(synopses, "```")
+	synopses = strings.ReplaceAll(synopses, "\n      ", " ") // a long one goes on in the next line
+	for _, cmd := range commands() {
+		t.Run(cmd.name, func(t *testing.T) {
+			line := regexp.MustCompile(`(?m)^timedb ` + cmd.name + `( .*)?$`).FindString(synopses)
+			if line == "" {
+				t.Fatal("the reference does not show it")
+			}
+			var names []string
+			for _, name := range regexp.MustCompile(`[\[( ](--?[a-z-]+)`).FindAllStringSubmatch(line, -1) {
+				names = append(names, explained[name[1]]...)
+				told[name[1]] = true
+				if explained[name[1]] == nil {
+					t.Errorf("the reference does not explain %s", name[1])
+				}
+			}
+			for i, name := range names {
+				names[i] = strings.TrimLeft(name, "-")
+				told[name] = true
+			}
+			slices.Sort(names)
+			c := &cli{env: func(string) string { return "" }, stdout: io.Discard, stderr: io.Discard}
+			if err := cmd.run(c, t.Context(), []string{"-h"}); !errors.Is(err, flag.ErrHelp) {
+				t.Fatalf("-h is %v", err)
+			}
+			var taken []string
+			c.flags.VisitAll(func(f *flag.Flag) { taken = append(taken, f.Name) })
+			expectSame(t, "flags", names, taken)
+		})
+	}
+	for name := range explained {
+		if !told[name] {
+			t.Errorf("the reference explains %s, which no command has", name)
+		}
+	}
+}
+
 // flagsInSection returns the flags that a section of the manual lists, sorted and without dashes.
 func flagsInSection(text string) []string {
 	var names []string

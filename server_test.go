@@ -13,7 +13,7 @@ package main
 //	server_test.go  this file: the harness of all tests, then HTTP
 //
 // This file in order: the harness, routes and the page, limits and slow clients, uploads, reads, openapi.json,
-// benchmarks, fuzzing.
+// README.md and docs/, benchmarks, fuzzing.
 
 import (
 	"bufio"
@@ -39,6 +39,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -2645,6 +2646,257 @@ func (d *document) parameters(operation string) []string {
 		}
 	}
 	return names
+}
+
+// ---- README.md and docs/
+
+// mustReference returns docs/REFERENCE.md.
+func mustReference(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("docs/REFERENCE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// sectionOf returns what follows a heading, such as "## Statuses", up to the next one of its level or above.
+func sectionOf(text, heading string) string {
+	_, section, _ := strings.Cut(text, "\n"+heading+"\n")
+	level := strings.IndexByte(heading, ' ')
+	next := regexp.MustCompile(fmt.Sprintf(`(?m)^#{1,%d} `, level)).FindStringIndex(section)
+	if next != nil {
+		section = section[:next[0]]
+	}
+	return section
+}
+
+var inBackticks = regexp.MustCompile("`([^`]*)`")
+
+// firstCells returns what stands in backticks in the first cells of the tables of a section that have this title in
+// their first cell, sorted.
+func firstCells(section, title string) []string {
+	var names []string
+	isOurs := false
+	for line := range strings.Lines(section) {
+		cell, isRow := strings.CutPrefix(line, "| ")
+		cell, _, _ = strings.Cut(cell, " | ")
+		switch {
+		case !isRow:
+			isOurs = isOurs && strings.HasPrefix(line, "|---")
+		case cell == title:
+			isOurs = true
+		case isOurs:
+			for _, name := range inBackticks.FindAllStringSubmatch(cell, -1) {
+				names = append(names, name[1])
+			}
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func expectSame(t *testing.T, what string, told, want []string) {
+	t.Helper()
+	slices.Sort(want)
+	if !slices.Equal(told, want) {
+		t.Errorf("%s: the reference has %q, want %q", what, told, want)
+	}
+}
+
+// docs/REFERENCE.md has each route with exactly its parameters, fields and statuses.
+func TestReferenceFitsTheDocument(t *testing.T) {
+	d := mustDocument(t)
+	text := mustReference(t)
+	expectSame(t, "routes", firstCells(sectionOf(text, "## Routes"), "route"), slices.Collect(maps.Keys(d.operations)))
+	openRoutes := sectionOf(text, "### Open routes")
+	for operation, described := range d.operations {
+		t.Run(operation, func(t *testing.T) {
+			section := sectionOf(text, "### `"+operation+"`")
+			given := regexp.MustCompile(`(?m)^Statuses: (.*)$`).FindStringSubmatch(section)
+			if section == "" {
+				row := fmt.Sprintf("(?m)^\\| `%s` \\|.*\\| (.*) \\|$", regexp.QuoteMeta(operation))
+				given = regexp.MustCompile(row).FindStringSubmatch(openRoutes)
+			}
+			if given == nil {
+				t.Fatal("the reference has no statuses of it")
+			}
+			answers := slices.Collect(maps.Keys(d.at(described, "responses")))
+			expectSame(t, "statuses", strings.Split(given[1], ", "), answers)
+			// What every request may have stands in one place.
+			names := slices.DeleteFunc(d.parameters(operation), func(name string) bool { return name == "tenant_id" })
+			expectSame(t, "parameters", firstCells(section, "parameter"), names)
+		})
+	}
+	for _, c := range []struct{ operation, title, schema string }{
+		{"POST /upload", "field", "Upload"},
+		{"POST /upload", "field of a row", "UploadRow"},
+		{"PUT /values", "field of an update", "Update"},
+		{"POST /series", "field", "NewSeries"},
+		{"POST /runs/{run_id}/withdraw", "field", "NewWithdrawal"},
+	} {
+		t.Run(c.schema, func(t *testing.T) {
+			properties := d.at(d.root, "components", "schemas", c.schema, "properties")
+			told := firstCells(sectionOf(text, "### `"+c.operation+"`"), c.title)
+			expectSame(t, "fields", told, slices.Collect(maps.Keys(properties)))
+		})
+	}
+}
+
+// Every status that the program may send has a row in docs/REFERENCE.md.
+func TestReferenceListsEveryStatus(t *testing.T) {
+	want := []string{"200", "500"}
+	for _, status := range statuses {
+		want = append(want, strconv.Itoa(status))
+	}
+	slices.Sort(want)
+	var told []string
+	for _, row := range regexp.MustCompile(`(?m)^\| (\d+) \|`).FindAllStringSubmatch(mustReference(t), -1) {
+		told = append(told, row[1])
+	}
+	expectSame(t, "statuses", told, slices.Compact(want))
+}
+
+// The README is for newcomers: what is longer belongs into docs/.
+func TestReadmeIsShort(t *testing.T) {
+	const most = 250
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lines := strings.Count(string(text), "\n"); lines > most {
+		t.Errorf("README.md has %d lines, more than %d", lines, most)
+	}
+}
+
+// anchors returns the names by which links find the headings of a document.
+func anchors(text string) map[string]bool {
+	found := map[string]bool{}
+	for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(text, -1) {
+		name := strings.ReplaceAll(strings.ToLower(heading[1]), " ", "-")
+		found[regexp.MustCompile(`[^\pL\pN_-]`).ReplaceAllString(name, "")] = true
+	}
+	return found
+}
+
+// What a document links to within the repository is there. The picture is made by a program that needs a browser.
+func TestLinksOfTheDocumentsLeadSomewhere(t *testing.T) {
+	documents, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, document := range append(documents, "README.md") {
+		t.Run(document, func(t *testing.T) {
+			text, err := os.ReadFile(document)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, link := range regexp.MustCompile(`\]\(([^)]*)\)`).FindAllStringSubmatch(string(text), -1) {
+				file, anchor, _ := strings.Cut(link[1], "#")
+				if strings.Contains(file, "://") || file == "docs/explore.png" {
+					continue
+				}
+				target := filepath.Join(filepath.Dir(document), file)
+				if file == "" {
+					target = document
+				}
+				linked, err := os.ReadFile(target)
+				if err != nil {
+					t.Error(err)
+				} else if anchor != "" && !anchors(string(linked))[anchor] {
+					t.Errorf("%s has no heading for #%s", target, anchor)
+				}
+			}
+		})
+	}
+}
+
+// docs/TROUBLESHOOTING.md quotes what the program prints; … stands for what differs.
+func TestTroubleshootingQuotesWhatIsPrinted(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("docs/TROUBLESHOOTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	printed := commandErrors(t) + requestErrors(t)
+	for _, block := range regexp.MustCompile("(?ms)^```\n(.*?)^```").FindAllStringSubmatch(string(text), -1) {
+		for line := range strings.Lines(block[1]) {
+			pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(line)), "…", ".+")
+			if !regexp.MustCompile("(?m)^" + pattern + "$").MatchString(printed) {
+				t.Errorf("nothing that was tried prints %q; it prints:\n%s", line, printed)
+			}
+		}
+	}
+}
+
+// commandErrors returns what commands print when they fail for each of the reasons in docs/TROUBLESHOOTING.md.
+func commandErrors(t *testing.T) string {
+	_, _, printed := runIn(nil, "", "users", "list")
+	dsn := mustDatabase(t)
+	wrongPassword := mustParse(t, dsn)
+	wrongPassword.User = url.UserPassword(wrongPassword.User.Username(), "wrong")
+	withTLS := mustParse(t, dsn)
+	withTLS.RawQuery = "sslmode=require"
+	for _, dsn := range []string{unreachable, wrongPassword.String(), withTLS.String(), dsn} {
+		_, stderr := mustRun(t, 1, dsn, "", "users", "list")
+		printed += stderr
+	}
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	_, stderr := mustRun(t, 1, dsn, "", "api", "--port", port)
+	printed += stderr
+	mustRun(t, 0, dsn, "", "create", "tables", "-y")
+	mustExec(t, mustOpen(t, dsn), `COMMENT ON TABLE runs_table IS 'timedb schema 99'`)
+	_, stderr = mustRun(t, 1, dsn, "", "api")
+	return printed + stderr
+}
+
+// requestErrors returns how requests are refused for each of the reasons in docs/TROUBLESHOOTING.md.
+func requestErrors(t *testing.T) string {
+	s, key := mustTenant(t)
+	mayRead, _ := mustRun(t, 0, s.dsn, "", "keys", "create", "-e", "a@example.com", "--name", "r", "--read-only", "-q")
+	away := serverWithoutDatabase(t, errors.New("away"), 0, io.Discard)
+	s.must(t, 200, "POST", "/series", key, `{"name": "wind_mw"}`)
+	var printed strings.Builder
+	for _, c := range []struct {
+		s                              *testServer
+		status                         int
+		method, path, key, kind, input string
+	}{
+		{s, 401, "GET", "/values", "", "", ""},
+		{s, 401, "GET", "/values", "tdb_x", "", ""},
+		{s, 403, "POST", "/upload", strings.TrimSpace(mayRead), "", ""},
+		{s, 403, "GET", "/values?tenant_id=" + nobody, key, "", ""},
+		{s, 404, "GET", "/values?series_key=wind_nw", key, "", ""},
+		{s, 404, "POST", "/upload", key, "application/json",
+			`{"create_series": false, "value_rows": [{"valid_time": "2025-01-01", "value_key": "wind_nw", "value": 1}]}`},
+		{s, 422, "POST", "/upload", key, "application/json",
+			`{"value_rows": [{"valid_time": "01.02.2025", "value_key": "wind_mw", "value": 1}]}`},
+		{s, 422, "POST", "/upload", key, "application/json",
+			`{"value_rows": [{"valid_time": "2025-10-26T02:00", "value_key": "load", "value": 1},
+			{"valid_time": "2025-10-26T02:00", "value_key": "load", "value": 2}]}`},
+		{s, 422, "POST", "/upload", key, "application/json",
+			`{"value_rows": [{"valid_time": "2025-01-01", "value_key": "wind_mw", "value": NaN}]}`},
+		{s, 422, "POST", "/upload", key, "text/csv", "valid_time;value_key;value\n2025-01-01;wind_mw;1\n"},
+		{s, 422, "POST", "/upload", key, "text/csv", "valid_time,value_key,value\n2025-01-01,wind_mw,\"1,5\"\n"},
+		{s, 422, "POST", "/upload", key, "text/csv", ",valid_time,value_key,value\n0,2025-01-01,wind_mw,1\n"},
+		{away, 503, "GET", "/values", "", "", ""},
+	} {
+		printed.WriteString(c.s.must(t, c.status, c.method, c.path, c.key, c.input, "Content-Type: "+c.kind))
+	}
+	// A server that is busy is in faults_test.go; here it is enough that these are its words.
+	source, err := os.ReadFile("store.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, found := range regexp.MustCompile(`refuse\(busy, "(.*)"\)`).FindAllSubmatch(source, -1) {
+		fmt.Fprintf(&printed, "{\"detail\":\"%s\"}\n", found[1])
+	}
+	return printed.String()
 }
 
 // ---- Benchmarks
