@@ -2837,6 +2837,11 @@ func commandErrors(t *testing.T) string {
 	wrongPassword.User = url.UserPassword(wrongPassword.User.Username(), "wrong")
 	withTLS := mustParse(t, dsn)
 	withTLS.RawQuery = "sslmode=require"
+	for _, refused := range []*url.URL{wrongPassword, withTLS} {
+		if mustOpen(t, refused.String()).Ping() == nil {
+			t.Skip("this PostgreSQL asks for no password, or has TLS: it does not print what others do")
+		}
+	}
 	for _, dsn := range []string{unreachable, wrongPassword.String(), withTLS.String(), dsn} {
 		_, stderr := mustRun(t, 1, dsn, "", "users", "list")
 		printed += stderr
