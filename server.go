@@ -822,6 +822,8 @@ func sendFile(name, contentType string) func(*response, *http.Request, Caller) e
 			return err
 		}
 		w.header().Set("Content-Security-Policy", pagePolicy)
+		w.header().Set("Referrer-Policy", "no-referrer")
+		w.header().Set("Cross-Origin-Opener-Policy", "same-origin")
 		w.accepts = "" // what compresses an answer takes a megabyte, and nobody knows who asks
 		return w.send(http.StatusOK, contentType, text, true)
 	}

@@ -1085,7 +1085,8 @@ func (s *store) change(ctx context.Context, tx *sql.Tx, query string, args ...an
 // a client's own run_id is for. All writes use inTx: outside a transaction database/sql may retry a
 // statement whose reply was lost.
 func (s *store) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
-	tx, err := s.db.BeginTx(ctx, nil)
+	// Whatever the role's default: what waited for a lock must see what its holder wrote.
+	tx, err := s.db.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
 	if err != nil {
 		return err
 	}
@@ -1887,8 +1888,10 @@ const (
 	maxBlockValues = 1000
 	maxBlockSpan   = timestamp(32 * day)
 
-	// pointsPerStatement keeps the parameters of one INSERT within some megabytes.
+	// One INSERT has so many points, which are some megabytes of parameters, and so many blocks:
+	// to find where a block begins, PostgreSQL counts from the first point, if any is NULL.
 	pointsPerStatement = 100_000
+	blocksPerStatement = 1000
 )
 
 // block is what one row of values_table holds: points of one series in order.
@@ -1946,7 +1949,8 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 		var series []string
 		var first, last []int64
 		var points []point
-		for len(blocks) > 0 && len(points) < pointsPerStatement {
+		for len(blocks) > 0 && len(series) < blocksPerStatement &&
+			len(points) < pointsPerStatement {
 			series = append(series, blocks[0].seriesID)
 			first = append(first, int64(len(points)+1))
 			points = append(points, blocks[0].points...)
@@ -2334,10 +2338,11 @@ const (
 		) AS s
 		ORDER BY s.series_key COLLATE "C", p.window_start`
 
-	// latestStart and latestEnd stand around windows of which only the last value that is not NULL
-	// is asked for. They let a window begin at one of its last ten blocks, if all that there is of
-	// that block's first time comes without NULL: so that time has a value. OFFSET 0 has blocks
-	// looked up by their time, and keeps PostgreSQL from doing all this again for each block read.
+	// latestStart to latestClose stand around windows of which only the last value that is not NULL
+	// is asked for, with anyWorkflow or ofWorkflows after the first two. They let a window begin at
+	// one of its last ten blocks, if all that there is of that block's first time comes without
+	// NULL: so that time has a value. OFFSET 0 has blocks looked up by their time, and keeps
+	// PostgreSQL from doing all this again for each block read.
 	latestStart = `
 		SELECT w.series_id, w.series_key, w.unit, w.wanted_id, w.wanted_key, coalesce((
 			SELECT last.valid_from
@@ -2345,7 +2350,8 @@ const (
 				SELECT DISTINCT v.valid_from FROM values_table v
 				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
 				  AND v.valid_from >= w.window_start AND v.valid_from < w.window_end
-				  AND ` + ofQuery + `
+				  AND ` + ofQuery
+	latestCheck = `
 				ORDER BY v.valid_from DESC LIMIT 10
 			) AS last
 			WHERE NOT EXISTS (
@@ -2353,11 +2359,12 @@ const (
 				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
 				  AND v.valid_from >= last.valid_from - interval '768 hours'
 				  AND v.valid_from <= last.valid_from AND v.valid_to >= last.valid_from
-				  AND ` + ofQuery + ` AND num_nulls(VARIADIC v."values") > 0
+				  AND num_nulls(VARIADIC v."values") > 0 AND ` + ofQuery
+	latestEnd = `
 				OFFSET 0)
 			ORDER BY last.valid_from DESC LIMIT 1), w.window_start) AS window_start, w.window_end
 		FROM (`
-	latestEnd = `) AS w OFFSET 0`
+	latestClose = `) AS w OFFSET 0`
 
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
@@ -2420,13 +2427,13 @@ func (q *readQuery) statement() string {
 	case len(q.series) > 0:
 		windows = windowsOfNamed
 	}
-	// Where the last value stands, SQL can tell if it knows all that q asks of a run.
-	if q.latest && q.lead < 0 && q.daysAhead < 0 && len(q.workflows) == 0 {
-		windows = latestStart + windows + latestEnd
-	}
 	workflows := anyWorkflow
 	if len(q.workflows) > 0 {
 		workflows = ofWorkflows
+	}
+	if q.latest && q.lead < 0 && q.daysAhead < 0 { // SQL knows nothing of these
+		windows = latestStart + workflows + latestCheck + workflows + latestEnd +
+			windows + latestClose
 	}
 	order := byTime
 	if q.overlapping {
@@ -2897,7 +2904,7 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 }
 
 // maxSeriesLocks bounds how much of PostgreSQL's table of locks, by default 6,400, one request
-// takes: at all places together a third of it.
+// takes: at all places of a server together a third of it.
 const maxSeriesLocks = 100
 
 // lockSeries has corrections of the same series wait for each other, so that each sees the one

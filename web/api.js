@@ -26,8 +26,12 @@ export function el(tag, attributes = {}, ...children) {
 // ---- The key
 
 let key = "";
+let logins = 0; // answers to an earlier key are nobody's
+
+export const login = () => logins;
 
 export function useKey(text) {
+  logins++;
   key = text.trim();
   if (/[^ -~]/.test(key)) {
     key = "";
@@ -68,12 +72,13 @@ function leave() {
 
 // ask sends a request and hands its answer to a function, which reads the body while the place is held.
 export async function ask(path, options, use) {
+  const mine = key; // another may be given while this waits for a place
   await place();
   try {
     options.signal?.throwIfAborted();
     counts.sent++;
     const headers = {...options.headers};
-    if (key) headers["X-API-Key"] = key;
+    if (mine) headers["X-API-Key"] = mine;
     return await use(await fetch(path, {cache: "no-store", ...options, headers}));
   } finally {
     leave();

@@ -5,6 +5,7 @@ import {drawErrors, errorColumns, errorsByLead, fillChoices, runsOf} from "./lea
 import {
   about,
   bySeries,
+  closed,
   extent,
   forget,
   lineParameters,
@@ -16,7 +17,7 @@ import {
 } from "./picture.js";
 import {Moment} from "./moments.js";
 import {Plot} from "./plot.js";
-import {initReference, showExamples} from "./reference.js";
+import {forgetExamples, initReference, showExamples} from "./reference.js";
 import {
   Table,
   correctionColumns,
@@ -314,11 +315,12 @@ function revisedIn(key, rows) {
 // sayNothingThere says where the data are.
 function sayNothingThere() {
   const all = extent(loaded.keys);
-  const {from, to} = windowOf();
+  const {from, to} = closed(windowOf(), loaded.keys) ?? {};
   if (!all) {
     instead("Nothing is stored of these series yet. POST /upload adds values; the reference has an example.");
-  } else if (from !== null && (to <= all.from || from >= all.to)) {
-    const button = {text: "Show them", onclick: () => zoom(all.to - (to - from), all.to)};
+  } else if (to <= all.from || from >= all.to) {
+    const length = to > from ? to - from : all.to - all.from;
+    const button = {text: "Show them", onclick: () => zoom(all.to - length, all.to)};
     const window = `${showTime(from)} and ${showTime(to)} ${zoneName()}`;
     instead(`No values of these series between ${window}. The latest are of ${showDate(all.to)}.`, {button});
   } else {
@@ -602,11 +604,14 @@ async function login(event) {
   supersede("moment");
   setBusy(false);
   leaveNothing();
+  $("key").placeholder = "tdb_…";
   say("Reading…");
   try {
     useKey($("key").value);
     const found = await get("list_timeseries", {}, signal);
     catalog = Object.entries(found).map(([id, one]) => ({series_id: id, ...one}));
+    $("key").value = ""; // from now on one module has it, and no field that a browser might keep
+    $("key").placeholder = "in use";
     enter();
   } catch (error) {
     if (error.name !== "AbortError") say(error.message, true);
@@ -617,6 +622,8 @@ async function login(event) {
 // leaveNothing takes away whatever was read with another key.
 function leaveNothing() {
   forget();
+  forgetExamples();
+  plot.clear();
   catalog = [];
   loaded = null;
   isLoading = false;

@@ -125,7 +125,7 @@ export function fillChoices(series) {
   const byRuns = [...series].sort((a, b) => b.allRuns.length - a.allRuns.length).map((one) => one.key);
   const choose = (select, preferred) => {
     const before = select.value;
-    select.replaceChildren(...series.map((one) => el("option", {}, one.key)));
+    select.replaceChildren(...series.map((one) => el("option", {value: one.key}, one.key)));
     select.value = series.some((one) => one.key === before) ? before : (preferred ?? "");
   };
   choose($("forecast"), byRuns[0]);

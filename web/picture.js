@@ -129,6 +129,12 @@ function storedIn(keys, window) {
   return sum;
 }
 
+// closed gives a window the ends of what is stored where it has none of its own; null if nothing is stored.
+export function closed(window, keys) {
+  const all = extent(keys);
+  return all && {from: window.from ?? all.from, to: window.to ?? all.to};
+}
+
 // ---- Values
 
 // bounds are the parameters of a window and of the two moments, where they bound anything.
@@ -174,7 +180,7 @@ async function linesIn(keys, window, moments, bucket, signal) {
 
 // loadNow reads what is known now: single values if there are few, else buckets.
 export async function loadNow(keys, window, width, signal) {
-  const bounded = Number.isFinite(window.from) ? window : extent(keys);
+  const bounded = closed(window, keys);
   if (!bounded) return {bucket: "", rows: []};
   if (storedIn(keys, bounded) <= MOST_POINTS) {
     const single = await linesIn(keys, window, {}, "", signal);
@@ -188,9 +194,11 @@ export async function loadNow(keys, window, width, signal) {
   return single.more ? {bucket, rows} : {bucket: "", rows: single.rows};
 }
 
-// loadThen reads what was known, and stored, by the two moments.
+// loadThen reads what was known, and stored, by the two moments. What was more then than is now must not look complete.
 export async function loadThen(keys, window, moments, bucket, signal) {
-  return (await linesIn(keys, window, moments, bucket, signal)).rows;
+  const {rows, more} = await linesIn(keys, window, moments, bucket, signal);
+  if (more) throw new Error(`There were more than ${MOST_POINTS} values then: zoom in to see them.`);
+  return rows;
 }
 
 // loadRevisions reads what every run says, stored by a moment; null means that it is too much to draw. What came in one run
@@ -198,7 +206,7 @@ export async function loadThen(keys, window, moments, bucket, signal) {
 export async function loadRevisions(all, window, stored, signal) {
   const keys = all.filter((key) => known.runs.get(key)?.data.length !== 1);
   if (keys.length === 0) return new Map();
-  const bounded = Number.isFinite(window.from) ? window : extent(keys);
+  const bounded = closed(window, keys);
   if (!bounded || storedIn(keys, bounded) > MOST_REVISED * 1.5) return null;
   const parameters = [
     ...keys.map((key) => ["series_key", key]),

@@ -37,6 +37,7 @@ export class Plot {
   }
 
   clear() {
+    clearTimeout(this.clicked);
     this.picture = null;
     this.cursor = null;
     this.alone = null;

@@ -1,33 +1,36 @@
 // The page's second view: every route as openapi.json describes it, with a form to try it.
 
-import {$, ask, el, get} from "./api.js";
+import {$, ask, el, get, login} from "./api.js";
 
 const MOST_TEXT = 50000; // characters of an answer that are shown
 const NO_ANSWER = "timedb did not answer, or its answer broke off.";
 
 let live = null; // what there is in the database, for examples: {series_key, valid_time, run_id, …}
 let chosen = ""; // the series that it is asked of
+const operations = [];
+
+// forgetExamples takes away what was asked and answered with another key.
+export function forgetExamples() {
+  live = null;
+  chosen = "";
+  for (const operation of operations) operation.forget();
+}
 
 // showExamples is told of the series of the tenant. What exists is asked for when an example is wanted.
 export function showExamples(catalog, keys) {
-  live = null;
   chosen = keys[0] ?? catalog[0]?.series_key ?? "";
   $("live-keys").replaceChildren(...catalog.slice(0, 1000).map((one) => el("option", {value: one.series_key})));
-  // What was asked and answered may be of another key.
-  for (const field of $("reference").querySelectorAll(".parameters input")) field.value = "";
-  for (const answer of $("reference").querySelectorAll(".answer")) {
-    answer.hidden = true;
-    answer.textContent = "";
-  }
 }
 
 async function exists() {
+  const asked = login();
   if (!live && chosen) {
     const answer = await get("values", [
       ["series_key", chosen],
       ["latest", "true"],
       ["detail", "true"],
     ]);
+    if (asked !== login()) return {};
     live = answer.data[0] ?? {series_key: chosen};
   }
   return live ?? {};
@@ -45,9 +48,10 @@ export async function initReference() {
             .split("/")
             .reduce((at, name) => at[name], api)
         : node;
-    const operations = Object.entries(api.paths).flatMap(([path, methods]) =>
-      Object.entries(methods).map(([method, spec]) => new Operation(path, method.toUpperCase(), spec, follow)),
-    );
+    for (const [path, methods] of Object.entries(api.paths)) {
+      for (const [method, spec] of Object.entries(methods))
+        operations.push(new Operation(path, method.toUpperCase(), spec, follow));
+    }
     const isOpen = (operation) => operation.spec.security?.length === 0;
     place.append(
       el("h2", {}, "Reference"),
@@ -211,6 +215,13 @@ class Operation {
     }
   }
 
+  forget() {
+    for (const field of this.node.querySelectorAll(".parameters input")) field.value = "";
+    this.answer.hidden = true;
+    this.answer.textContent = "";
+    this.#fillBody();
+  }
+
   #show(text) {
     this.answer.hidden = false;
     this.answer.textContent = text;
@@ -229,16 +240,18 @@ class Operation {
     if (this.hasBody)
       Object.assign(options, {body: this.body.value, headers: {"Content-Type": this.kind.value}});
     this.#show("…");
+    const asked = login();
     try {
       await ask(`.${target}${query.size ? `?${query}` : ""}`, options, async (answer) => {
         const text = await answer.text();
+        if (asked !== login()) return;
         const rest = text.length > MOST_TEXT ? `\n… and ${text.length - MOST_TEXT} characters more` : "";
         this.#show(
           `${answer.status} ${answer.statusText}\n${text.slice(0, MOST_TEXT).replaceAll("},{", "},\n{")}${rest}`,
         );
       });
     } catch {
-      this.#show(NO_ANSWER);
+      if (asked === login()) this.#show(NO_ANSWER);
     }
   }
 }

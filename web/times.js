@@ -73,7 +73,11 @@ export function timeIn(field) {
   if (!field.reportValidity()) return undefined;
   if (!parts) return null;
   const [year, month, day, hours = 0, minutes = 0, seconds = 0, millis = "0"] = parts.slice(1);
-  return moment(+year, month - 1, +day, +hours, +minutes, +seconds, +millis.padEnd(3, "0"));
+  const time = moment(+year, month - 1, +day, +hours, +minutes, +seconds, +millis.padEnd(3, "0"));
+  // A day or an hour that there is not was carried over into the next.
+  const isThere = showTime(time).startsWith(`${year}-${month}-${day}`) && hours < 24 && minutes < 60 && seconds < 60;
+  field.setCustomValidity(isThere ? "" : "There is no such day or time.");
+  return field.reportValidity() ? time : undefined;
 }
 
 export function showSpan(span) {

@@ -3,6 +3,8 @@
 import {$, send} from "./api.js";
 import {digits, inUnit, many, showTime, zoneName} from "./times.js";
 
+const TWICE = 600; // milliseconds in which a second click may be a double click
+
 const tagsOf = (text) =>
   text
     .split(",")
@@ -15,11 +17,16 @@ function open(dialog, submit) {
   const form = dialog.querySelector("form");
   const said = dialog.querySelector(".error");
   const button = dialog.querySelector(".primary");
+  const closer = dialog.querySelector("[data-closes]");
   said.textContent = "";
-  dialog.querySelector("[data-closes]").onclick = () => dialog.close();
+  closer.onclick = () => dialog.close();
+  dialog.oncancel = (event) => {
+    if (closer.disabled) event.preventDefault(); // the answer must find the dialog that asked
+  };
   form.onsubmit = async (event) => {
     event.preventDefault();
     button.disabled = true;
+    closer.disabled = true;
     said.textContent = "";
     try {
       if (await submit()) dialog.close();
@@ -27,6 +34,7 @@ function open(dialog, submit) {
       said.textContent = error.message;
     } finally {
       button.disabled = false;
+      closer.disabled = false;
     }
   };
   form.oninput = () => {
@@ -56,6 +64,9 @@ export function correct(row, done) {
   };
   $("correct-why").value = before.why;
   $("correct-tags").value = before.tags;
+  // A field of one line drops line breaks: what it shows is what it is compared with.
+  before.why = $("correct-why").value;
+  before.tags = $("correct-tags").value;
   open($("correct"), async () => {
     const update = {series_id: row.series_id, run_id: row.run_id, valid_time: row.valid_time};
     if (row.valid_time_end) update.valid_time_end = row.valid_time_end;
@@ -73,15 +84,19 @@ export function correct(row, done) {
   value.select();
 }
 
+// numberIn reads a decimal number, with a point or a comma; 1,234 might be either of two.
 function numberIn(text) {
   const number = Number(text.trim().replace(",", "."));
-  if (text.trim() === "" || !Number.isFinite(number))
+  if (/^-?\d{1,3},\d{3}$/.test(text.trim()))
+    throw new Error("The comma may be a decimal point or not: write a point, or leave it out.");
+  if (!/^[-+.,\deE]+$/.test(text.trim()) || !Number.isFinite(number))
     throw new Error("The new value is not a number. For none, tick “no value”.");
   return number;
 }
 
 export function withdraw(run, done) {
   const sure = $("withdraw-sure");
+  let asked = 0; // when the second question was put
   const button = $("withdraw").querySelector(".primary");
   $("withdraw-what").textContent =
     `${run.workflow_id}, known ${showTime(run.known)} ${zoneName()}: no read will show its ${many(run.rows, "value")} any ` +
@@ -93,8 +108,10 @@ export function withdraw(run, done) {
     if (sure.hidden) {
       sure.hidden = false;
       button.textContent = "Yes, withdraw it";
+      asked = Date.now();
       return false;
     }
+    if (Date.now() - asked < TWICE) return false; // a double click, or a key held down, is no answer
     const annotation = $("withdraw-why").value.trim();
     await send("POST", `runs/${encodeURIComponent(run.run_id)}/withdraw`, annotation ? {annotation} : {});
     done();
