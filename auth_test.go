@@ -292,7 +292,7 @@ func TestAllRefusedKeysGetTheSameBytes(t *testing.T) {
 		// S4: what a stolen database holds opens nothing.
 		{"a stored digest in hex", hex.EncodeToString(digest[:])},
 		{"a stored digest in base64", digestInBase64},
-		{"a stored digest in the form of a key", stored[:13] + digestInBase64 + stored[56:]},
+		{"a stored digest in the form of a key", withChecksum(stored[:13] + digestInBase64)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := answer(t, c.key); got != want {
@@ -896,6 +896,31 @@ func TestOpenModeIsNotForWebPages(t *testing.T) { // S24
 		})
 	}
 	s.must(t, 403, "GET", "/values", "", "", "Host: evil.example")
+	if line := s.mustRaw(t, "GET /values HTTP/1.1\r\nHost:\r\n\r\n"); !strings.Contains(line, " 403 ") {
+		t.Errorf("an empty Host is answered %q", line)
+	}
+}
+
+// A server on all addresses may be called by any of them. A name may be a foreign page's own.
+func TestOpenModeOnAllAddressesTakesNoName(t *testing.T) { // S24
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustAPI(t, dsn, "--host", "0.0.0.0", "--allow-anonymous")
+	for _, c := range []struct {
+		name, host string
+		status     int
+	}{
+		{"an address", "192.0.2.1", 200},
+		{"an address of IPv6", "[2001:db8::1]:8000", 200},
+		{"localhost", "localhost", 200},
+		{"a name", "evil.example", 403},
+		{"a name that begins like an address", "192.0.2.1.evil.example", 403},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.must(t, c.status, "GET", "/values", "", "", "Host: "+c.host)
+		})
+	}
 }
 
 // ---- Throttling and the log
@@ -948,6 +973,9 @@ func TestTooManyBadKeysAreThrottledAndValidOnesAreNot(t *testing.T) { // S31, S2
 	if lines < addressLines || lines > 2*addressLines*minutes { // of 401 and of 429
 		t.Errorf("%d refused requests of %d minutes are in the log as %d lines", 2*tries, minutes, lines)
 	}
+	if strings.Contains(s.log.String(), "192.0.2.") {
+		t.Error("the log takes an address from X-Forwarded-For")
+	}
 }
 
 func TestMemoryOfTheThrottleIsBounded(t *testing.T) { // S31
@@ -984,6 +1012,8 @@ func (k recordedKeys) UsersTableExists(context.Context) (bool, error) { return t
 func (k recordedKeys) LookupKey(_ context.Context, digest []byte) (keyRecord, error) {
 	return k.record(digest), nil
 }
+
+func (k recordedKeys) TouchKey(context.Context, string) error { return nil }
 
 // timelessRecorder takes an answer and a deadline for it, which it does not keep.
 type timelessRecorder struct{ *httptest.ResponseRecorder }
@@ -1114,6 +1144,12 @@ func TestNothingOfARequestIsInTheLog(t *testing.T) { // S40
 			}
 		})
 	}
+	t.Run("PostgreSQL's words on data", func(t *testing.T) {
+		_, err := s.db.Exec(`SELECT '` + word + `'::uuid`)
+		if got := causeOf(err); strings.Contains(got, word) || !strings.Contains(got, "22P02") {
+			t.Errorf("of %v the log says %q", err, got)
+		}
+	})
 	s.stop()
 	if n := strings.Count(s.log.String(), "msg=request "); n != 12 {
 		t.Errorf("the log has %d lines of 12 requests", n)
@@ -1410,6 +1446,44 @@ func TestIDsOfAnotherTenantAreLikeIDsThatNeverExisted(t *testing.T) { // S16
 	}
 }
 
+// What a client may choose, two tenants may have in common: a run_id, and the key of a series. Each acts on its own.
+func TestTenantsWithOneRunIDActOnTheirOwn(t *testing.T) { // S16
+	t.Parallel()
+	s, a := mustTenant(t)
+	b := s.mustUser(t, tenantB, "b@example.com")
+	run := func(workflow, value string) string {
+		return runWith(`"run_id":"`+nobody+`","workflow_id":"`+workflow+`",`, at("2025-01-01", value))
+	}
+	s.mustUpload(t, a, run("of a", "1"))
+	ofA := func() string {
+		return s.must(t, 200, "GET", "/values?detail=true&all_versions=true", a, "") + s.must(t, 200, "GET", "/runs", a, "") +
+			mustQuery(t, s.db, `SELECT count(*) FROM values_table WHERE tenant_id = $1`, tenantA)
+	}
+	before := ofA()
+	s.mustUpload(t, b, run("of b", "2"))
+	s.must(t, 200, "PUT", "/values", b, update(`"run_id":"`+nobody+`","value":3`))
+	for _, c := range []struct{ name, query, want string }{
+		{"a match", "match=l*", "load 00=3"},
+		{"a key with white space", "series_key=%20load", "load 00=3"},
+		{"the own workflow", "workflow_id=of+b", "load 00=3"},
+		{"the other's workflow", "workflow_id=of+a", ""},
+		{"the run", "run_id=" + nobody, "load 00=3"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if got := brief(t, s.must(t, 200, "GET", "/values?"+c.query, b, "")); got != c.want {
+				t.Errorf("tenant B reads %s, want %s", got, c.want)
+			}
+		})
+	}
+	t.Run("the runs of the series", func(t *testing.T) {
+		expectWords(t, s.must(t, 200, "GET", "/runs?series_key=load", b, ""), `"count":1,`, "of b")
+	})
+	s.must(t, 200, "POST", withdraw(nobody), b, "")
+	if got := ofA(); got != before {
+		t.Errorf("tenant A's data changed from %s to %s", before, got)
+	}
+}
+
 func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
 	t.Parallel()
 	dsn := mustDatabase(t)
@@ -1430,6 +1504,11 @@ func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
 		AND attname <> 'tenant_id'`)
 	if bad != "" {
 		t.Errorf("keys that do not start with tenant_id: %s", bad)
+	}
+	const ofKeys = `SELECT string_agg(pg_get_constraintdef(oid), ', ') FROM pg_constraint
+		WHERE contype = 'f' AND conrelid = 'keys_table'::regclass`
+	if got := mustQuery(t, db, ofKeys); got != "FOREIGN KEY (tenant_id, user_id) REFERENCES users_table(tenant_id, user_id)" {
+		t.Errorf("a key is bound to its user by %s", got)
 	}
 	found, err := strconv.Atoi(mustQuery(t, db, `SELECT count(*) FROM `+firstColumns))
 	if err != nil || found < 9 {
@@ -1569,29 +1648,39 @@ func calledName(call *ast.CallExpr) string {
 func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
 	touchesTenantData := regexp.MustCompile(
 		`(?i)\b(FROM|JOIN|INTO|UPDATE|ONLY)\s+(runs_table|series_table|values_table|withdrawals_table|current_values)\b`)
-	namesTenant := regexp.MustCompile(`tenant_id = \$1|\(tenant_id,`)
+	namesTenant := regexp.MustCompile(`tenant_id = \$1|INTO \w+ \(tenant_id,`)
 	statements, functions := 0, 0
-	// check looks at each text under a node that touches tenant data.
-	check := func(where string, node ast.Node, hasCaller bool) {
+	// check looks at a text: each table that it names must come with a tenant.
+	check := func(where, text string, hasCaller bool) {
+		tables := len(touchesTenantData.FindAllString(text, -1))
+		if tables == 0 {
+			return
+		}
+		statements++
+		if !hasCaller {
+			t.Errorf("%s touches tenant data without a Caller: %s", where, text)
+		}
+		if tenants := len(namesTenant.FindAllString(text, -1)); tenants < tables {
+			t.Errorf("%s: SQL with %d tables and %d tenants: %s", where, tables, tenants, text)
+		}
+	}
+	tree := mustParseSource(t, "store.go")
+	// checkLiterals looks at each text under a node.
+	checkLiterals := func(where string, node ast.Node, hasCaller bool) {
 		ast.Inspect(node, func(n ast.Node) bool {
-			lit, ok := n.(*ast.BasicLit)
-			if !ok || lit.Kind != token.STRING || !touchesTenantData.MatchString(lit.Value) {
-				return true
-			}
-			statements++
-			if !hasCaller {
-				t.Errorf("%s touches tenant data without a Caller: %s", where, lit.Value)
-			}
-			if !namesTenant.MatchString(lit.Value) {
-				t.Errorf("%s: SQL without tenant_id: %s", where, lit.Value)
+			if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+				check(where, lit.Value, hasCaller)
 			}
 			return true
 		})
 	}
-	for _, decl := range mustParseSource(t, "store.go").Decls {
+	for name, text := range textsOf(tree) {
+		check(name, text, true)
+	}
+	for _, decl := range tree.Decls {
 		fn, ok := decl.(*ast.FuncDecl)
 		if !ok {
-			check("a constant", decl, true) // some function runs it, and that is checked as well
+			checkLiterals("a constant", decl, true) // some function runs it, and that is checked as well
 			continue
 		}
 		if fn.Name.Name == "Everything" { // counts what delete tables takes, of all tenants
@@ -1603,7 +1692,7 @@ func TestSQLOnTenantDataNamesTheTenant(t *testing.T) { // S14
 		if hasCaller {
 			functions++
 		}
-		check(fn.Name.Name, fn, hasCaller)
+		checkLiterals(fn.Name.Name, fn, hasCaller)
 	}
 	if statements < 5 || functions < 5 {
 		t.Errorf("only %d statements and %d functions with a Caller were found: "+
@@ -1618,7 +1707,7 @@ func TestSQLIsNotAssembled(t *testing.T) { // S18
 	// The position of the SQL among the arguments of what runs it.
 	position := map[string]int{
 		"QueryContext": 1, "ExecContext": 1, "QueryRowContext": 1, "PrepareContext": 1,
-		"prepare": 1, "exec": 1, "eachRow": 2, "readBlocks": 2,
+		"prepare": 1, "exec": 1, "eachRow": 2, "readBlocks": 2, "oneRow": 2, "change": 2, "changeOne": 3, "lose": 3,
 	}
 	found := 0
 	for _, file := range mustSources(t) {
@@ -1690,6 +1779,39 @@ func partsOfStatement(fn *ast.FuncDecl) (parts []string) {
 		return true
 	})
 	return parts
+}
+
+// textsOf are the constant texts that a file declares at its top level, each as a whole.
+func textsOf(tree *ast.File) map[string]string {
+	declared := map[string]ast.Expr{}
+	for _, decl := range tree.Decls {
+		block, ok := decl.(*ast.GenDecl)
+		if !ok || block.Tok != token.CONST {
+			continue
+		}
+		for _, spec := range block.Specs {
+			for i, value := range spec.(*ast.ValueSpec).Values {
+				declared[spec.(*ast.ValueSpec).Names[i].Name] = value
+			}
+		}
+	}
+	var whole func(ast.Expr) string
+	whole = func(x ast.Expr) string {
+		switch x := x.(type) {
+		case *ast.BasicLit:
+			return strings.Trim(x.Value, "`\"")
+		case *ast.BinaryExpr:
+			return whole(x.X) + whole(x.Y)
+		case *ast.Ident:
+			return whole(declared[x.Name])
+		}
+		return ""
+	}
+	texts := map[string]string{}
+	for name, x := range declared {
+		texts[name] = whole(x)
+	}
+	return texts
 }
 
 // constantsOf are the constants that a file declares at its top level.
@@ -1777,11 +1899,26 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 		})
 	})
 	t.Run("digests are compared in constant time", func(t *testing.T) { // S7
+		const inConstantTime = "subtle.ConstantTimeCompare(digest[:], k.digest)"
 		places := 0
 		inspectAll(t, func(_ string, n ast.Node) {
-			call, ok := n.(*ast.CallExpr)
-			if ok && calledName(call) == "ConstantTimeCompare" {
-				places++
+			var compared []ast.Expr
+			switch n := n.(type) {
+			case *ast.CallExpr:
+				if types.ExprString(n) == inConstantTime {
+					places++
+				}
+				if name := calledName(n); name == "Equal" || name == "Compare" {
+					compared = n.Args
+				}
+			case *ast.BinaryExpr:
+				compared = []ast.Expr{n.X, n.Y}
+			}
+			for _, x := range compared {
+				text := types.ExprString(x)
+				if text != inConstantTime && strings.Contains(text, "digest") {
+					t.Errorf("%s compares %s", placeOf(n), text)
+				}
 			}
 		})
 		if places != 1 {
@@ -1806,11 +1943,19 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 				t.Errorf("the server has no %s", limit)
 			}
 		}
+		isBounded := false // the wait for running requests (S30)
+		inspect(t, "cli.go", func(n ast.Node) {
+			call, ok := n.(*ast.CallExpr)
+			isBounded = isBounded || ok && calledName(call) == "WithTimeout" && isName(call.Args[1], "drainTimeout")
+		})
+		if !isBounded {
+			t.Error("to stop may take for ever")
+		}
 	})
 	t.Run("random bytes are auth.go's, and crypto/rand's", func(t *testing.T) { // S5
 		inspectAll(t, func(file string, n ast.Node) {
 			spec, ok := n.(*ast.ImportSpec)
-			if !ok || !strings.HasSuffix(spec.Path.Value, `/rand"`) {
+			if !ok || !strings.Contains(spec.Path.Value, "/rand") { // math/rand/v2 too
 				return
 			}
 			if spec.Path.Value != `"crypto/rand"` || file != "auth.go" {

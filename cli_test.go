@@ -304,6 +304,8 @@ func TestUnverifiedConnectionsToTheDatabaseAreKnown(t *testing.T) { // S28
 		{"another host without TLS", "postgresql://u@192.0.2.1/d?sslmode=disable", true},
 		{"a name that begins like loopback", "postgresql://u@127.0.0.1.example/d", true},
 		{"another host whose name is not verified", "host=db.example user=u sslmode=verify-ca", true},
+		{"another host beside a local one", "postgresql://u@localhost,db.example/d", true},
+		{"a local name of another address", "host=localhost hostaddr=192.0.2.1 user=u", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			st, err := openStore(c.dsn, "public", 0, 1, io.Discard)
@@ -1122,6 +1124,42 @@ func TestChangeWithoutItsLineIsNotMade(t *testing.T) { // S12, S39
 	}
 }
 
+// Nor is there a line without its change, when it is the commit that fails; and of the change nothing stays.
+func TestLineOfWhatWasNotChangedIsNotWritten(t *testing.T) { // S12, S39
+	t.Parallel()
+	s, key := mustTenant(t)
+	run := s.mustUpload(t, key, oneValue).RunID
+	replaced := keyID(s.mustReplaceKey(t, "a@example.com", "--grace", "1h"))
+	// What a command did is the same, but for what it says at the end.
+	state := func() string {
+		return users(t, s.db) + s.stored(t) + mustQuery(t, s.db, `SELECT count(*) || max(series_key) FROM audit_table, series_table`)
+	}
+	for _, c := range []struct{ line, table string }{
+		{"users create -t " + tenantA + " -e b@example.com", "users_table"},
+		{"keys create -e a@example.com --name x", "keys_table"},
+		{"keys revoke -y --key-id " + replaced, "keys_table"},
+		{"users regenerate-key -y -e a@example.com", "keys_table"},
+		{"users activate -e a@example.com", "users_table"},
+		{"users deactivate -y -e a@example.com", "users_table"},
+		{"series update -t " + tenantA + " -k load --rename other", "series_table"},
+		{"delete runs -y -t " + tenantA + " --run-id " + run, "runs_table"},
+		{"delete series -y -t " + tenantA + " -k load", "series_table"},
+		{"delete tenant -y -t " + tenantA, "users_table"},
+	} {
+		t.Run(c.line, func(t *testing.T) {
+			mustExec(t, s.db, `CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE OR DELETE ON `+c.table+`
+				DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse_past()`)
+			defer mustExec(t, s.db, `DROP TRIGGER at_commit ON `+c.table)
+			before := state()
+			_, stderr := mustRun(t, 1, s.dsn, "", strings.Fields(c.line)...)
+			expectWords(t, stderr, "must bear the time") // which the trigger says
+			if state() != before {
+				t.Error("something of it stayed")
+			}
+		})
+	}
+}
+
 // ---- Lists of users and keys
 
 func TestListsSayWhatAnOperatorMustActOn(t *testing.T) { // S41
@@ -1345,7 +1383,7 @@ func TestUsersCreateShowsTheKeyOnce(t *testing.T) { // S8
 	mustRun(t, 1, dsn, "", "users", "create", "-t", tenantA, "-e", "early@example.com") // no users_table yet
 	mustCreateTables(t, dsn, "--with-users")
 
-	stdout, _ := mustRun(t, 0, dsn, "", "users", "create",
+	stdout, stderr := mustRun(t, 0, dsn, "", "users", "create",
 		"--tenant-id", strings.ToUpper(tenantA), "--email", "Alice@example.com")
 	found := regexp.MustCompile(`(?m)^API Key: (tdb_\S+)$`).FindStringSubmatch(stdout)
 	if found == nil || !wellFormedKey(found[1]) {
@@ -1353,13 +1391,16 @@ func TestUsersCreateShowsTheKeyOnce(t *testing.T) { // S8
 	}
 	id := mustQuery(t, db, `SELECT user_id FROM users_table`)
 	expectWords(t, stdout, id, tenantA, "Alice@example.com", "not be shown again")
+	if n := strings.Count(stdout+stderr, secretPart(found[1])); n != 1 {
+		t.Errorf("the key is printed %d times", n)
+	}
 
-	_, stderr := mustRun(t, 1, dsn, "", "users", "create", "-t", tenantA, "-e", "aLICE@example.com")
+	_, stderr = mustRun(t, 1, dsn, "", "users", "create", "-t", tenantA, "-e", "aLICE@example.com")
 	expectWords(t, stderr, "User with email 'aLICE@example.com' already exists for this tenant.")
 
-	quiet, _ := mustRun(t, 0, dsn, "", "users", "create", "-q", "-t", tenantB, "-e", "Alice@example.com")
-	if !wellFormedKey(strings.TrimSuffix(quiet, "\n")) {
-		t.Errorf("-q prints %q, want the key alone", quiet)
+	quiet, stderr := mustRun(t, 0, dsn, "", "users", "create", "-q", "-t", tenantB, "-e", "Alice@example.com")
+	if !wellFormedKey(strings.TrimSuffix(quiet, "\n")) || stderr != "" {
+		t.Errorf("-q prints %q and %q, want the key alone", quiet, stderr)
 	}
 
 	dump := mustQuery(t, db, `SELECT string_agg(k::text, ' ') FROM keys_table k`) // S6
@@ -1438,6 +1479,17 @@ func TestUsersListShowsEveryUserAndNoSecret(t *testing.T) { // S8
 			for _, u := range mustDecode[[]map[string]any](t, stdout) {
 				if u["is_active"] != (u["email"] != "off@example.com") {
 					t.Errorf("is_active is wrong: %v", u)
+				}
+			}
+		})
+	}
+	for _, line := range []string{"keys list", "keys list --json", "audit", "audit --json"} {
+		t.Run(line, func(t *testing.T) {
+			stdout, _ := mustRun(t, 0, dsn, "", strings.Fields(line)...)
+			expectWords(t, stdout, "on@example.com")
+			for _, secret := range secrets {
+				if strings.Contains(stdout, secret) {
+					t.Errorf("it shows a key or a digest:\n%s", stdout)
 				}
 			}
 		})
@@ -1612,6 +1664,7 @@ func TestMissingTablesAre503UntilTheyAreCreated(t *testing.T) { // S25
 	t.Parallel()
 	dsn := mustDatabase(t)
 	s := mustAPI(t, dsn)
+	expectWords(t, s.log.String(), "there are no tables", "there is no users_table")
 	const oneUpdate = `{"updates":[{"series_key":"load","valid_time":"2025-01-01","value":1}]}`
 	for _, c := range []struct{ name, method, path, body string }{
 		{"reading values", "GET", "/values", ""},

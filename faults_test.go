@@ -20,6 +20,7 @@ import (
 	"math/rand"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	osuser "os/user"
@@ -1389,6 +1390,38 @@ func TestClaimGrowsWithinItsTenantsShare(t *testing.T) { // S34
 				other.release()
 				expectNothingTaken(t, s)
 			})
+		})
+	}
+}
+
+// What a request has decoded is counted while it arrives. What takes more than its tenant may have does not reach the
+// store, of which there is none here.
+func TestWhatIsDecodedIsCounted(t *testing.T) { // S34
+	t.Parallel()
+	key, _, _ := newKey()
+	keys := recordedKeys{record: func(digest []byte) keyRecord {
+		return keyRecord{id: "known", tenant: tenantA, digest: digest, active: true}
+	}}
+	const share = bodyBytes + 1<<20
+	row := at("2025-01-01", "1")
+	long := correctionAt("01", `"series_key":"load","annotation":"`+strings.Repeat("x", maxProse)+`"`)
+	for _, c := range []struct{ name, method, path, contentType, body string }{
+		{"rows of JSON", "POST", "/upload", "application/json", runWith("", strings.Repeat(row+",", 1<<20/rowBytes)+row)},
+		{"rows of CSV", "POST", "/upload", "text/csv",
+			"valid_time,value_key,value\n" + strings.Repeat("2025-01-01,load,1\n", 1<<20/rowBytes+1)},
+		{"updates", "PUT", "/values", "application/json", corrections(strings.Repeat(long+",", 1<<20/maxProse) + long)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newServer(nil, keys, &authenticator{keys: keys}, slog.New(slog.DiscardHandler))
+			s.memory = newShares(share, share)
+			r := httptest.NewRequest(c.method, c.path, strings.NewReader(c.body))
+			r.Header.Set("X-API-Key", key)
+			r.Header.Set("Content-Type", c.contentType)
+			w := httptest.NewRecorder()
+			s.ServeHTTP(timelessRecorder{w}, r)
+			if w.Code != 413 || !strings.Contains(w.Body.String(), "memory") {
+				t.Errorf("%d %s, want 413", w.Code, w.Body)
+			}
 		})
 	}
 }

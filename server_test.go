@@ -1788,6 +1788,25 @@ func TestCSVRowsAreWrittenAsDocumented(t *testing.T) {
 	}
 }
 
+// A row is sent when some have gathered, and not held until the answer is complete.
+func TestRowsAreSentWhileTheyAreRead(t *testing.T) { // S35
+	for _, csv := range []bool{false, true} {
+		t.Run(fmt.Sprintf("csv=%v", csv), func(t *testing.T) {
+			sent := httptest.NewRecorder()
+			out := newRowWriter(&response{rw: timelessRecorder{sent}}, csv, "value")
+			for range flushBytes {
+				out.number(1)
+				if err := out.endRow(); err != nil {
+					t.Fatal(err)
+				}
+				if len(out.buf) > flushBytes {
+					t.Fatalf("%d bytes are held, and %d sent", len(out.buf), sent.Body.Len())
+				}
+			}
+		})
+	}
+}
+
 func TestAnswerTellsWhetherThereIsMore(t *testing.T) {
 	t.Parallel()
 	dsn := mustDatabase(t)

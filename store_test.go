@@ -514,6 +514,8 @@ func TestReadsShowWhatTheParametersAskFor(t *testing.T) {
 		{"the latest in a window", "latest=true&end_valid=2025-01-01T03:00:00Z&series_key=load", "load 02=3.75"},
 		{"the latest that is not NULL", "latest=true&series_key=load&end_known=2024-12-31T12:00:00Z", "load 01=2"},
 		{"the latest with a lead", "latest=true&series_key=load&lead=PT16H", "load 01=2"},
+		{"the latest that was known by a second before noon",
+			"latest=true&series_key=load&days_ahead=1&time_of_day=11:59:59", "load 01=2"},
 		{"the latest of a run", "latest=true&run_id=" + runs[1], "load 03=4.5, price 00-02=20"},
 		{"a run", "run_id=" + runs[0], first + ", wind 00=0.5"},
 		{"two runs, one in upper case", "series_key=load&run_id=" + strings.ToUpper(runs[0]) + "&run_id=" + runs[2],
@@ -2744,6 +2746,28 @@ func comparePlans(t *testing.T, request plannedRequest, got, want []plan) {
 				t.Errorf("the plan has a %s: %s\nof %s", word, shape, p.Query)
 			}
 		}
+	}
+}
+
+// What a read has to hold of runs that overlap is counted.
+func TestMergeOfARunsVersionsIsCounted(t *testing.T) { // S34
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustPlannedStore(t, dsn)
+	c := Caller{tenant: tenantA}
+	for run := range 2 * claimStep / (24 * elementBytes) {
+		if err := uploadTo(s.store, c, hour1(run), "s3"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	q := anyValue
+	q.allVersions = true
+	memory := &claim{of: newShares(claimStep, claimStep), caller: c}
+	err := s.Read(context.Background(), c, q, memory, func(*element) error { return nil })
+	refused, ok := errors.AsType[*refusal](err)
+	if !ok || refused.kind != tooLarge {
+		t.Errorf("a read of more than its tenant may hold: %v, want %v", err, tooLarge)
 	}
 }
 
