@@ -1003,7 +1003,6 @@ func TestMemoryOfTheThrottleIsBounded(t *testing.T) { // S31
 
 // recordedKeys is a keyStore that knows one key, by whatever digest it is asked for.
 type recordedKeys struct {
-	noUsers
 	record func(digest []byte) keyRecord
 }
 
