@@ -1013,9 +1013,9 @@ func (c *boundedConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// prepare prepares query once per connection. That saves planning it, and only so does lib/pq
-// receive bytea in binary form.
-func (s *store) prepare(ctx context.Context, query string) (*sql.Stmt, error) {
+// prepare prepares query once per connection, for tx unless that is nil. That saves planning it,
+// and only so does lib/pq receive bytea in binary form.
+func (s *store) prepare(ctx context.Context, tx *sql.Tx, query string) (*sql.Stmt, error) {
 	known, found := s.statements.Load(query)
 	if !found {
 		prepared, err := s.db.PrepareContext(ctx, query)
@@ -1027,19 +1027,20 @@ func (s *store) prepare(ctx context.Context, query string) (*sql.Stmt, error) {
 			_ = prepared.Close()
 		}
 	}
-	return known.(*sql.Stmt), nil
+	st := known.(*sql.Stmt)
+	if tx != nil {
+		st = tx.StmtContext(ctx, st)
+	}
+	return st, nil
 }
 
 // eachRow runs query, in tx unless that is nil, and calls row for each row, to scan it. An error of
 // row ends it.
 func (s *store) eachRow(ctx context.Context, tx *sql.Tx, query string, args []any,
 	row func(*sql.Rows) error) error {
-	st, err := s.prepare(ctx, query)
+	st, err := s.prepare(ctx, tx, query)
 	if err != nil {
 		return err
-	}
-	if tx != nil {
-		st = tx.StmtContext(ctx, st)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	rows, err := st.QueryContext(ctx, args...)
@@ -1060,20 +1061,20 @@ func (s *store) eachRow(ctx context.Context, tx *sql.Tx, query string, args []an
 // oneRow runs query in tx and scans its one row; without one it returns sql.ErrNoRows.
 func (s *store) oneRow(ctx context.Context, tx *sql.Tx, query string, args []any,
 	into ...any) error {
-	st, err := s.prepare(ctx, query)
+	st, err := s.prepare(ctx, tx, query)
 	if err != nil {
 		return err
 	}
-	return tx.StmtContext(ctx, st).QueryRowContext(ctx, args...).Scan(into...)
+	return st.QueryRowContext(ctx, args...).Scan(into...)
 }
 
-// change runs a statement in tx, and returns how many rows it wrote.
+// change runs a statement in tx for what it does, and returns how many rows that was about.
 func (s *store) change(ctx context.Context, tx *sql.Tx, query string, args ...any) (int64, error) {
-	st, err := s.prepare(ctx, query)
+	st, err := s.prepare(ctx, tx, query)
 	if err != nil {
 		return 0, err
 	}
-	result, err := tx.StmtContext(ctx, st).ExecContext(ctx, args...)
+	result, err := st.ExecContext(ctx, args...)
 	if err != nil {
 		return 0, err
 	}
@@ -1550,8 +1551,6 @@ type seriesRef struct {
 
 func (seriesRef) expected() string { return label("").expected() }
 
-func (r seriesRef) wasTrimmed() bool { return r.Given != "" }
-
 // UnmarshalText reads a key.
 func (r *seriesRef) UnmarshalText(text []byte) error {
 	err := r.Key.UnmarshalText(text)
@@ -1580,9 +1579,29 @@ func (s *store) findSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []ser
 	return found, err
 }
 
+const (
+	// seriesOfRef is the series that ref names by id or key, if there is one. A key that was
+	// trimmed is looked up as it was given first: UNION ALL comes in the order in which it is
+	// written, and sorting would take longer than the look-ups.
+	seriesOfRef = `(
+			SELECT * FROM series_table
+			WHERE tenant_id = $1 AND series_key = nullif(ref.given, '') AND ref.id = ''
+			UNION ALL
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = ''
+			UNION ALL
+			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
+			LIMIT 1
+		) AS s`
+
+	selectSeries = `
+		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
+		FROM unnest($2::text[], $3::text[], $4::text[])
+		     WITH ORDINALITY AS ref (id, key, given, number)
+		LEFT JOIN LATERAL ` + seriesOfRef + ` ON true
+		ORDER BY ref.number`
+)
+
 // lookUpSeries is findSeries, but for what does not exist: that has no id and is listed as unknown.
-// A key that was trimmed is looked up as it was given first: UNION ALL comes in the order in which
-// it is written, and sorting would take longer than the look-ups.
 func (s *store) lookUpSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []seriesRef) (
 	found []series, unknown []seriesRef, err error) {
 	var ids, keys, given []string
@@ -1592,20 +1611,7 @@ func (s *store) lookUpSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 		given = append(given, ref.Given)
 	}
 	found = []series{} // not nil, which JSON shows as null
-	err = s.eachRow(ctx, tx, `
-		SELECT coalesce(s.series_id::text, ''), coalesce(s.series_key, ''), coalesce(s.unit, '')
-		FROM unnest($2::text[], $3::text[], $4::text[])
-		     WITH ORDINALITY AS ref (id, key, given, number)
-		LEFT JOIN LATERAL (
-			SELECT * FROM series_table
-			WHERE tenant_id = $1 AND series_key = nullif(ref.given, '') AND ref.id = ''
-			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = ref.key AND ref.id = ''
-			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_id = nullif(ref.id, '')::uuid
-			LIMIT 1
-		) AS s ON true
-		ORDER BY ref.number`,
+	err = s.eachRow(ctx, tx, selectSeries,
 		[]any{
 			c.tenant,
 			pq.Array(ids), pq.Array(keys), pq.Array(given),
@@ -2283,28 +2289,13 @@ const (
 		ON s.tenant_id = $1 AND s.series_key = $10 AND s.inserted_at <= $6`
 
 	// windowsOfNamed has one window of each series that $10, JSON, names by id or key. What there
-	// is not comes first, with the name and no series. windowsOfGiven also tries keys with the
-	// white space that was around them, and takes those rather.
-	windowsOfNamed = namedStart + `LATERAL (` + byIDOrKey + `
-		)` + namedEnd
-	windowsOfGiven = namedStart + `LATERAL (SELECT * FROM (` + byIDOrKey + `
-			UNION ALL
-			SELECT * FROM series_table
-			WHERE tenant_id = $1 AND series_key = nullif(wanted.given, '')
-			) AS s ORDER BY series_key = wanted.key LIMIT 1
-		)` + namedEnd
-	namedStart = `
+	// is not comes first, with the name and no series.
+	windowsOfNamed = `
 		SELECT DISTINCT ON (s.series_key COLLATE "C")
-		       s.series_id, s.series_key, s.unit, wanted.id AS wanted_id, wanted.key AS wanted_key,
+		       s.series_id, s.series_key, s.unit, ref.id AS wanted_id, ref.key AS wanted_key,
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
-		FROM json_to_recordset($10) AS wanted (id text, key text, given text)
-		LEFT JOIN `
-	byIDOrKey = `
-			SELECT * FROM series_table
-			WHERE tenant_id = $1 AND series_id = nullif(wanted.id, '')::uuid
-			UNION ALL
-			SELECT * FROM series_table WHERE tenant_id = $1 AND series_key = wanted.key`
-	namedEnd = ` AS s ON s.inserted_at <= $6
+		FROM json_to_recordset($10) AS ref (id text, key text, given text)
+		LEFT JOIN LATERAL ` + seriesOfRef + ` ON s.inserted_at <= $6
 		ORDER BY s.series_key COLLATE "C" NULLS FIRST`
 
 	// windowsOfMatched has those of windowsOfNamed, and one of each series whose key is like one of
@@ -2316,7 +2307,7 @@ const (
 			       $2::timestamptz AS window_start, $3::timestamptz AS window_end
 			FROM series_table
 			WHERE tenant_id = $1 AND inserted_at <= $6 AND series_key LIKE ANY ($11::text[])
-			UNION ALL (` + windowsOfGiven + `)
+			UNION ALL (` + windowsOfNamed + `)
 		) AS w
 		ORDER BY series_key COLLATE "C" NULLS FIRST`
 
@@ -2400,7 +2391,7 @@ const (
 // isOfOneKey tells whether q asks for one series, by a key that was given as it is kept.
 func (q *readQuery) isOfOneKey() bool {
 	return len(q.series) == 1 && len(q.match) == 0 && q.series[0].ID == "" &&
-		!q.series[0].wasTrimmed()
+		q.series[0].Given == ""
 }
 
 // args are the arguments of ofQuery, with those of any window.
@@ -2422,8 +2413,6 @@ func (q *readQuery) statement() string {
 		windows = windowsOfMatched
 	case q.isOfOneKey():
 		windows = windowsOfKey
-	case slices.ContainsFunc(q.series, seriesRef.wasTrimmed):
-		windows = windowsOfGiven
 	case len(q.series) > 0:
 		windows = windowsOfNamed
 	}
