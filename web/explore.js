@@ -249,8 +249,7 @@ function giveColors() {
 
 function domainOf(rows) {
   const {from, to} = windowOf();
-  const all = extent(loaded.keys) ?? {from: 0, to: 1};
-  let [first, last] = [from ?? all.from, to ?? all.to];
+  let {from: first, to: last} = closed({from, to}, extent(loaded.keys) ?? {from: 0, to: 1});
   if (to === null) for (const row of rows) if (row.e > last) last = row.e;
   return last - first > 1 ? {from: first, to: last} : {from: first - HOUR, to: last + HOUR};
 }
@@ -315,10 +314,12 @@ function revisedIn(key, rows) {
 // sayNothingThere says where the data are.
 function sayNothingThere() {
   const all = extent(loaded.keys);
-  const {from, to} = closed(windowOf(), loaded.keys) ?? {};
   if (!all) {
     instead("Nothing is stored of these series yet. POST /upload adds values; the reference has an example.");
-  } else if (to <= all.from || from >= all.to) {
+    return;
+  }
+  const {from, to} = closed(windowOf(), all);
+  if (to <= all.from || from >= all.to) {
     const length = to > from ? to - from : all.to - all.from;
     const button = {text: "Show them", onclick: () => zoom(all.to - length, all.to)};
     const window = `${showTime(from)} and ${showTime(to)} ${zoneName()}`;
@@ -623,7 +624,6 @@ async function login(event) {
 function leaveNothing() {
   forget();
   forgetExamples();
-  plot.clear();
   catalog = [];
   loaded = null;
   isLoading = false;

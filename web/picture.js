@@ -129,11 +129,8 @@ function storedIn(keys, window) {
   return sum;
 }
 
-// closed gives a window the ends of what is stored where it has none of its own; null if nothing is stored.
-export function closed(window, keys) {
-  const all = extent(keys);
-  return all && {from: window.from ?? all.from, to: window.to ?? all.to};
-}
+// closed gives a window the ends of all where it has none of its own.
+export const closed = (window, all) => ({from: window.from ?? all.from, to: window.to ?? all.to});
 
 // ---- Values
 
@@ -180,8 +177,9 @@ async function linesIn(keys, window, moments, bucket, signal) {
 
 // loadNow reads what is known now: single values if there are few, else buckets.
 export async function loadNow(keys, window, width, signal) {
-  const bounded = closed(window, keys);
-  if (!bounded) return {bucket: "", rows: []};
+  const all = extent(keys);
+  if (!all) return {bucket: "", rows: []};
+  const bounded = closed(window, all);
   if (storedIn(keys, bounded) <= MOST_POINTS) {
     const single = await linesIn(keys, window, {}, "", signal);
     if (!single.more) return {bucket: "", rows: single.rows};
@@ -203,11 +201,11 @@ export async function loadThen(keys, window, moments, bucket, signal) {
 
 // loadRevisions reads what every run says, stored by a moment; null means that it is too much to draw. What came in one run
 // has no revisions.
-export async function loadRevisions(all, window, stored, signal) {
-  const keys = all.filter((key) => known.runs.get(key)?.data.length !== 1);
+export async function loadRevisions(chosen, window, stored, signal) {
+  const keys = chosen.filter((key) => known.runs.get(key)?.data.length !== 1);
   if (keys.length === 0) return new Map();
-  const bounded = closed(window, keys);
-  if (!bounded || storedIn(keys, bounded) > MOST_REVISED * 1.5) return null;
+  const all = extent(keys);
+  if (!all || storedIn(keys, closed(window, all)) > MOST_REVISED * 1.5) return null;
   const parameters = [
     ...keys.map((key) => ["series_key", key]),
     ...bounds(window, {stored}),

@@ -1,6 +1,6 @@
 // The page's second view: every route as openapi.json describes it, with a form to try it.
 
-import {$, ask, el, get, login} from "./api.js";
+import {$, ask, el, get, logins} from "./api.js";
 
 const MOST_TEXT = 50000; // characters of an answer that are shown
 const NO_ANSWER = "timedb did not answer, or its answer broke off.";
@@ -12,7 +12,7 @@ const operations = [];
 // forgetExamples takes away what was asked and answered with another key.
 export function forgetExamples() {
   live = null;
-  chosen = "";
+  showExamples([], []);
   for (const operation of operations) operation.forget();
 }
 
@@ -23,14 +23,14 @@ export function showExamples(catalog, keys) {
 }
 
 async function exists() {
-  const asked = login();
+  const asked = logins;
   if (!live && chosen) {
     const answer = await get("values", [
       ["series_key", chosen],
       ["latest", "true"],
       ["detail", "true"],
     ]);
-    if (asked !== login()) return {};
+    if (asked !== logins) return {};
     live = answer.data[0] ?? {series_key: chosen};
   }
   return live ?? {};
@@ -240,18 +240,18 @@ class Operation {
     if (this.hasBody)
       Object.assign(options, {body: this.body.value, headers: {"Content-Type": this.kind.value}});
     this.#show("…");
-    const asked = login();
+    const asked = logins;
     try {
       await ask(`.${target}${query.size ? `?${query}` : ""}`, options, async (answer) => {
         const text = await answer.text();
-        if (asked !== login()) return;
+        if (asked !== logins) return;
         const rest = text.length > MOST_TEXT ? `\n… and ${text.length - MOST_TEXT} characters more` : "";
         this.#show(
           `${answer.status} ${answer.statusText}\n${text.slice(0, MOST_TEXT).replaceAll("},{", "},\n{")}${rest}`,
         );
       });
     } catch {
-      if (asked === login()) this.#show(NO_ANSWER);
+      if (asked === logins) this.#show(NO_ANSWER);
     }
   }
 }

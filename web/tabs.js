@@ -107,22 +107,45 @@ const second = (text) => showTime(Math.floor(Date.parse(text) / 1000) * 1000); /
 const named = (color, key) => el("span", {}, el("span", {class: `dot ${color}`, "aria-hidden": "true"}), key);
 const exact = (value) => (value === null || value === undefined ? undefined : String(value));
 
+// inRow is a button of a row, which does not pick the row.
+const inRow = (label, text, action) =>
+  el(
+    "button",
+    {
+      type: "button",
+      "aria-label": label,
+      onclick: (event) => {
+        event.stopPropagation();
+        action();
+      },
+    },
+    text,
+  );
+
 // ---- The three tables
+
+// What several tables show alike.
+const validTime = () => ({
+  name: `valid time (${zoneName()})`,
+  width: 22,
+  of: (row) => time(row.valid_time),
+  exact: (row) => row.valid_time,
+});
+const ofSeries = (colorOf, width) => ({
+  name: "series",
+  width,
+  of: (row) => named(colorOf(row.series_key), row.series_key),
+  exact: (row) => row.series_key,
+});
+const author = {name: "by", width: 22, of: (row) => row.changed_by, exact: (row) => row.changed_by ?? undefined};
+const reasonOf = (row) =>
+  [row.annotation ?? "", ...(row.tags ?? []).map((tag) => `#${tag}`)].filter(Boolean).join(" ");
+const reason = (width) => ({name: "why", width, of: reasonOf, exact: (row) => reasonOf(row) || undefined});
 
 export function valueColumns(picture, colorOf, correct) {
   const columns = [
-    {
-      name: `valid time (${zoneName()})`,
-      width: 22,
-      of: (row) => time(row.valid_time),
-      exact: (row) => row.valid_time,
-    },
-    {
-      name: "series",
-      width: 30,
-      of: (row) => named(colorOf(row.series_key), row.series_key),
-      exact: (row) => row.series_key,
-    },
+    validTime(),
+    ofSeries(colorOf, 30),
     {
       name: picture.bucket ? "mean" : "value",
       width: 14,
@@ -148,45 +171,21 @@ export function valueColumns(picture, colorOf, correct) {
     return [...columns, number("min"), number("max"), number("count")];
   }
   const button = (row) =>
-    el(
-      "button",
-      {
-        type: "button",
-        "aria-label": `Correct ${row.series_key} at ${time(row.valid_time)}`,
-        onclick: (event) => {
-          event.stopPropagation();
-          correct(row);
-        },
-      },
-      "Correct…",
-    );
+    inRow(`Correct ${row.series_key} at ${time(row.valid_time)}`, "Correct…", () => correct(row));
   return [
     ...columns,
     {name: "known", width: 18, of: (row) => time(row.known_time), exact: (row) => row.known_time},
     {name: "version", width: 9, isNumber: true, of: (row) => String(row.version)},
-    {name: "by", width: 22, of: (row) => row.changed_by, exact: (row) => row.changed_by ?? undefined},
-    {name: "why", width: 26, of: (row) => reasonOf(row), exact: (row) => reasonOf(row) || undefined},
+    author,
+    reason(26),
     {name: "correct", width: 14, of: button},
   ];
 }
 
-const reasonOf = (row) =>
-  [row.annotation ?? "", ...(row.tags ?? []).map((tag) => `#${tag}`)].filter(Boolean).join(" ");
-
 export function correctionColumns(colorOf) {
   return [
-    {
-      name: `valid time (${zoneName()})`,
-      width: 22,
-      of: (row) => time(row.valid_time),
-      exact: (row) => row.valid_time,
-    },
-    {
-      name: "series",
-      width: 28,
-      of: (row) => named(colorOf(row.series_key), row.series_key),
-      exact: (row) => row.series_key,
-    },
+    validTime(),
+    ofSeries(colorOf, 28),
     {
       name: "from",
       width: 13,
@@ -195,10 +194,10 @@ export function correctionColumns(colorOf) {
       exact: (row) => exact(row.old_value),
     },
     {name: "to", width: 13, isNumber: true, of: (row) => digits(row.value), exact: (row) => exact(row.value)},
-    {name: "by", width: 22, of: (row) => row.changed_by, exact: (row) => row.changed_by ?? undefined},
+    author,
     {name: "when", width: 18, of: (row) => second(row.change_time), exact: (row) => row.change_time},
     {name: "of the run known", width: 18, of: (row) => time(row.known_time), exact: (row) => row.known_time},
-    {name: "why", width: 32, of: reasonOf, exact: (row) => reasonOf(row) || undefined},
+    reason(32),
   ];
 }
 
@@ -220,18 +219,7 @@ export function runColumns(moments, shown, withdraw) {
   const button = (run) =>
     run.withdrawn_at
       ? ""
-      : el(
-          "button",
-          {
-            type: "button",
-            "aria-label": `Withdraw the run known ${time(run.known_time)}`,
-            onclick: (event) => {
-              event.stopPropagation();
-              withdraw(run);
-            },
-          },
-          "Withdraw…",
-        );
+      : inRow(`Withdraw the run known ${time(run.known_time)}`, "Withdraw…", () => withdraw(run));
   return [
     {
       name: `known (${zoneName()})`,
@@ -241,7 +229,7 @@ export function runColumns(moments, shown, withdraw) {
     },
     {name: "workflow", width: 20, of: (run) => run.workflow_id, exact: (run) => run.workflow_id},
     {name: "stored", width: 20, of: (run) => second(run.inserted_at), exact: (run) => run.inserted_at},
-    {name: "by", width: 22, of: (run) => run.changed_by, exact: (run) => run.changed_by ?? undefined},
+    author,
     {name: "values", width: 9, isNumber: true, of: (run) => run.rows.toLocaleString("en")},
     {name: "in the picture", width: 14, isNumber: true, of: (run) => String(shown.get(run.run_id) ?? "")},
     {name: "state", width: 48, of: state, exact: state},
