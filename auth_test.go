@@ -1783,15 +1783,9 @@ func partsOfStatement(fn *ast.FuncDecl) (parts []string) {
 // textsOf are the constant texts that a file declares at its top level, each as a whole.
 func textsOf(tree *ast.File) map[string]string {
 	declared := map[string]ast.Expr{}
-	for _, decl := range tree.Decls {
-		block, ok := decl.(*ast.GenDecl)
-		if !ok || block.Tok != token.CONST {
-			continue
-		}
-		for _, spec := range block.Specs {
-			for i, value := range spec.(*ast.ValueSpec).Values {
-				declared[spec.(*ast.ValueSpec).Names[i].Name] = value
-			}
+	for _, spec := range constantSpecs(tree) {
+		for i, value := range spec.Values {
+			declared[spec.Names[i].Name] = value
 		}
 	}
 	var whole func(ast.Expr) string
@@ -1813,18 +1807,26 @@ func textsOf(tree *ast.File) map[string]string {
 	return texts
 }
 
-// constantsOf are the constants that a file declares at its top level.
-func constantsOf(tree *ast.File) []string {
-	var names []string
+// constantSpecs are the declarations of constants at the top level of a file.
+func constantSpecs(tree *ast.File) (specs []*ast.ValueSpec) {
 	for _, decl := range tree.Decls {
 		block, ok := decl.(*ast.GenDecl)
 		if !ok || block.Tok != token.CONST {
 			continue
 		}
 		for _, spec := range block.Specs {
-			for _, name := range spec.(*ast.ValueSpec).Names {
-				names = append(names, name.Name)
-			}
+			specs = append(specs, spec.(*ast.ValueSpec))
+		}
+	}
+	return specs
+}
+
+// constantsOf are the constants that a file declares at its top level.
+func constantsOf(tree *ast.File) []string {
+	var names []string
+	for _, spec := range constantSpecs(tree) {
+		for _, name := range spec.Names {
+			names = append(names, name.Name)
 		}
 	}
 	return names
