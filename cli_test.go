@@ -681,10 +681,15 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	mustExec(t, s.db, `UPDATE values_table SET version = 2 WHERE valid_from = '2025-02-01'`)
 	before := s.must(t, 200, "GET", "/values?all_versions=true", key, "")
 	s.stop()
+	// Version 3 had arrays in rows of one value as well.
+	mustExec(t, s.db, `DROP VIEW current_values, value_blocks;
+		UPDATE values_table SET valid_to = valid_from, valid_times = ARRAY[valid_from], "values" = ARRAY[value], value = NULL
+		WHERE valid_to IS NULL;
+		ALTER TABLE values_table DROP value, ALTER valid_to SET NOT NULL, ALTER valid_times SET NOT NULL,
+			ALTER "values" SET NOT NULL`)
 	// Version 2 had run_params as jsonb, and a function; foreign keys of values, neither old values nor withdrawals, and
 	// a gained value had version 1.
 	mustExec(t, s.db, `UPDATE values_table SET version = 1 WHERE valid_from = '2025-02-01';
-		DROP VIEW current_values;
 		DROP TABLE withdrawals_table, audit_table;
 		DROP FUNCTION refuse_past CASCADE;
 		ALTER TABLE values_table DROP old_value, ADD FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table,
@@ -1000,8 +1005,8 @@ func TestNobodyWritesIntoThePast(t *testing.T) { // S38
 	const series = `INSERT INTO series_table (tenant_id, series_key, unit, inserted_at)
 		SELECT tenant_id, gen_random_uuid(), 'u', %s FROM runs_table LIMIT 1`
 	const value = `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
-			valid_from, valid_to, valid_times, "values")
-		SELECT tenant_id, series_id, run_id, run_order, 99, known_time, %s, valid_from, valid_to, valid_times, "values"
+			valid_from, value)
+		SELECT tenant_id, series_id, run_id, run_order, 99, known_time, %s, valid_from, value
 		FROM values_table LIMIT 1`
 	const withdrawal = `INSERT INTO withdrawals_table (tenant_id, run_id, change_time)
 		SELECT tenant_id, run_id, %s FROM runs_table r

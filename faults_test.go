@@ -234,7 +234,7 @@ func (l *ledger) checkRuns(t *testing.T, db *sql.DB) {
 	t.Helper()
 	rows, err := db.Query(`
 		SELECT r.run_id, r.rows_inserted, coalesce(sum(cardinality(v."values")) FILTER (WHERE v.version = 1), 0)
-		FROM runs_table r LEFT JOIN values_table v ON v.tenant_id = r.tenant_id AND v.run_id = r.run_id
+		FROM runs_table r LEFT JOIN value_blocks v ON v.tenant_id = r.tenant_id AND v.run_id = r.run_id
 		GROUP BY 1, 2`)
 	if err != nil {
 		t.Fatal(err)
@@ -1031,7 +1031,7 @@ func TestFaultErasureAmongWritersLeavesNothingInPart(t *testing.T) {
 		t.Errorf("%s rows of values have lost their run or series", got)
 	}
 	parts := mustQuery(t, s.db, `SELECT count(*) FROM (
-		SELECT FROM values_table WHERE version = 1 GROUP BY run_id, series_id
+		SELECT FROM value_blocks WHERE version = 1 GROUP BY run_id, series_id
 		HAVING sum(cardinality("values")) <> $1) AS part`, eraserRows)
 	if parts != "0" {
 		t.Errorf("%s runs are stored in part", parts)

@@ -45,9 +45,10 @@ CREATE TABLE IF NOT EXISTS series_table (
 );
 
 -- One row holds consecutive values of one series from one run (a block), or one corrected value: version 1 is the
--- upload's, a higher one a correction's. The span is bounded so that a window is a plain range on the primary key, whose
--- cost does not grow with the history around it. There are no foreign keys, because checking two costs more than the row:
--- every INSERT takes its run and series from their tables, and what erases locks this table against writers.
+-- upload's, a higher one a correction's. Arrays of one would be a third of a row, so a single value has a column of its
+-- own; the view value_blocks shows all rows alike. The span is bounded so that a window is a plain range on the primary
+-- key, whose cost does not grow with the history around it. No foreign keys, because checking two costs more than the
+-- row: every INSERT takes its run and series from their tables, and what erases locks this table against writers.
 CREATE TABLE IF NOT EXISTS values_table (
     tenant_id       uuid          NOT NULL,
     series_id       uuid          NOT NULL,
@@ -57,22 +58,21 @@ CREATE TABLE IF NOT EXISTS values_table (
     version         integer       NOT NULL CHECK (version >= 1),
     known_time      timestamptz   NOT NULL,
     change_time     timestamptz   NOT NULL,
-    valid_from      timestamptz   NOT NULL,  -- the first and the last of valid_times
-    valid_to        timestamptz   NOT NULL,
+    valid_from      timestamptz   NOT NULL,
+    valid_to        timestamptz,             -- NULL, as both arrays are, in a row of one value
+    value           float8,                  -- the value of such a row
     changed_by      text,
     annotation      text,
     tags            text[],
-    valid_times     timestamptz[] NOT NULL,  -- ascending
+    valid_times     timestamptz[],           -- ascending
     valid_time_ends timestamptz[],           -- NULL when every value is a point
-    "values"        float8[]      NOT NULL,
+    "values"        float8[],
     old_value       float8,                  -- of a correction: the run's value before it; NULL if it had none
     PRIMARY KEY (tenant_id, series_id, valid_from, value_id),
     CHECK (valid_to >= valid_from AND valid_to <= valid_from + interval '768 hours'),
     CHECK (valid_from = valid_times[1] AND valid_to = valid_times[cardinality(valid_times)]),
-    CHECK (cardinality("values") BETWEEN 1 AND 1000 AND cardinality(valid_times) = cardinality("values")
-           AND cardinality(valid_time_ends) = cardinality("values"))
+    CHECK (cardinality("values") BETWEEN 1 AND 1000 AND cardinality(valid_times) = cardinality("values"))
 );
-
 
 -- A withdrawn run is not shown from change_time on, but by a read as of a moment before.
 CREATE TABLE IF NOT EXISTS withdrawals_table (
@@ -96,16 +96,6 @@ CREATE TABLE IF NOT EXISTS audit_table (
     email     text,                  -- of whom, if it was about a user
     detail    text        NOT NULL
 );
-
--- What a flat read shows, one row per value, for SQL tools.
-CREATE OR REPLACE VIEW current_values AS
-SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
-       v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value,
-       v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
-FROM values_table v JOIN series_table s USING (tenant_id, series_id)
-CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
-WHERE NOT EXISTS (SELECT FROM withdrawals_table w WHERE w.tenant_id = v.tenant_id AND w.run_id = v.run_id)
-ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
 -- A timestamp as the API writes those that a clock made: in UTC, with six digits of fraction.
 CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE
@@ -178,7 +168,26 @@ DO $timedb$ DECLARE t regclass; BEGIN
 
 -- section: upgrade
 -- What makes tables of an earlier version, and new ones, those of this version.
-ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8;
+ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN IF NOT EXISTS value float8,
+    ALTER valid_to DROP NOT NULL, ALTER valid_times DROP NOT NULL, ALTER "values" DROP NOT NULL,
+    DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey, DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey,
+    DROP CONSTRAINT IF EXISTS value_or_values,
+    ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
+        AND (value IS NULL OR "values" IS NULL) AND cardinality(valid_time_ends) = coalesce(cardinality("values"), 1));
+-- The rows of values_table, those of one value with arrays of one.
+CREATE OR REPLACE VIEW value_blocks AS
+SELECT tenant_id, series_id, run_id, value_id, run_order, version, known_time, change_time, changed_by, annotation, tags,
+       valid_from, coalesce(valid_to, valid_from) AS valid_to, coalesce(valid_times, ARRAY[valid_from]) AS valid_times,
+       valid_time_ends, coalesce("values", ARRAY[value]) AS "values", old_value FROM values_table;
+-- What a flat read shows, one row per value, for SQL tools.
+CREATE OR REPLACE VIEW current_values AS
+SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
+       v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value,
+       v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
+FROM value_blocks v JOIN series_table s USING (tenant_id, series_id)
+CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
+WHERE NOT EXISTS (SELECT FROM withdrawals_table w WHERE w.tenant_id = v.tenant_id AND w.run_id = v.run_id)
+ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 CREATE INDEX IF NOT EXISTS corrections_by_change_time ON values_table (tenant_id, change_time) WHERE version > 1;
 -- lz4 takes a fifth of the default's time.
 DO $timedb$ BEGIN
@@ -201,8 +210,6 @@ DO $timedb$ DECLARE r record; BEGIN
     END IF;
 END $timedb$;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb);
-ALTER TABLE values_table DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey,
-    DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey;
 -- A value that a run gained by a correction had version 1. Its versions count from 2 on now, as those of any correction.
 UPDATE values_table v SET version = v.version + 1
 FROM values_table first JOIN runs_table r USING (tenant_id, run_id)
@@ -210,7 +217,7 @@ WHERE first.version = 1 AND first.change_time > r.inserted_at AND v.tenant_id = 
   AND v.series_id = first.series_id AND v.run_id = first.run_id AND v.valid_times = first.valid_times
   AND v.valid_time_ends IS NOT DISTINCT FROM first.valid_time_ends;
 UPDATE values_table c SET old_value = (
-    SELECT e.value FROM values_table v
+    SELECT e.value FROM value_blocks v
     CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
     WHERE v.tenant_id = c.tenant_id AND v.series_id = c.series_id AND v.run_id = c.run_id AND v.version < c.version
       AND v.valid_from BETWEEN c.valid_from - interval '768 hours' AND c.valid_from AND v.valid_to >= c.valid_from
@@ -235,20 +242,19 @@ DO $timedb$ DECLARE t text; BEGIN
             $trigger$, t, CASE WHEN t IN ('runs_table', 'series_table') THEN 'inserted_at' ELSE 'change_time' END);
     END LOOP;
 END $timedb$;
-COMMENT ON TABLE runs_table IS 'timedb schema 3';
+COMMENT ON TABLE runs_table IS 'timedb schema 4';
 
 -- section: app role
 GRANT USAGE ON SCHEMA :schema TO :app_role;
 GRANT SELECT, INSERT ON runs_table, series_table, values_table, withdrawals_table TO :app_role;
-GRANT SELECT ON current_values TO :app_role;
+GRANT SELECT ON value_blocks, current_values TO :app_role;
 
 -- section: app role with users
 GRANT SELECT ON users_table, keys_table TO :app_role;
 GRANT SELECT, INSERT, UPDATE (last_used_at) ON key_uses TO :app_role;  -- UPDATE of the whole could lock it
 
 -- section: delete
-DROP VIEW IF EXISTS current_values;
+DROP VIEW IF EXISTS current_values, value_blocks;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz);
-DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, key_uses, keys_table, users_table,
-    audit_table;
+DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, key_uses, keys_table, users_table, audit_table;
 DROP FUNCTION IF EXISTS refuse_past();

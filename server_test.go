@@ -481,7 +481,7 @@ func (s *testServer) stored(t testing.TB) string {
 	t.Helper()
 	return mustQuery(t, s.db, `SELECT concat_ws(' ',
 		(SELECT count(*) FROM runs_table), (SELECT count(*) FROM series_table),
-		(SELECT count(*) FROM values_table), (SELECT sum(cardinality("values")) FROM values_table))`)
+		(SELECT count(*) FROM values_table), (SELECT sum(cardinality("values")) FROM value_blocks))`)
 }
 
 // ---- Harness: looking and comparing

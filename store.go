@@ -845,7 +845,7 @@ const (
 	// idleTransactionTimeout frees the locks of a client that vanished within a transaction.
 	idleTransactionTimeout = time.Minute
 
-	schemaVersion = 3 // of the tables that this program knows; schema.sql writes it down
+	schemaVersion = 4 // of the tables that this program knows; schema.sql writes it down
 )
 
 // store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx
@@ -1157,8 +1157,8 @@ func (s *store) catalog(ctx context.Context) (catalog, error) {
 		           FILTER (WHERE c.relkind IN ('r', 'p')), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = $1 AND c.relname IN
-		      ('runs_table', 'series_table', 'values_table', 'withdrawals_table', 'current_values',
-		       'audit_table', 'users_table', 'keys_table', 'key_uses')`,
+		      ('runs_table', 'series_table', 'values_table', 'withdrawals_table', 'value_blocks',
+		       'current_values', 'audit_table', 'users_table', 'keys_table', 'key_uses')`,
 		[]any{s.schema}, func(rows *sql.Rows) error {
 			return rows.Scan(&c.names, &c.version, &c.rewrites)
 		})
@@ -1965,14 +1965,17 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 		}
 		stored, err := s.change(ctx, tx, `
 			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends,
-			       "values")
+			       change_time, changed_by, valid_time_ends, valid_from, value, valid_to,
+			       valid_times, "values")
 			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, 1, r.known_time,
-			       r.inserted_at, r.changed_by, a.times[b.first], a.times[b.last],
-			       a.times[b.first:b.last],
+			       r.inserted_at, r.changed_by,
 			       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
 			            THEN a.ends[b.first:b.last] END,
-			       a."values"[b.first:b.last]
+			       a.times[b.first],
+			       CASE WHEN b.first = b.last THEN a."values"[b.first] END,
+			       CASE WHEN b.first < b.last THEN a.times[b.last] END,
+			       CASE WHEN b.first < b.last THEN a.times[b.first:b.last] END,
+			       CASE WHEN b.first < b.last THEN a."values"[b.first:b.last] END
 			FROM runs_table r,
 			     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[])
 			         AS a (times, ends, "values"),
@@ -2346,7 +2349,7 @@ const (
 				ORDER BY v.valid_from DESC LIMIT 10
 			) AS last
 			WHERE NOT EXISTS (
-				SELECT FROM values_table v
+				SELECT FROM value_blocks v
 				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
 				  AND v.valid_from >= last.valid_from - interval '768 hours'
 				  AND v.valid_from <= last.valid_from AND v.valid_to >= last.valid_from
@@ -2375,7 +2378,7 @@ const (
 		SELECT *, width_bucket(w.window_start - interval '1 microsecond', times) + 1 AS lo,
 		       width_bucket(w.window_end - interval '1 microsecond', times) AS hi
 		FROM (SELECT *, valid_times || '{}' AS times FROM (
-			SELECT * FROM values_table v
+			SELECT * FROM value_blocks v
 			WHERE v.tenant_id = $1 AND v.series_id = w.series_id AND v.valid_to >= w.window_start
 			  AND v.valid_from >= w.window_start - interval '768 hours'
 			  AND v.valid_from < w.window_end
@@ -3127,14 +3130,13 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 			                      annotation, tags, old_value, number)
 		), stored AS (
 			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			       change_time, changed_by, annotation, tags, valid_from, valid_to, valid_times,
-			       valid_time_ends, "values", old_value)
+			       change_time, changed_by, annotation, tags, valid_from, valid_time_ends, value,
+			       old_value)
 			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, n.version, r.known_time, now,
 			       nullif($2, ''), n.annotation,
 			       CASE json_typeof(n.tags) WHEN 'array'
 			            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
-			       n.valid_time, n.valid_time, ARRAY[n.valid_time],
-			       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value], n.old_value
+			       n.valid_time, nullif(ARRAY[n.valid_time_end], '{NULL}'), n.value, n.old_value
 			FROM n CROSS JOIN LATERAL (
 				SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
 			CROSS JOIN LATERAL (
@@ -3219,7 +3221,7 @@ const (
 	countChosen = chosen + `
 		SELECT coalesce((SELECT name FROM missing LIMIT 1), ''),
 		       (SELECT count(*) FROM chosen_runs),
-		       (SELECT coalesce(sum(cardinality("values")), 0) FROM values_table
+		       (SELECT coalesce(sum(cardinality("values")), 0) FROM value_blocks
 		        WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)
 		                                  OR series_id IN (SELECT series_id FROM chosen_series))),
 		       (SELECT count(*) FROM chosen_series)`
@@ -3227,7 +3229,7 @@ const (
 			DELETE FROM values_table
 			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)
 			                          OR series_id IN (SELECT series_id FROM chosen_series))
-			RETURNING cardinality("values") AS n
+			RETURNING coalesce(cardinality("values"), 1) AS n
 		), gone_withdrawals AS (
 			DELETE FROM withdrawals_table
 			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs))
@@ -3312,7 +3314,7 @@ func eraseUsers(ctx context.Context, c Caller, tx *sql.Tx, exist bool) error {
 func (s *store) Everything(ctx context.Context) (lost loss, err error) {
 	err = s.eachRow(ctx, nil, `
 		SELECT (SELECT count(*) FROM runs_table),
-		       (SELECT coalesce(sum(cardinality("values")), 0) FROM values_table),
+		       (SELECT coalesce(sum(cardinality("values")), 0) FROM value_blocks),
 		       (SELECT count(*) FROM series_table)`,
 		nil, func(rows *sql.Rows) error {
 			return rows.Scan(&lost.runs, &lost.values, &lost.series)
@@ -3373,7 +3375,7 @@ const selectCorrections = `
 	       array_send(v.valid_times || v.valid_times),
 	       array_send(v.valid_time_ends || v.valid_time_ends),
 	       array_send(v."values" || v.old_value)
-	FROM values_table v CROSS JOIN LATERAL (
+	FROM value_blocks v CROSS JOIN LATERAL (
 		SELECT series_key, unit FROM series_table
 		WHERE tenant_id = $1 AND series_id = v.series_id OFFSET 0) AS s
 	WHERE v.tenant_id = $1 AND v.version > 1 AND v.change_time >= $2 AND v.change_time < $3
@@ -3455,7 +3457,7 @@ const (
 		       replace(iso_time(max(v.valid_to)), '.000000', '') AS last_valid_time,
 		       coalesce(sum(cardinality(v.valid_times)), 0) AS "values",
 		       iso_time(max(v.change_time)) AS last_change_time
-		FROM values_table v WHERE v.tenant_id = $1 AND v.series_id = s.series_id` + listSeriesEnd
+		FROM value_blocks v WHERE v.tenant_id = $1 AND v.series_id = s.series_id` + listSeriesEnd
 )
 
 // runsQuery says which runs to list.

@@ -317,6 +317,57 @@ func longSeries() (times []time.Time, values []float64) {
 	return times, values
 }
 
+// A row of one value has no arrays. It reads, and is corrected, as any other.
+func TestSingleValueIsStoredWithoutArrays(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		rows   []string
+		arrays string // how many rows of values_table have some
+		shown  string
+		latest string
+	}{
+		{"a value", []string{at("2025-01-01T05:00Z", "1.5")}, "0", "load 05=1.5", "load 05=1.5"},
+		{"-0.0", []string{at("2025-01-01T05:00Z", "-0.0")}, "0", "load 05=-0", "load 05=-0"},
+		{"no value", []string{at("2025-01-01T05:00Z", "null")}, "0", "load 05=null", ""},
+		{"an interval", []string{at("2025-01-01T05:00Z", "1", `,"valid_time_end":"2025-01-01T06:00Z"`)},
+			"0", "load 05-06=1", "load 05-06=1"},
+		{"two values", []string{at("2025-01-01T05:00Z", "1"), at("2025-01-01T06:00Z", "2")},
+			"1", "load 05=1, load 06=2", "load 06=2"},
+		{"two values far apart", []string{at("2025-01-01T05:00Z", "1"), at("2026-01-01T06:00Z", "2")},
+			"0", "load 05=1, load 06=2", "load 06=2"},
+		{"a value, and none far after it", []string{at("2025-01-01T05:00Z", "1"), at("2026-01-01T06:00Z", "null")},
+			"0", "load 05=1, load 06=null", "load 05=1"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s, key := mustTenant(t)
+			s.must(t, 200, "POST", "/upload", key, runWith("", c.rows...))
+			const withArrays = `SELECT count(*) FROM values_table
+				WHERE num_nonnulls(valid_to, valid_times, "values") > 0`
+			if got := mustQuery(t, s.db, withArrays); got != c.arrays {
+				t.Errorf("%s rows have arrays, want %s", got, c.arrays)
+			}
+			if got := brief(t, s.must(t, 200, "GET", "/values", key, "")); got != c.shown {
+				t.Errorf("it reads %s, want %s", got, c.shown)
+			}
+			if got := brief(t, s.must(t, 200, "GET", "/values?latest=true", key, "")); got != c.latest {
+				t.Errorf("the latest is %s, want %s", got, c.latest)
+			}
+			_, first, _ := strings.Cut(c.rows[0], `{`)
+			first = strings.ReplaceAll(first, "value_key", "series_key")
+			s.must(t, 200, "PUT", "/values", key, `{"updates":[{`+first+`]}`)
+			s.must(t, 200, "PUT", "/values", key, `{"updates":[{"annotation":"read again",`+first+`]}`)
+			if got := brief(t, s.must(t, 200, "GET", "/values", key, "")); got != c.shown {
+				t.Errorf("corrected it reads %s, want %s", got, c.shown)
+			}
+			if got := mustQuery(t, s.db, withArrays+` OR version > 2`); got != c.arrays {
+				t.Errorf("corrected %s rows have arrays or a version that changes nothing, want %s", got, c.arrays)
+			}
+		})
+	}
+}
+
 func TestLongSeriesComeBackExactly(t *testing.T) {
 	t.Parallel()
 	s, key := mustTenant(t)
@@ -2614,9 +2665,9 @@ func mustFillTenant(t *testing.T, db *sql.DB, tenant string) {
 		SELECT $1, gen_random_uuid(), 'w', '2025-01-01', '2025-01-01', 1, sha256('')
 		FROM generate_series(1, 100000)`,
 		`INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-		       change_time, valid_from, valid_to, valid_times, "values")
+		       change_time, valid_from, value)
 		SELECT $1, s.series_id, r.run_id, r.run_order, 1, r.known_time, r.inserted_at,
-		       '2025-01-01', '2025-01-01', '{2025-01-01}', '{1}'
+		       '2025-01-01', 1
 		FROM series_table s, (SELECT * FROM runs_table WHERE tenant_id = $1 LIMIT 1) AS r
 		WHERE s.tenant_id = $1 AND s.series_key LIKE 'many %'`,
 		`WITH u AS (
@@ -4042,7 +4093,7 @@ func TestSQLRoleOfATenantSeesItsTenantAndNothingElse(t *testing.T) {
 	mustExec(t, n.db, `CREATE FUNCTION tell(tenant uuid) RETURNS boolean
 		IMMUTABLE COST 0.0001 LANGUAGE plpgsql AS $$ BEGIN
 		IF tenant <> '`+northTenant+`' THEN RAISE EXCEPTION 'told of %', tenant; END IF; RETURN true; END $$`)
-	for _, view := range []string{"current_values", "values_table", "series_table"} {
+	for _, view := range []string{"current_values", "value_blocks", "series_table"} {
 		t.Run("rows of "+view, func(t *testing.T) {
 			const digest = `SELECT concat(count(*), ' ', md5(string_agg(v::text, ',' ORDER BY v::text))) FROM `
 			want := mustQuery(t, n.db, digest+"public."+view+" v WHERE tenant_id = $1", northTenant)
@@ -4057,6 +4108,7 @@ func TestSQLRoleOfATenantSeesItsTenantAndNothingElse(t *testing.T) {
 	for _, c := range []struct{ name, statement string }{
 		{"read current_values of all", `SELECT FROM public.current_values`},
 		{"read values_table of all", `SELECT FROM public.values_table`},
+		{"read value_blocks of all", `SELECT FROM public.value_blocks`},
 		{"read series_table of all", `SELECT FROM public.series_table`},
 		{"read runs_table", `SELECT FROM public.runs_table`},
 		{"read users_table", `SELECT FROM public.users_table`},
@@ -4065,7 +4117,7 @@ func TestSQLRoleOfATenantSeesItsTenantAndNothingElse(t *testing.T) {
 		{"insert a run", `INSERT INTO public.runs_table (tenant_id) VALUES (NULL)`},
 		{"activate a user", `UPDATE public.users_table SET is_active = true`},
 		{"insert a series through the view", `INSERT INTO series_table (series_key) VALUES ('x')`},
-		{"change values through the view", `UPDATE values_table SET annotation = 'x'`},
+		{"change values through the view", `UPDATE value_blocks SET annotation = 'x'`},
 		{"delete series through the view", `DELETE FROM series_table`},
 		{"truncate values_table", `TRUNCATE public.values_table`},
 		{"drop its view", `DROP VIEW north.current_values`},
