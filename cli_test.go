@@ -1318,12 +1318,15 @@ func TestQuestionsAreAskedAndOnlyYesIsYes(t *testing.T) {
 	place := fmt.Sprintf(`database %q on %s (by TIMEDB_DSN)`, strings.TrimPrefix(u.Path, "/"), u.Host)
 	const email = "ask@example.com"
 	createUser := func() { mustRun(t, 0, dsn, "", "users", "create", "-t", tenantA, "-e", email) }
-	// storeRun is a run of two values and one series.
+	// storeRun is a run of three values and one series.
 	storeRun := func() {
 		mustExec(t, db, `INSERT INTO series_table (tenant_id, series_id, series_key, unit) VALUES ($1, $2, 'load', 'MW')`,
 			tenantA, nobody)
 		mustExec(t, db, `INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, known_time, rows_inserted,
-			request_digest) VALUES ($1, $2, 'w', now(), now(), 2, sha256(''))`, tenantA, nobody)
+			request_digest) VALUES ($1, $2, 'w', now(), now(), 3, sha256(''))`, tenantA, nobody)
+		mustExec(t, db, `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+			change_time, valid_from, value) SELECT tenant_id, run_id, run_id, run_order, 1, now(), now(), '2024-01-01', 5
+			FROM runs_table`)
 		mustExec(t, db, `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
 			change_time, valid_from, valid_to, valid_times, "values") SELECT tenant_id, run_id, run_id, run_order, 1, now(),
 			now(), '2025-01-01', '2025-01-02', '{2025-01-01, 2025-01-02}', '{1, NULL}' FROM runs_table`)
@@ -1337,15 +1340,15 @@ func TestQuestionsAreAskedAndOnlyYesIsYes(t *testing.T) {
 	}{
 		{"create tables", []string{"create", "tables", "--with-users"}, tables, nil, []string{place}},
 		{"delete runs", []string{"delete", "runs", "-t", tenantA, "--run-id", nobody}, data, storeRun,
-			[]string{place, "1 run(s), 2 value(s), 0 series", tenantA}},
+			[]string{place, tenantA, "1 run(s), 3 value(s), 0 series"}},
 		{"delete series", []string{"delete", "series", "-t", tenantA, "-k", "load"}, data, nil,
-			[]string{place, "0 run(s), 0 value(s), 1 series", tenantA}},
+			[]string{place, tenantA, "0 run(s), 0 value(s), 1 series"}},
 		{"users regenerate-key", []string{"users", "regenerate-key", "-e", email}, users, createUser, []string{email}},
 		{"users deactivate", []string{"users", "deactivate", "-e", email}, users, nil, []string{email}},
 		{"delete tenant", []string{"delete", "tenant", "-t", tenantA}, data, storeRun,
-			[]string{place, "1 run(s), 2 value(s), 1 series", tenantA, "its users"}},
+			[]string{place, tenantA, "its users", "1 run(s), 3 value(s), 1 series"}},
 		{"delete tables", []string{"delete", "tables"}, tables, storeRun,
-			[]string{place, "1 run(s), 2 value(s), 1 series", "the audit trail", "values_table"}},
+			[]string{place, "the audit trail", "values_table", "1 run(s), 3 value(s), 1 series"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if c.prepare != nil {
@@ -1365,9 +1368,12 @@ func TestQuestionsAreAskedAndOnlyYesIsYes(t *testing.T) {
 					t.Errorf("the question holds the password: %s", stderr)
 				}
 			}
-			mustRun(t, 0, dsn, "y\n", c.args...)
+			stdout, _ := mustRun(t, 0, dsn, "y\n", c.args...)
 			if c.state(t, db) == before {
 				t.Error("the answer y changed nothing")
+			}
+			if lost := c.told[len(c.told)-1]; strings.Contains(lost, "value(s)") && !strings.Contains(stdout, lost) {
+				t.Errorf("it says %q, want %q in it", stdout, lost)
 			}
 		})
 	}

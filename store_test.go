@@ -368,6 +368,37 @@ func TestSingleValueIsStoredWithoutArrays(t *testing.T) {
 	}
 }
 
+// Whoever writes into values_table by hand cannot store what no read understands.
+func TestRowOfOneValueOrOfManyIsOneOrTheOther(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	const insert = `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
+			valid_from, value, valid_to, valid_times, "values", valid_time_ends)
+		SELECT tenant_id, series_id, run_id, run_order, 99, known_time, now(), '2025-01-01Z', %s FROM values_table LIMIT 1`
+	for _, c := range []struct {
+		name, columns string // value, valid_to, valid_times, "values", valid_time_ends
+		isRow         bool
+	}{
+		{"one value", `1, NULL, NULL, NULL, NULL`, true},
+		{"one interval", `1, NULL, NULL, NULL, '{2025-01-02Z}'`, true},
+		{"two values", `NULL, '2025-01-02Z', '{2025-01-01Z, 2025-01-02Z}', '{1, 2}', NULL`, true},
+		{"both forms", `1, '2025-01-02Z', '{2025-01-01Z, 2025-01-02Z}', '{1, 2}', NULL`, false},
+		{"values without times", `NULL, NULL, NULL, '{1, 2}', NULL`, false},
+		{"times without values", `1, '2025-01-02Z', '{2025-01-01Z, 2025-01-02Z}', NULL, NULL`, false},
+		{"an end of the row without times", `1, '2025-01-02Z', NULL, NULL, NULL`, false},
+		{"two ends of one value", `1, NULL, NULL, NULL, '{2025-01-02Z, 2025-01-03Z}'`, false},
+		{"one end of two values", `NULL, '2025-01-02Z', '{2025-01-01Z, 2025-01-02Z}', '{1, 2}', '{2025-01-02Z}'`, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, err := s.db.Exec(fmt.Sprintf(insert, c.columns))
+			if (err == nil) != c.isRow {
+				t.Errorf("it is a row: %v (%v), want %v", err == nil, err, c.isRow)
+			}
+		})
+	}
+}
+
 func TestLongSeriesComeBackExactly(t *testing.T) {
 	t.Parallel()
 	s, key := mustTenant(t)
@@ -3997,7 +4028,7 @@ func mustUploadNorth(t *testing.T, n north) {
 	}
 	now := time.Now().UTC().Truncate(time.Hour) // with the value after it, in the middle of a row of values_table
 	later := fmt.Sprintf("%s,wind_measured,-7\n%s,wind_measured,-8\n",
-		now.Format(time.RFC3339), now.Add(5*time.Hour).Format(time.RFC3339))
+		now.Format(time.RFC3339), now.Add(5*time.Hour).Format(time.RFC3339)) + "2025-01-02T00:00Z,single,3\n"
 	for _, run := range []struct{ key, known, rows string }{
 		{n.key, "2025-01-01T12:00Z", day(100, "wind_forecast", time.Hour)},
 		{n.key, "2025-01-02T06:00Z", day(200, "wind_forecast", time.Hour)},
