@@ -27,7 +27,7 @@ import (
 	"time"
 )
 
-const release = "0.9.0" // what `timedb version` and GET / tell
+const release = "1.0.0" // what `timedb version` and GET / tell
 
 //go:embed docs/usage.txt
 var usage string // the manual: an overview, and for each command a section
