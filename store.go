@@ -2479,7 +2479,13 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		read.emit = l.add
 		finish = l.finish
 	}
-	if err := s.readBlocks(ctx, nil, q.statement(), args, &read); err != nil {
+	err = s.readBlocks(ctx, nil, q.statement(), args, &read)
+	switch {
+	case read.unknown != seriesRef{} && q.asOf == lastTime:
+		return s.suggestSeries(ctx, c, nil, read.unknown)
+	case read.unknown.Key != "": // perhaps there is one now
+		return refuse(notFound, "series_key: as of then there was no series %q", read.unknown.Key)
+	case err != nil:
 		return err
 	}
 	return finish()
@@ -2532,6 +2538,7 @@ type blockReader struct {
 	heldBefore int64
 	emit       func(*element) error // gets each element, in order
 	last       *version             // of the row before
+	unknown    seriesRef            // there is no such series, which ended the read
 
 	stamps, times, ends, values arrayBuffer
 }
@@ -2586,6 +2593,7 @@ func (b *blockReader) decode(rows *sql.Rows) (*version, []element, error) {
 		return nil, nil, err
 	}
 	if v.of.ID == "" {
+		b.unknown = wanted
 		return nil, nil, noSeries(wanted)
 	}
 	for _, array := range []*arrayBuffer{&b.stamps, &b.times, &b.ends, &b.values} {
@@ -3027,7 +3035,8 @@ func (s *store) gainValues(ctx context.Context, c Caller, tx *sql.Tx, correction
 func (s *store) gainingRun(ctx context.Context, c Caller, tx *sql.Tx, name runName) (
 	run string, err error) {
 	if name == (runName{}) {
-		return "", refuse(notFound, "the series has no value at this valid_time and valid_time_end")
+		return "", refuse(notFound, "the series has no value at this valid_time and "+
+			"valid_time_end: to give one to a run, name the run by run_id or known_time")
 	}
 	withdrawn := false
 	err = s.eachRow(ctx, tx, `

@@ -19,6 +19,7 @@ import json
 import os
 import time
 import uuid
+import warnings
 
 import pandas as pd
 import requests
@@ -29,6 +30,7 @@ ISO = {"format": "ISO8601"} if VERSION >= (2, 0) else {}  # times with and witho
 EXACT = {"float_precision": "round_trip"} if VERSION < (3, 1) else {}  # which is the default now
 BUSY = (429, 502, 503, 504)  # of timedb, or of a proxy before it
 NO_ANSWER = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+MOST = 10_000  # runs or corrections, in one answer
 TIMEOUT = 120  # seconds without a word from the server
 
 
@@ -56,7 +58,11 @@ class Client:
         """What GET /values answers. Without series_keys, series_id and match: all series.
 
         wide: one column for each series, the valid_time as index; with mode="overlapping" known_time and valid_time.
+        tz is for days and longer as ISO 8601 writes them, such as bucket="P1D"; a bucket of "1D" is 24 hours of UTC.
         """
+        bucket = params.get("bucket")
+        if bucket is not None and "tz" in params and "time_of_day" not in params and not str(bucket).startswith("P"):
+            raise ValueError(f'tz has no effect on bucket={bucket!r}, which is exact and in UTC: for local days say bucket="P1D"')
         if series_keys:
             params["series_key"] = list(series_keys)
         frame = self._frame("/values", **params)
@@ -64,7 +70,8 @@ class Client:
             return frame
         index = ["known_time", "valid_time"] if params.get("mode") == "overlapping" else ["valid_time"]
         if frame.duplicated(index + ["series_key"]).any():
-            raise ValueError("a wide frame has one value for each time and series, and here are several: read(wide=False)")
+            raise ValueError("a wide frame has one value for each time and series, and here are several, as of two runs with "
+                             "one known_time: read(wide=False)")
         values = [c for c in frame if c not in TEXTS and "_time" not in c]
         return frame.pivot(index=index if len(index) > 1 else index[0], columns="series_key",
                            values=values if len(values) > 1 else values[0])
@@ -77,9 +84,12 @@ class Client:
         its index (or its column valid_time), and one column for each series. Its missing values are left out, unless
         keep_missing. run: known_time, workflow_id, run_params, create_series=False, …
 
-        The run has a run_id of its own, so it is stored once however often it has to be sent.
+        The run has a run_id of its own, so it is stored once however often this call has to send it. Another call is another
+        run, unless both are given the same run_id.
         """
         if isinstance(frame, pd.Series):
+            if frame.name is None:
+                raise ValueError("the Series has no name, which would be its series_key: frame.rename('wind_mw')")
             frame = frame.to_frame()
         if "valid_time" not in frame:
             frame = frame.rename_axis(index="valid_time").reset_index()
@@ -93,7 +103,8 @@ class Client:
 
     def correct(self, series_key, valid_time, **update):
         """Corrects one value: value, annotation, tags; what is left out stays, None clears it. Which: run_id or known_time, or
-        neither for the value that a flat read shows now; valid_time_end of an interval."""
+        neither for the value that a flat read shows now; valid_time_end of an interval. Where there is no value yet, run_id or
+        known_time says which run gets one."""
         return self.correct_all([{"series_key": series_key, "valid_time": valid_time, **update}])
 
     def correct_all(self, updates):
@@ -102,8 +113,15 @@ class Client:
         return self._send("PUT", "/values", data=body.encode(), headers={"Content-Type": "application/json"}).json()
 
     def corrections(self, **params):
-        """Who changed what, when and why, the newest first: since, until, series_key, changed_by, tag, limit, …"""
-        return self._frame("/corrections", **params)
+        """Who changed what, when and why, the newest first: since, until, series_key, changed_by, tag, … All, unless limit
+        says how many. A run that was withdrawn is not among them: runs() has its withdrawn_at."""
+        if "limit" in params:
+            return self._frame("/corrections", **params)
+        parts = []
+        while not parts or len(parts[-1]) >= MOST:  # an answer holds all of its last change_time
+            parts.append(self._frame("/corrections", limit=MOST, **params))
+            params["until"] = parts[-1]["change_time"].min()
+        return pd.concat(parts, ignore_index=True)
 
     def withdraw(self, run_id, annotation=None):
         """Takes a run back: from now on no read shows it. Nothing is deleted; as_of a moment before answers as it did."""
@@ -121,7 +139,10 @@ class Client:
 
     def runs(self, **params):
         """The runs, the newest known first: workflow_id, start_known, end_known, limit, …"""
-        frame = pd.DataFrame(self._send("GET", "/runs", params=params).json()["data"])
+        answer = self._send("GET", "/runs", params={"limit": MOST, **params}).json()
+        if answer["more"] and "limit" not in params:
+            warnings.warn(f"these are the newest {MOST} runs; end_known asks for those before", stacklevel=2)
+        frame = pd.DataFrame(answer["data"])
         return frame.assign(**{c: _times(frame[c]) for c in frame if c.endswith("_time") or c.endswith("_at")})
 
     def _frame(self, path, **params):
