@@ -4,9 +4,9 @@ package main
 //
 // Defended: someone without a key, or with a guessed, mistyped, expired, revoked or replaced one,
 // or with a stolen copy of the database (it holds digests, not keys), gets nothing. While
-// users_table may exist but is missing, unreadable or unreachable, everyone gets 503: doubt never
-// opens the door. A change by the operator holds from the next request on, on every server,
-// because nothing about a key is cached.
+// users_table is unreadable or unreachable, or was seen and is gone, no key is admitted and no
+// request goes without one: doubt never opens the door. A change by the operator holds from the
+// next request on, on every server, because nothing about a key is cached.
 //
 // Not defended: whoever reads a key on its way (use TLS), or where its user keeps it, has it.
 // Whoever may write to keys_table, or controls this process, decides who gets in.
@@ -36,14 +36,12 @@ import (
 const (
 	// openTenant owns all data while there is no users_table.
 	openTenant = "00000000-0000-0000-0000-000000000000"
-	// authTimeout bounds the wait for a connection and for the database's answer, after which the
-	// request gets 503; and the note of a last use. A healthy database answers in a millisecond.
+	// authTimeout bounds the wait for the database, before 503. A healthy one takes a millisecond.
 	authTimeout = 5 * time.Second
 	// A noted last use is renewed at this age: a write for each request would cost too much.
 	lastUsePrecision = 5 * time.Minute
 
-	// failureBurst is how many bad keys of one address in a minute get 401; more get 429. No
-	// mistake in a script reaches it.
+	// Beyond so many bad keys a minute an address gets 429. No mistake in a script reaches it.
 	failureBurst = 300
 	// maxSources are counted at a time, which takes a few megabytes at most.
 	maxSources  = 10_000
@@ -91,7 +89,7 @@ type keyRecord struct {
 	id, tenant, email string
 	readOnly, active  bool       // the key; the user
 	digest            []byte     // nil if there is no such key
-	replaced, inGrace bool       // another key came in its place; it works on until revokedAt
+	replaced, inGrace bool       // by another key; it works until revokedAt
 	now               time.Time  // by the database's clock, as are the times below
 	expiresAt         *time.Time // nil: never
 	revokedAt         *time.Time // nil: never
@@ -167,7 +165,7 @@ func (a *authenticator) judge(ctx context.Context, r *http.Request, key string) 
 	if err != nil {
 		return Caller{}, &denial{kind: usersUnknown, reason: "key lookup: " + err.Error()}
 	}
-	// The database has compared already, but not in constant time; nor is that code read here.
+	// The look-up compared too. Here it is done in constant time, and need not be trusted.
 	if subtle.ConstantTimeCompare(digest[:], k.digest) != 1 {
 		id := key[len("tdb_"):][:keyIDLength]
 		return Caller{}, a.deny(r, denial{reason: "unknown key", keyID: id})

@@ -960,7 +960,10 @@ func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions,
 	log.Info("stopping: running requests may finish")
 	drain, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
-	return srv.Shutdown(drain)
+	if err := srv.Shutdown(drain); err != nil {
+		return fmt.Errorf("requests that had not finished after %s were cut off", drainTimeout)
+	}
+	return nil
 }
 
 // refuseBeyond closes connections beyond so many as soon as they come.
@@ -982,8 +985,8 @@ func refuseBeyond(limit int64) func(net.Conn, http.ConnState) {
 	}
 }
 
-// checkStart refuses to expose data to a network without users, and warns of what weakens the
-// protection.
+// checkStart refuses to expose data to a network without users, latches authentication if there are
+// users, and warns of what weakens the protection.
 func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOptions,
 	log *slog.Logger) error {
 	found, err := st.catalog(ctx)
@@ -1007,15 +1010,16 @@ func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOption
 		log.Warn("there is no users_table: everyone is served, or with --require-auth refused")
 	}
 	if !isLocal && o.tlsCert == "" {
-		log.Warn("keys and data cross the network in plain text: use --tls-cert, or put a TLS " +
-			"proxy in front")
+		log.Warn("keys and data cross the network in plain text: use --tls-cert or a TLS proxy")
 	}
 	if st.exposed {
 		log.Warn("whoever is between here and the database can listen in: use sslmode=verify-full")
 	}
 	if found.rewrites {
-		log.Warn("the database role may rewrite data or users: use one that has what " +
-			"create tables --app-role grants")
+		log.Warn("the database role may rewrite data or users: it has more than --app-role grants")
+	}
+	if found.lacks {
+		log.Warn("the database role may not read all tables: run create tables --app-role with it")
 	}
 	return nil
 }

@@ -1537,25 +1537,41 @@ func TestAPIWarnsOfWhatWeakensItsProtection(t *testing.T) { // S19, S28
 	cert, key := mustCertificate(t)
 	network := []string{"--host", "0.0.0.0"}
 	byTLS := slices.Concat(network, []string{"--tls-cert", cert, "--tls-key", key})
+	owner := pq.QuoteIdentifier(mustQuery(t, db, `SELECT current_user`))
 	for _, c := range []struct {
-		name, dsn, grant string
-		args             []string
-		warning          string // a part of it; "" means that there must be no warning at all
+		name, dsn     string
+		before, after string // SQL of the owner; APP is the API's role
+		args          []string
+		warning       string // a part of it; "" means that there must be no warning at all
 	}{
-		{"loopback", app, "", []string{"--host", "127.0.0.1"}, ""},
-		{"a network in plain text", app, "", network, "plain text"},
-		{"a network by TLS", app, "", byTLS, ""},
-		{"an unverified connection to the database", mustSeemFar(t, app), "", nil, "sslmode=verify-full"},
-		{"a role that may update a column", app, `UPDATE (annotation) ON values_table`, nil, "may rewrite"},
-		{"a role that may delete", app, `DELETE ON runs_table`, nil, "may rewrite"},
-		{"a role that may create users", app, `INSERT ON users_table`, nil, "may rewrite"},
-		{"the owner of the tables", dsn, "", nil, "may rewrite"},
+		{"loopback", app, "", "", []string{"--host", "127.0.0.1"}, ""},
+		{"a network in plain text", app, "", "", network, "plain text"},
+		{"a network by TLS", app, "", "", byTLS, ""},
+		{"an unverified connection to the database", mustSeemFar(t, app), "", "", nil, "sslmode=verify-full"},
+		{"a role that may update a column", app, `GRANT UPDATE (annotation) ON values_table TO APP`,
+			`REVOKE UPDATE (annotation) ON values_table FROM APP`, nil, "may rewrite"},
+		{"a role that may delete", app, `GRANT DELETE ON runs_table TO APP`, `REVOKE DELETE ON runs_table FROM APP`, nil,
+			"may rewrite"},
+		{"a role that may create users", app, `GRANT INSERT ON users_table TO APP`, `REVOKE INSERT ON users_table FROM APP`,
+			nil, "may rewrite"},
+		{"a role that may create functions", app, `GRANT CREATE ON SCHEMA public TO PUBLIC`,
+			`REVOKE CREATE ON SCHEMA public FROM PUBLIC`, nil, "may rewrite"},
+		{"a role that may drop its schema", app, `ALTER SCHEMA public OWNER TO APP`, `ALTER SCHEMA public OWNER TO THE_OWNER`,
+			nil, "may rewrite"},
+		{"a role that may become one that deletes", app,
+			`CREATE ROLE APP_other; GRANT DELETE ON runs_table TO APP_other; ALTER ROLE APP NOINHERIT; GRANT APP_other TO APP`,
+			`DROP OWNED BY APP_other; DROP ROLE APP_other; ALTER ROLE APP INHERIT`, nil, "may rewrite"},
+		{"a role that may create roles", app, `ALTER ROLE APP CREATEROLE`, `ALTER ROLE APP NOCREATEROLE`, nil, "may rewrite"},
+		{"the owner of the tables", dsn, "", "", nil, "may rewrite"},
+		{"a role that may not read users", app, `REVOKE SELECT ON users_table FROM APP`, `GRANT SELECT ON users_table TO APP`,
+			nil, "may not read"},
+		{"a role that may not use the schema", app, `REVOKE USAGE ON SCHEMA public FROM APP, PUBLIC`,
+			`GRANT USAGE ON SCHEMA public TO APP, PUBLIC`, nil, "may not read"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.grant != "" {
-				mustExec(t, db, `GRANT `+c.grant+` TO `+appRole.name)
-				defer mustExec(t, db, `REVOKE `+c.grant+` FROM `+appRole.name)
-			}
+			names := strings.NewReplacer("APP", appRole.name, "THE_OWNER", owner)
+			mustExec(t, db, names.Replace(c.before))
+			defer mustExec(t, db, names.Replace(c.after))
 			s := mustAPIOn(t, dsn, c.dsn, c.args...)
 			if code := s.stop(); code != 0 {
 				t.Errorf("exit %d, want 0", code)

@@ -295,7 +295,7 @@ func newServer(st *store, health keyStore, auth *authenticator,
 }
 
 // find returns the route of a request, and the methods that its path takes: none if the path is
-// unknown, as one is that ServeMux would clean, such as //values.
+// unknown. A path that ServeMux would redirect, such as //values, counts as unknown.
 func (s *server) find(r *http.Request) (rt route, known bool, methods string) {
 	_, pattern := s.mux.Handler(r)
 	file, ofPage := strings.CutPrefix(r.URL.Path, "/docs/")
@@ -329,12 +329,8 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	if caller.tenant != "" || s.hasLine(r, w.status, told.denied) {
 		s.log.Log(r.Context(), level, "request",
-			"route", w.route,
-			"status", w.status,
-			"broken", broken,
-			"reason", told.reason,
-			"remote", r.RemoteAddr,
-			"tenant", caller.tenant,
+			"route", w.route, "status", w.status, "broken", broken, "reason", told.reason,
+			"remote", r.RemoteAddr, "tenant", caller.tenant,
 			"key_id", cmp.Or(caller.keyID, told.denied.keyID),
 			"duration", time.Since(begin).Round(time.Microsecond))
 	}

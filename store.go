@@ -1140,27 +1140,32 @@ func schemaSections(schema, role string, wanted map[string]bool) string {
 type catalog struct {
 	names    pq.StringArray // of tables and views
 	version  int            // of the tables; 1 if they do not tell, 0 if there are none
-	rewrites bool           // the role could change or delete stored data
+	lacks    bool           // the role may not read what the API reads
+	rewrites bool           // it could change or delete stored data, itself or as another role
 }
 
 func (s *store) catalog(ctx context.Context) (catalog, error) {
 	var c catalog
 	err := s.eachRow(ctx, nil, `
-		SELECT array_agg(c.relname::text ORDER BY c.relname),
-		       coalesce(max(CASE c.relname WHEN 'runs_table' THEN coalesce(substring(
-		           obj_description(c.oid, 'pg_class') FROM 'timedb schema (\d+)')::integer, 1) END),
-		           0),
-		       coalesce(bool_or(has_table_privilege(c.oid, 'DELETE, TRUNCATE')
-		           OR c.relname <> 'key_uses' AND has_any_column_privilege(c.oid, 'UPDATE')
+		SELECT array_agg(DISTINCT c.relname::text),
+		       coalesce(max(coalesce(substring(obj_description(c.oid, 'pg_class')
+		           FROM 'timedb schema (\d+)'), '1')::integer)
+		           FILTER (WHERE c.relname = 'runs_table'), 0),
+		       bool_or(c.relname <> 'audit_table' AND NOT (has_schema_privilege(n.oid, 'USAGE')
+		           AND has_table_privilege(c.oid, 'SELECT'))),
+		       bool_or(has_schema_privilege(r.oid, n.oid, 'CREATE') OR r.rolcreaterole
+		           OR has_table_privilege(r.oid, c.oid, 'DELETE, TRUNCATE')
+		           OR c.relname <> 'key_uses' AND has_any_column_privilege(r.oid, c.oid, 'UPDATE')
 		           OR c.relname IN ('users_table', 'keys_table', 'audit_table')
-		              AND has_table_privilege(c.oid, 'INSERT'))
-		           FILTER (WHERE c.relkind IN ('r', 'p')), false)
+		              AND has_table_privilege(r.oid, c.oid, 'INSERT'))
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		JOIN pg_catalog.pg_roles r ON pg_has_role(r.oid, 'MEMBER')
 		WHERE n.nspname = $1 AND c.relname IN
 		      ('runs_table', 'series_table', 'values_table', 'withdrawals_table', 'value_blocks',
-		       'current_values', 'audit_table', 'users_table', 'keys_table', 'key_uses')`,
+		       'current_values', 'audit_table', 'users_table', 'keys_table', 'key_uses')
+		HAVING count(*) > 0`,
 		[]any{s.schema}, func(rows *sql.Rows) error {
-			return rows.Scan(&c.names, &c.version, &c.rewrites)
+			return rows.Scan(&c.names, &c.version, &c.lacks, &c.rewrites)
 		})
 	return c, err
 }
@@ -1178,10 +1183,7 @@ func (c catalog) check() error {
 // UsersTableExists: true is present, false is proven absent, an error is neither.
 func (s *store) UsersTableExists(ctx context.Context) (bool, error) {
 	c, err := s.catalog(ctx)
-	if err != nil {
-		return false, err
-	}
-	return slices.Contains(c.names, "users_table"), nil
+	return slices.Contains(c.names, "users_table"), err
 }
 
 // ---- Users and their keys
@@ -1225,7 +1227,7 @@ func (s *store) LookupKey(ctx context.Context, digest []byte) (keyRecord, error)
 		SELECT k.key_id, u.tenant_id, u.email, k.access = 'ro', u.is_active, k.key_digest,
 		       k.replaced_by IS NOT NULL, k.has_grace, clock_timestamp(), k.expires_at,
 		       k.revoked_at
-		FROM (SELECT * FROM keys_table WHERE key_digest = $1 OFFSET 0) AS k  -- by its index
+		FROM (SELECT * FROM keys_table WHERE key_digest = $1 OFFSET 0) AS k  -- first, by its index
 		JOIN users_table u USING (tenant_id, user_id)`,
 		[]any{digest}, func(rows *sql.Rows) error {
 			return rows.Scan(&k.id, &k.tenant, &k.email, &k.readOnly, &k.active, &k.digest,
