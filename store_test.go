@@ -21,6 +21,7 @@ import (
 	"math/rand"
 	"net/url"
 	"os"
+	"os/exec"
 	"regexp"
 	"runtime"
 	"slices"
@@ -3861,6 +3862,39 @@ func TestErasedTenantLeavesNoAddressInTheTrail(t *testing.T) { // S39
 		SELECT tenant_id FROM users_table UNION ALL SELECT tenant_id FROM keys_table) AS x`)
 	if got != tenantB+" "+tenantB {
 		t.Errorf("there are users and keys of %s, want tenant B's alone", got)
+	}
+}
+
+// What docs/OPERATIONS.md has an operator run leaves nothing of a person, and everything else.
+func TestAddressOfAPersonIsErasedAsTheDocumentSays(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := regexp.MustCompile("(?s)```sql\n\\\\set ON_ERROR_STOP on\n(BEGIN;.*?COMMIT;)\n```").FindSubmatch(page)
+	if block == nil {
+		t.Fatal("docs/OPERATIONS.md has no such block")
+	}
+	s, key := mustTenant(t)
+	alice := s.mustUser(t, tenantA, "alice@example.com")
+	mustRun(t, 0, s.dsn, "", "keys", "create", "-e", "alice@example.com", "--name", "second")
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	run := s.mustUpload(t, alice, runWith("", at("2025-01-01", "7"))).RunID
+	s.must(t, 200, "PUT", "/values", alice, `{"updates":[{"series_key":"load","valid_time":"2025-01-01","value":8}]}`)
+	s.must(t, 200, "POST", "/runs/"+run+"/withdraw", alice, "")
+	waitUntil(t, "the key's use is noted", func() bool { return mustQuery(t, s.db, `SELECT count(*) FROM key_uses`) == "2" })
+	mustExec(t, s.db, strings.ReplaceAll(string(block[1]), "…", tenantA))
+	dump, err := exec.Command("pg_dump", s.dsn).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found := regexp.MustCompile(`(?i).*alice@.*`).Find(dump); found != nil {
+		t.Errorf("left of the address: %s", found)
+	}
+	if got := mustQuery(t, s.db, `SELECT concat_ws(' ', (SELECT count(*) FROM users_table), (SELECT count(*) FROM keys_table),
+		(SELECT count(*) FROM key_uses), (SELECT count(*) FROM runs_table), (SELECT count(*) FROM values_table))`); got != "1 1 1 2 3" {
+		t.Errorf("users, keys, uses, runs and rows are %s, want 1 1 1 2 3", got)
 	}
 }
 
