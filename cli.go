@@ -12,6 +12,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"maps"
 	"net"
@@ -925,11 +926,10 @@ func (c *cli) api(ctx context.Context, args []string) error {
 }
 
 // serve serves until ctx ends, and then lets running requests finish.
-func (c *cli) serve(ctx context.Context, handler http.Handler, o apiOptions,
-	log *slog.Logger) error {
+func (c *cli) serve(ctx context.Context, handler *server, o apiOptions, log *slog.Logger) error {
 	srv := &http.Server{
 		Handler:                      handler,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ErrorLog:                     stdlog.New(connectionLog{handler}, "", 0),
 		ConnState:                    refuseBeyond(maxConnections),
 		MaxHeaderBytes:               maxURL + maxHeaders,
 		ReadHeaderTimeout:            readHeaderTimeout,

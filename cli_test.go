@@ -1685,6 +1685,23 @@ func TestTLSIsSpokenFromVersion12On(t *testing.T) { // S28
 			t.Errorf("status %d, want 400", resp.StatusCode)
 		}
 	})
+	t.Run("a flood of such requests leaves a bounded log", func(t *testing.T) { // S27
+		failed := regexp.MustCompile(`level=WARN msg="http: TLS handshake error`)
+		for range 2 * addressLines {
+			resp, err := http.Get(strings.Replace(s.url, "https", "http", 1) + "/values")
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+		}
+		waitUntil(t, "the handshakes are logged", func() bool {
+			return len(failed.FindAllString(s.log.String(), -1)) >= addressLines
+		})
+		s.stop()
+		if lines := len(failed.FindAllString(s.log.String(), -1)); lines > addressLines {
+			t.Errorf("%d lines of failed handshakes, want at most %d", lines, addressLines)
+		}
+	})
 }
 
 func TestMissingTablesAre503UntilTheyAreCreated(t *testing.T) { // S25

@@ -163,7 +163,8 @@ func inputError(field string, err error) error {
 		if misfit.Field != "" {
 			field += "." + misfit.Field
 		}
-		return invalid("%s: expected %s, not %.40q", field, expectation(misfit.Type), misfit.Value)
+		return invalid("%s: expected %s, not a JSON %.40s", field, expectation(misfit.Type),
+			misfit.Value)
 	case errors.As(err, &tooLong):
 		return refuse(tooLarge, "The body is larger than %d bytes.", maxBody)
 	case errors.Is(err, errTooLong):
@@ -362,6 +363,18 @@ func (s *server) logRest(from source, count int) {
 		s.log.Warn("requests without a line", "count", rest, "status", from.status,
 			"remote", from.address, "key_id", from.keyID)
 	}
+}
+
+// connectionLog is for what net/http says of connections, such as a failed handshake of TLS: in a
+// minute as many lines as requests of one address have.
+type connectionLog struct{ *server }
+
+func (l connectionLog) Write(text []byte) (int, error) {
+	from := source{address: "net/http"}
+	if l.lines.add(from) <= maxLines(from) {
+		l.log.Warn(strings.TrimSpace(string(text)))
+	}
+	return len(text), nil
 }
 
 // serve is the only way to a handler: it authenticates, then looks whether the path exists, then
