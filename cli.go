@@ -325,7 +325,7 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	err = st.exec(ctx, tableSections(c.schema, before, withUsers, citus, role))
+	err = st.execAll(ctx, tableSections(c.schema, before, withUsers, citus, role))
 	if err != nil {
 		return err
 	}
@@ -362,6 +362,7 @@ func tableSections(schema string, before catalog, withUsers, citus bool, role st
 	return schemaSections(schema, role, map[string]bool{
 		"begin":  true,
 		"tables": true,
+		"views":  true,
 		// Those of an earlier version have the keys in users_table.
 		"users":               withUsers || hasUsers && isOld,
 		"citus":               citus,
@@ -399,7 +400,7 @@ func (c *cli) deleteTables(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	err = st.exec(ctx, schemaSections(c.schema, "", map[string]bool{"delete": true}))
+	err = st.execAll(ctx, schemaSections(c.schema, "", map[string]bool{"delete": true}))
 	if err != nil {
 		return err
 	}

@@ -993,6 +993,7 @@ func TestNobodyWritesIntoThePast(t *testing.T) { // S38
 	t.Parallel()
 	s, key := mustTenant(t)
 	s.must(t, 200, "POST", "/upload", key, oneValue)
+	mustExec(t, s.db, `CREATE SEQUENCE versions START 99; GRANT USAGE ON SEQUENCE versions TO `+appRole.name)
 	app := mustOpen(t, asAppRole(s.dsn))
 	const run = `INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, known_time, rows_inserted,
 			request_digest, inserted_at)
@@ -1001,7 +1002,7 @@ func TestNobodyWritesIntoThePast(t *testing.T) { // S38
 		SELECT tenant_id, gen_random_uuid(), 'u', %s FROM runs_table LIMIT 1`
 	const value = `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
 			valid_from, valid_to, valid_times, "values")
-		SELECT tenant_id, series_id, run_id, run_order, 99, known_time, %s, valid_from, valid_to, valid_times, "values"
+		SELECT tenant_id, series_id, run_id, run_order, nextval('versions'), known_time, %s, valid_from, valid_to, valid_times, "values"
 		FROM values_table LIMIT 1`
 	const withdrawal = `INSERT INTO withdrawals_table (tenant_id, run_id, change_time)
 		SELECT tenant_id, run_id, %s FROM runs_table r

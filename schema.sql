@@ -9,6 +9,7 @@
 -- Two at once would race for the same names; so the second waits, and then finds everything there.
 SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));
 SET LOCAL search_path = :schema;
+SET LOCAL citus.multi_shard_modify_mode = sequential;  -- as what changes functions and views after tables needs it
 DO $timedb$ BEGIN
     CREATE SCHEMA :schema;
 EXCEPTION WHEN duplicate_schema OR insufficient_privilege THEN NULL;  -- it is there, or what follows says that it is not
@@ -73,7 +74,6 @@ CREATE TABLE IF NOT EXISTS values_table (
            AND cardinality(valid_time_ends) = cardinality("values"))
 );
 
-
 -- A withdrawn run is not shown from change_time on, but by a read as of a moment before.
 CREATE TABLE IF NOT EXISTS withdrawals_table (
     tenant_id   uuid        NOT NULL,
@@ -97,6 +97,19 @@ CREATE TABLE IF NOT EXISTS audit_table (
     detail    text        NOT NULL
 );
 
+-- section: citus
+-- Spreads the tenants over the nodes, with all rows of one tenant on one node. users_table stays on the coordinator.
+DO $timedb$ DECLARE t regclass; BEGIN
+    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
+        RAISE EXCEPTION 'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
+    FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::regclass[] LOOP
+        PERFORM create_distributed_table(t, 'tenant_id') WHERE t NOT IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
+    END LOOP;
+    PERFORM truncate_local_data_after_distributing_table(d)  -- the rows, which are on the nodes now, leave the coordinator
+    FROM unnest('{withdrawals_table, values_table, series_table, runs_table}'::regclass[]) AS d;
+END $timedb$;
+
+-- section: views
 -- What a flat read shows, one row per value, for SQL tools.
 CREATE OR REPLACE VIEW current_values AS
 SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
@@ -167,15 +180,6 @@ DO $timedb$ BEGIN
         DROP COLUMN last_used_at, DROP COLUMN previous_digest, DROP COLUMN previous_ends_at;
 END $timedb$;
 
--- section: citus
--- Spreads the tenants over the nodes, with all rows of one tenant on one node. users_table stays on the coordinator.
-DO $timedb$ DECLARE t regclass; BEGIN
-    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
-        RAISE EXCEPTION 'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
-    FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::regclass[] LOOP
-        PERFORM create_distributed_table(t, 'tenant_id') WHERE t NOT IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
-    END LOOP; END $timedb$;
-
 -- section: upgrade
 -- What makes tables of an earlier version, and new ones, those of this version.
 ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8;
@@ -209,6 +213,15 @@ FROM values_table first JOIN runs_table r USING (tenant_id, run_id)
 WHERE first.version = 1 AND first.change_time > r.inserted_at AND v.tenant_id = first.tenant_id
   AND v.series_id = first.series_id AND v.run_id = first.run_id AND v.valid_times = first.valid_times
   AND v.valid_time_ends IS NOT DISTINCT FROM first.valid_time_ends;
+-- Two corrections may have had one version, where a node of Citus had failed: they get theirs in the order of their writing.
+UPDATE values_table v SET version = n.version
+FROM (SELECT tenant_id, series_id, valid_from, value_id, 1 + row_number() OVER (PARTITION BY tenant_id, series_id, run_id,
+             valid_from, valid_time_ends[1] ORDER BY version, change_time, value_id) AS version
+      FROM values_table WHERE version > 1) AS n
+WHERE v.tenant_id = n.tenant_id AND v.series_id = n.series_id AND v.valid_from = n.valid_from AND v.value_id = n.value_id
+  AND v.version <> n.version;
+CREATE UNIQUE INDEX IF NOT EXISTS corrections_by_version ON values_table (tenant_id, series_id, run_id, valid_from,
+    coalesce(valid_time_ends[1], 'infinity'), version) WHERE version > 1;
 UPDATE values_table c SET old_value = (
     SELECT e.value FROM values_table v
     CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
@@ -235,12 +248,13 @@ DO $timedb$ DECLARE t text; BEGIN
             $trigger$, t, CASE WHEN t IN ('runs_table', 'series_table') THEN 'inserted_at' ELSE 'change_time' END);
     END LOOP;
 END $timedb$;
-COMMENT ON TABLE runs_table IS 'timedb schema 3';
+COMMENT ON TABLE runs_table IS 'timedb schema 4';
 
 -- section: app role
 GRANT USAGE ON SCHEMA :schema TO :app_role;
 GRANT SELECT, INSERT ON runs_table, series_table, values_table, withdrawals_table TO :app_role;
 GRANT SELECT ON current_values TO :app_role;
+GRANT USAGE ON SEQUENCE values_table_value_id_seq TO :app_role;
 
 -- section: app role with users
 GRANT SELECT ON users_table, keys_table TO :app_role;

@@ -845,7 +845,7 @@ const (
 	// idleTransactionTimeout frees the locks of a client that vanished within a transaction.
 	idleTransactionTimeout = time.Minute
 
-	schemaVersion = 3 // of the tables that this program knows; schema.sql writes it down
+	schemaVersion = 4 // of the tables that this program knows; schema.sql writes it down
 )
 
 // store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx
@@ -909,6 +909,10 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 	return s, nil
 }
 
+// planForCitus lets Citus plan for the tenant that is asked about: without it there is no node.
+const planForCitus = `
+	SELECT set_config('plan_cache_mode', 'auto', false) FROM pg_extension WHERE extname = 'citus'`
+
 // namingConnector says which database cannot be reached.
 type namingConnector struct {
 	driver.Connector
@@ -919,6 +923,11 @@ func (n namingConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	conn, err := n.Connector.Connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to %s: %w", n.of.place, err)
+	}
+	_, err = conn.(driver.ExecerContext).ExecContext(ctx, planForCitus, nil)
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
 	}
 	return conn, nil
 }
@@ -949,9 +958,7 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	cfg = cfg.Clone() // which has room for parameters
 	// pg_temp comes last, or temporary tables would hide ours.
 	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"
-	if cfg.Runtime["plan_cache_mode"] == "" { // Citus needs auto
-		cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
-	}
+	cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
 	// A generic plan is made for an average tenant, and one with many series raises that average
 	// for all: PostgreSQL would then compile even small reads, start workers, and read the series
 	// of all tenants to list those of one.
@@ -1098,11 +1105,30 @@ func (s *store) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
 	return tx.Commit()
 }
 
-// exec runs query in a transaction of its own; without args it may hold several statements.
+// exec runs query in a transaction of its own.
 func (s *store) exec(ctx context.Context, query string, args ...any) error {
 	return s.inTx(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, query, args...)
 		return err
+	})
+}
+
+// execAll runs sections of schema.sql in one transaction, statement by statement: Citus hands on to
+// its nodes the whole text that it was sent.
+func (s *store) execAll(ctx context.Context, sections string) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		statement := ""
+		for part := range strings.SplitAfterSeq(sections, ";\n") {
+			statement += part
+			if strings.Count(statement, "$timedb$")%2 == 1 {
+				continue // within the body of a DO or a function
+			}
+			if _, err := tx.ExecContext(ctx, statement); err != nil {
+				return err
+			}
+			statement = ""
+		}
+		return nil
 	})
 }
 
@@ -1669,22 +1695,47 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 	if err != nil || len(unknown) == 0 {
 		return found, 0, err
 	}
-	// The new ones are counted row by row: Citus' own count has the conflicts in it.
-	err = s.oneRow(ctx, tx, `
-		WITH created AS (
-			INSERT INTO series_table (tenant_id, series_key, unit, description)
-			SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '')
-			FROM json_to_recordset($3) AS n (id text, key text)
-			WHERE n.id = ''
-			ORDER BY n.key COLLATE "C"
-			ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING series_id)
-		SELECT count(*) FROM created`,
-		[]any{c.tenant, unit, asJSON(unknown), asJSON(about)}, &created)
+	slices.SortFunc(unknown, func(a, b seriesRef) int { return cmp.Compare(a.Key, b.Key) })
+	first := unknown[0]
+	created, err = s.change(ctx, tx, `
+		INSERT INTO series_table (tenant_id, series_key, unit, description)
+		VALUES ($1, $2, $3, nullif($4, '')) ON CONFLICT (tenant_id, series_key) DO NOTHING`,
+		c.tenant, first.Key, unit, about[first.Key])
+	if err == nil && len(unknown) > 1 {
+		var n int64
+		n, err = s.createBeside(ctx, c, tx, first.Key, unknown, unit, about)
+		created += n
+	}
 	if err != nil {
 		return nil, 0, err
 	}
 	found, err = s.findSeries(ctx, c, tx, refs)
 	return found, created, err
+}
+
+// createBeside creates series beside the first, in one statement on one node: see stamp.
+func (s *store) createBeside(ctx context.Context, c Caller, tx *sql.Tx, first label,
+	refs []seriesRef, unit label, about descriptions) (created int64, err error) {
+	var now time.Time
+	var ids pq.StringArray
+	err = s.oneRow(ctx, tx, `
+		SELECT clock_timestamp(), ARRAY(SELECT gen_random_uuid() FROM generate_series(1, $1))`,
+		[]any{len(refs)}, &now, &ids)
+	if err != nil {
+		return 0, err
+	}
+	var keys []string
+	for _, ref := range refs {
+		keys = append(keys, string(ref.Key))
+	}
+	return s.change(ctx, tx, `
+		INSERT INTO series_table (tenant_id, series_id, series_key, unit, description, inserted_at)
+		SELECT s.tenant_id, n.id, n.key, $3, nullif($4::jsonb ->> n.key, ''), $5::timestamptz
+		FROM series_table s, unnest($6::uuid[], $7::text[]) AS n (id, key)
+		WHERE s.tenant_id = $1 AND s.series_key = $2
+		ORDER BY n.key COLLATE "C"
+		ON CONFLICT (tenant_id, series_key) DO NOTHING`,
+		c.tenant, first, unit, asJSON(about), now, ids, pq.Array(keys))
 }
 
 // CreateSeries makes a series or finds the one of that key. created tells which. Another unit is a
@@ -1846,24 +1897,39 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 	return ids, err
 }
 
+// stamp is what the database gives a write beforehand: the moment, and ids for so many rows of
+// values_table. An INSERT that has them needs nothing but the tenant's node, and Citus commits it
+// in one phase. Else it would commit in two, of which the second may fail after the answer.
+func (s *store) stamp(ctx context.Context, tx *sql.Tx, rows int) (
+	now timestamp, ids pq.Int64Array, err error) {
+	var t time.Time
+	err = s.oneRow(ctx, tx, `
+		SELECT clock_timestamp(),
+		       ARRAY(SELECT nextval('values_table_value_id_seq') FROM generate_series(1, $1))`,
+		[]any{rows}, &t, &ids)
+	return timestampOf(t), ids, err
+}
+
 // insertRun stores the run's own row and sets u.runID if the client did not. isNew is false if this
 // request was stored before.
 func (s *store) insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (
 	isNew bool, err error) {
+	now, _, err := s.stamp(ctx, tx, 0)
+	if err != nil {
+		return false, err
+	}
 	err = s.oneRow(ctx, tx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time,
 		       known_time, run_params, rows_inserted, request_digest, changed_by, inserted_at)
-		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3,
-		       coalesce($4::timestamptz, $6, now), $5::timestamptz,
-		       coalesce($6::timestamptz, now), nullif($7, '')::json, $8::integer,
-		       $9::bytea, nullif($10, ''), now
-		FROM clock_timestamp() AS now
+		VALUES ($1, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3,
+		        coalesce($4::timestamptz, $6, $11), $5, coalesce($6::timestamptz, $11),
+		        nullif($7, '')::json, $8, $9, nullif($10, ''), $11)
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
 		[]any{
 			c.tenant, u.runID, u.workflowID,
 			u.start, u.finish, u.known,
 			string(u.params), u.rows,
-			u.digest, c.email,
+			u.digest, c.email, now,
 		}, &u.runID)
 	if sqlState(err) == "54001" { // statement_too_complex
 		return false, invalid("run_params is nested too deep for PostgreSQL")
@@ -1963,11 +2029,15 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 			last = append(last, int64(len(points)))
 			blocks = blocks[1:]
 		}
+		_, ids, err := s.stamp(ctx, tx, len(series))
+		if err != nil {
+			return err
+		}
 		stored, err := s.change(ctx, tx, `
-			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			       change_time, changed_by, valid_from, valid_to, valid_times, valid_time_ends,
-			       "values")
-			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, 1, r.known_time,
+			INSERT INTO values_table (tenant_id, series_id, run_id, value_id, run_order, version,
+			       known_time, change_time, changed_by, valid_from, valid_to, valid_times,
+			       valid_time_ends, "values") OVERRIDING SYSTEM VALUE
+			SELECT r.tenant_id, s.series_id, r.run_id, b.value_id, r.run_order, 1, r.known_time,
 			       r.inserted_at, r.changed_by, a.times[b.first], a.times[b.last],
 			       a.times[b.first:b.last],
 			       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
@@ -1976,13 +2046,14 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 			FROM runs_table r,
 			     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[])
 			         AS a (times, ends, "values"),
-			     unnest($6::uuid[], $7::integer[], $8::integer[]) AS b (series_id, first, last)
+			     unnest($6::uuid[], $7::integer[], $8::integer[], $9::bigint[])
+			         AS b (series_id, first, last, value_id)
 			     CROSS JOIN LATERAL (
 				SELECT series_id FROM series_table
 				WHERE tenant_id = $1 AND series_id = b.series_id OFFSET 0) AS s
 			WHERE r.tenant_id = $1 AND r.run_id = $2`,
 			c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
-			pq.Array(series), pq.Array(first), pq.Array(last))
+			pq.Array(series), pq.Array(first), pq.Array(last), ids)
 		if err != nil {
 			return err
 		}
@@ -2889,6 +2960,9 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 		}
 		return nil
 	})
+	if sqlState(err) == uniqueViolation { // corrections_by_version: another got the number
+		err = refuse(busy, "The value was corrected by another request just now.")
+	}
 	return updated, unchanged, err
 }
 
@@ -3116,43 +3190,38 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 		annotations = append(annotations, v.annotation)
 		tags = append(tags, asJSON(v.tags))
 	}
-	stored := 0
-	err := s.eachRow(ctx, tx, `
-		WITH n AS (
-			SELECT * FROM ROWS FROM (
-				json_to_recordset($3) AS (series_id uuid, run_id uuid, version integer),
-				unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]),
-				unnest($7::text[]), unnest($8::json[]), unnest($9::float8[]))
-			WITH ORDINALITY AS n (series_id, run_id, version, valid_time, valid_time_end, value,
-			                      annotation, tags, old_value, number)
-		), stored AS (
-			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			       change_time, changed_by, annotation, tags, valid_from, valid_to, valid_times,
-			       valid_time_ends, "values", old_value)
-			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, n.version, r.known_time, now,
-			       nullif($2, ''), n.annotation,
-			       CASE json_typeof(n.tags) WHEN 'array'
-			            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
-			       n.valid_time, n.valid_time, ARRAY[n.valid_time],
-			       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value], n.old_value
-			FROM n CROSS JOIN LATERAL (
-				SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
-			CROSS JOIN LATERAL (
-				SELECT series_id FROM series_table
-				WHERE tenant_id = $1 AND series_id = n.series_id OFFSET 0) AS s
-			CROSS JOIN clock_timestamp() AS now
-			RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1] AS valid_end
-		)
-		SELECT s.value_id FROM n JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.run_id
-		     AND s.valid_from = n.valid_time AND s.valid_end IS NOT DISTINCT FROM n.valid_time_end
-		ORDER BY n.number`,
-		[]any{c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
-			encodeValues(points), pq.Array(annotations), pq.Array(tags), encodeValues(before)},
-		func(rows *sql.Rows) error {
-			stored++
-			return rows.Scan(&versions[stored-1].ValueID)
-		})
-	if err == nil && stored < len(versions) {
+	now, ids, err := s.stamp(ctx, tx, len(versions))
+	if err != nil {
+		return err
+	}
+	for i, id := range ids {
+		versions[i].ValueID = id
+	}
+	stored, err := s.change(ctx, tx, `
+		INSERT INTO values_table (tenant_id, series_id, run_id, value_id, run_order, version,
+		       known_time, change_time, changed_by, annotation, tags, valid_from, valid_to,
+		       valid_times, valid_time_ends, "values", old_value) OVERRIDING SYSTEM VALUE
+		SELECT r.tenant_id, s.series_id, r.run_id, n.value_id, r.run_order, n.version,
+		       r.known_time, $10::timestamptz, nullif($2, ''), n.annotation,
+		       CASE WHEN json_typeof(n.tags) = 'array'
+		            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
+		       n.valid_time, n.valid_time, ARRAY[n.valid_time],
+		       nullif(ARRAY[n.valid_time_end], '{NULL}'), ARRAY[n.value], n.old_value
+		FROM ROWS FROM (
+			json_to_recordset($3)
+			    AS (series_id uuid, run_id uuid, version integer, value_id bigint),
+			unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]),
+			unnest($7::text[]), unnest($8::json[]), unnest($9::float8[]))
+		AS n (series_id, run_id, version, value_id, valid_time, valid_time_end, value, annotation,
+		      tags, old_value)
+		CROSS JOIN LATERAL (
+			SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
+		CROSS JOIN LATERAL (
+			SELECT series_id FROM series_table
+			WHERE tenant_id = $1 AND series_id = n.series_id OFFSET 0) AS s`,
+		c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
+		encodeValues(points), pq.Array(annotations), pq.Array(tags), encodeValues(before), now)
+	if err == nil && stored < int64(len(versions)) {
 		return errErased
 	}
 	return err
@@ -3333,19 +3402,25 @@ func (s *store) Withdraw(ctx context.Context, c Caller, run uuid, annotation pro
 		if err := s.lockTenant(ctx, c, tx); err != nil {
 			return err
 		}
-		// What is inserted is not seen by the rest of the statement, so there is one row at most.
-		return tx.QueryRowContext(ctx, `
-			WITH inserted AS (
-				INSERT INTO withdrawals_table (tenant_id, run_id, changed_by, annotation)
-				SELECT tenant_id, run_id, nullif($3, ''), nullif($4, '')
-				FROM runs_table WHERE tenant_id = $1 AND run_id = $2
-				ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING *)
+		now, _, err := s.stamp(ctx, tx, 0)
+		if err != nil {
+			return err
+		}
+		_, err = s.change(ctx, tx, `
+			INSERT INTO withdrawals_table (tenant_id, run_id, change_time, changed_by, annotation)
+			SELECT tenant_id, run_id, $3::timestamptz, nullif($4, ''), nullif($5, '')
+			FROM runs_table WHERE tenant_id = $1 AND run_id = $2
+			ON CONFLICT (tenant_id, run_id) DO NOTHING`,
+			c.tenant, run, now, c.email, annotation)
+		if err != nil {
+			return err
+		}
+		return s.oneRow(ctx, tx, `
 			SELECT row_to_json(shown) FROM (
 				SELECT run_id, iso_time(change_time) AS withdrawn_at, changed_by AS withdrawn_by,
 				       annotation
-				FROM (SELECT * FROM inserted UNION ALL SELECT * FROM withdrawals_table
-				      WHERE tenant_id = $1 AND run_id = $2) AS w) AS shown`,
-			c.tenant, run, c.email, annotation).Scan(&shown)
+				FROM withdrawals_table WHERE tenant_id = $1 AND run_id = $2) AS shown`,
+			[]any{c.tenant, run}, &shown)
 	})
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, refuse(notFound, "run_id: there is no run %q", run)
