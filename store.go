@@ -1792,26 +1792,34 @@ func (s *store) UpdateSeries(ctx context.Context, c Caller, ref seriesRef, chang
 		return "", err
 	}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		err := tx.QueryRowContext(ctx, `
-			UPDATE series_table s SET series_key = coalesce(nullif($3, ''), s.series_key),
-			       unit = coalesce(nullif($4, ''), s.unit),
-			       description = CASE WHEN $5::text IS NULL THEN s.description
-			                          ELSE nullif($5, '') END
-			FROM (SELECT * FROM series_table
-			      WHERE tenant_id = $1 AND series_id = $2 FOR UPDATE) AS old
-			WHERE s.tenant_id = $1 AND s.series_id = old.series_id
-			RETURNING format('%s: %s became %s', old.series_id,
-			       json_build_array(old.series_key, old.unit, old.description),
-			       json_build_array(s.series_key, s.unit, s.description))`,
-			c.tenant, found[0].ID, change.key, change.unit, change.description).Scan(&changed)
-		switch {
-		case sqlState(err) == uniqueViolation:
-			return fmt.Errorf("a series %q exists already; nothing was changed", change.key)
-		case errors.Is(err, sql.ErrNoRows):
+		var before, after string
+		const shown = `SELECT json_build_array(series_key, unit, description) FROM series_table
+			WHERE tenant_id = $1 AND series_id = $2 FOR UPDATE`
+		id := found[0].ID
+		err := tx.QueryRowContext(ctx, shown, c.tenant, id).Scan(&before)
+		if errors.Is(err, sql.ErrNoRows) {
 			return noSeries(ref)
-		case err != nil:
+		}
+		if err != nil {
 			return err
 		}
+		_, err = tx.ExecContext(ctx, `
+			UPDATE series_table SET series_key = coalesce(nullif($3, ''), series_key),
+			       unit = coalesce(nullif($4, ''), unit),
+			       description = CASE WHEN $5::text IS NULL THEN description
+			                          ELSE nullif($5, '') END
+			WHERE tenant_id = $1 AND series_id = $2`,
+			c.tenant, id, change.key, change.unit, change.description)
+		if sqlState(err) == uniqueViolation {
+			return fmt.Errorf("a series %q exists already; nothing was changed", change.key)
+		}
+		if err == nil {
+			err = tx.QueryRowContext(ctx, shown, c.tenant, id).Scan(&after)
+		}
+		if err != nil {
+			return err
+		}
+		changed = fmt.Sprintf("%s: %s became %s", id, before, after)
 		return s.audit(ctx, tx,
 			auditLine{action: "series update", tenant: c.tenant, detail: changed})
 	})
