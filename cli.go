@@ -922,6 +922,10 @@ func (c *cli) api(ctx context.Context, args []string) error {
 	if err := checkStart(ctx, st, auth, o, log); err != nil {
 		return err
 	}
+	st.nodes = lookups
+	if st.isCitus {
+		go st.watchNodes(ctx)
+	}
 	return c.serve(ctx, newServer(st, health, auth, log), o, log)
 }
 
@@ -996,6 +1000,7 @@ func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOption
 	}
 	hasUsers := slices.Contains(found.names, "users_table")
 	auth.latched.Store(hasUsers)
+	st.isCitus = found.citus
 	isLocal := isLoopback(o.host)
 	if !hasUsers && !isLocal && !o.allowAnonymous && !o.requireAuth {
 		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and "+

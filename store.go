@@ -26,6 +26,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -628,6 +629,7 @@ var cannotServe = []string{
 	"55000", // not open to connections
 	"55006", // object in use
 	"0A000", // a plan of an older schema
+	"XX000", // an internal error: so Citus says that a node failed
 }
 
 // unavailable tells whether err means that the database cannot serve now, rather than a bug.
@@ -838,6 +840,7 @@ const (
 	lookupPool = 4
 
 	connectTimeout  = 5 * time.Second  // for a connection to the database
+	readyTimeout    = time.Second      // for a connection to be ready again after an error
 	connMaxLifetime = 30 * time.Minute // retires a connection that went bad
 
 	// statementTimeout ends a statement of the API in PostgreSQL, whatever became of its server.
@@ -858,6 +861,10 @@ type store struct {
 	statements sync.Map // of *sql.Stmt by query
 	places     *shares  // one for each request that works on the database
 	operator   string   // the operating-system user who gave a command
+
+	isCitus bool
+	nodes   *store // whose connections look at the nodes of Citus
+	down    atomic.Pointer[pq.Int64Array]
 }
 
 var errBadDSN = errors.New("the DSN cannot be read: expected " +
@@ -910,8 +917,11 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 }
 
 // planForCitus lets Citus plan for the tenant that is asked about: without it there is no node.
+// And a node that is down must not keep it.
 const planForCitus = `
-	SELECT set_config('plan_cache_mode', 'auto', false) FROM pg_extension WHERE extname = 'citus'`
+	SELECT set_config('plan_cache_mode', 'auto', false),
+	       set_config('citus.node_connection_timeout', '2000', false)
+	FROM pg_extension WHERE extname = 'citus'`
 
 // namingConnector says which database cannot be reached.
 type namingConnector struct {
@@ -935,15 +945,76 @@ func (n namingConnector) Connect(ctx context.Context) (driver.Conn, error) {
 // enter waits for a place to work on the database, and bounds that work in time. The returned
 // function leaves the place.
 func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), error) {
+	if s.isDown(ctx, c) {
+		return nil, nil, errNodeDown
+	}
 	if err := s.places.take(ctx, c, 1, nil); err != nil {
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, statementTimeout)
+	if s.isCitus {
+		go s.endWhenDown(ctx, c, cancel)
+	}
 	leave := func() {
 		cancel()
 		s.places.give(c, 1, nil)
 	}
 	return ctx, leave, nil
+}
+
+// ---- Nodes of Citus: one that does not answer hurts its own tenants alone
+
+const nodePause = time.Second // between two looks at the nodes
+
+var errNodeDown = refuse(busy, "The part of the database that has this tenant's data is down.")
+
+// watchNodes notes which nodes take no connection, until ctx ends.
+func (s *store) watchNodes(ctx context.Context) {
+	for ctx.Err() == nil {
+		var down pq.Int64Array
+		err := s.nodes.inTx(ctx, func(tx *sql.Tx) error {
+			_, err := tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
+				SET LOCAL client_min_messages = error`)
+			if err != nil {
+				return err
+			}
+			return s.nodes.oneRow(ctx, tx, `
+				SELECT array_agg(groupid) FROM pg_dist_node
+				WHERE shouldhaveshards AND noderole = 'primary'
+				  AND NOT citus_check_connection_to_node(nodename, nodeport)`, nil, &down)
+		})
+		if err == nil {
+			s.down.Store(&down)
+		}
+		time.Sleep(nodePause)
+	}
+}
+
+// isDown tells whether the caller's node takes no connection.
+func (s *store) isDown(ctx context.Context, c Caller) (is bool) {
+	down := s.down.Load()
+	if down == nil || len(*down) == 0 {
+		return false
+	}
+	err := s.nodes.oneRow(ctx, nil, `
+		SELECT groupid = ANY ($2) FROM pg_dist_placement
+		WHERE shardid = get_shard_id_for_distribution_column('runs_table', $1::uuid)`,
+		[]any{c.tenant, *down}, &is)
+	return err == nil && is
+}
+
+// endWhenDown calls end when the caller's node is found down, until ctx ends.
+func (s *store) endWhenDown(ctx context.Context, c Caller, end func()) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(nodePause / 4):
+		}
+		if s.isDown(ctx, c) {
+			end()
+		}
+	}
 }
 
 // sessionConfig adds to cfg what every session of timedb has.
@@ -1018,6 +1089,23 @@ func (c *boundedConn) Write(p []byte) (int, error) {
 		}
 	}
 	return c.Conn.Write(p)
+}
+
+// errorMark stands in an answer that is an error, in any language.
+var errorMark = []byte("\x00VERROR\x00C")
+
+// Read also drops a connection of which lib/pq would lose track, by closing it: when it does not
+// become ready again after an error. The cause is a node of Citus that is frozen.
+func (c *boundedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		_ = c.Conn.Close()
+		return n, err
+	}
+	if bytes.Contains(p[:n], errorMark) && !c.connecting {
+		err = c.Conn.SetDeadline(time.Now().Add(readyTimeout))
+	}
+	return n, err
 }
 
 // prepare prepares query once per connection, for tx unless that is nil. That saves planning it,
@@ -1102,7 +1190,14 @@ func (s *store) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
 	if err := fn(tx); err != nil {
 		return err
 	}
-	return tx.Commit()
+	done := make(chan error, 1)
+	go func() { done <- tx.Commit() }() // Citus does not end it while a node is frozen
+	select {
+	case err = <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // exec runs query in a transaction of its own.
@@ -1167,6 +1262,7 @@ type catalog struct {
 	names    pq.StringArray // of tables and views
 	version  int            // of the tables; 1 if they do not tell, 0 if there are none
 	rewrites bool           // the role could change or delete stored data
+	citus    bool           // the tables may be distributed
 }
 
 func (s *store) catalog(ctx context.Context) (catalog, error) {
@@ -1180,13 +1276,14 @@ func (s *store) catalog(ctx context.Context) (catalog, error) {
 		           OR c.relname <> 'key_uses' AND has_any_column_privilege(c.oid, 'UPDATE')
 		           OR c.relname IN ('users_table', 'keys_table', 'audit_table')
 		              AND has_table_privilege(c.oid, 'INSERT'))
-		           FILTER (WHERE c.relkind IN ('r', 'p')), false)
+		           FILTER (WHERE c.relkind IN ('r', 'p')), false),
+		       EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'citus')
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = $1 AND c.relname IN
 		      ('runs_table', 'series_table', 'values_table', 'withdrawals_table', 'current_values',
 		       'audit_table', 'users_table', 'keys_table', 'key_uses')`,
 		[]any{s.schema}, func(rows *sql.Rows) error {
-			return rows.Scan(&c.names, &c.version, &c.rewrites)
+			return rows.Scan(&c.names, &c.version, &c.rewrites, &c.citus)
 		})
 	return c, err
 }
