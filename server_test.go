@@ -277,7 +277,9 @@ func mustQuery(t testing.TB, db *sql.DB, query string, args ...any) string {
 func runIn(env map[string]string, stdin string, args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	getenv := func(name string) string { return env[name] }
-	if onCitus() && len(args) > 1 && args[0] == "create" && args[1] == "tables" && !slices.Contains(args, "--citus") {
+	creates := len(args) > 1 && args[0] == "create" && args[1] == "tables" && !slices.Contains(args, "--dry-run")
+	coordinator, _ := url.Parse(databaseURL("", nil))
+	if onCitus() && creates && strings.Contains(env["TIMEDB_DSN"], coordinator.Host) {
 		args = append(slices.Clone(args), "--citus")
 	}
 	code = run(context.Background(), args, getenv, strings.NewReader(stdin), &out, &errs)

@@ -840,7 +840,7 @@ const (
 	lookupPool = 4
 
 	connectTimeout  = 5 * time.Second  // for a connection to the database
-	readyTimeout    = time.Second      // for a connection to be ready again after an error
+	readyTimeout    = time.Second / 2  // for a connection to be ready again after an error
 	connMaxLifetime = 30 * time.Minute // retires a connection that went bad
 
 	// statementTimeout ends a statement of the API in PostgreSQL, whatever became of its server.
@@ -920,7 +920,7 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 // And a node that is down must not keep it.
 const planForCitus = `
 	SELECT set_config('plan_cache_mode', 'auto', false),
-	       set_config('citus.node_connection_timeout', '2000', false)
+	       set_config('citus.node_connection_timeout', '1000', false)
 	FROM pg_extension WHERE extname = 'citus'`
 
 // namingConnector says which database cannot be reached.
@@ -964,7 +964,9 @@ func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), e
 
 // ---- Nodes of Citus: one that does not answer hurts its own tenants alone
 
-const nodePause = time.Second // between two looks at the nodes
+// nodePause is between two looks at the nodes. With the second that planForCitus waits for a node, and
+// readyTimeout, it is less than shareWait: so requests of others outwait those of a frozen node.
+const nodePause = time.Second / 2
 
 var errNodeDown = refuse(busy, "The part of the database that has this tenant's data is down.")
 
@@ -1009,7 +1011,7 @@ func (s *store) endWhenDown(ctx context.Context, c Caller, end func()) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(nodePause / 4):
+		case <-time.After(nodePause / 2):
 		}
 		if s.isDown(ctx, c) {
 			end()
