@@ -326,7 +326,7 @@ func (c *cli) createTables(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	err = st.exec(ctx, tableSections(c.schema, before, withUsers, citus, role))
+	err = st.execAll(ctx, tableSections(c.schema, before, withUsers, citus, role))
 	if err != nil {
 		return err
 	}
@@ -400,7 +400,7 @@ func (c *cli) deleteTables(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	err = st.exec(ctx, schemaSections(c.schema, "", map[string]bool{"delete": true}))
+	err = st.execAll(ctx, schemaSections(c.schema, "", map[string]bool{"delete": true}))
 	if err != nil {
 		return err
 	}
@@ -922,6 +922,7 @@ func (c *cli) api(ctx context.Context, args []string) error {
 	if err := checkStart(ctx, st, auth, o, log); err != nil {
 		return err
 	}
+	go st.watchNodes(ctx, lookups)
 	return c.serve(ctx, newServer(st, health, auth, log), o, log)
 }
 

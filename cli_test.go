@@ -785,9 +785,6 @@ func TestKeysOfEarlierVersionsWorkAsBefore(t *testing.T) {
 						last_used_at, previous_digest, previous_ends_at)
 					VALUES ($1, $2, $3, $4, `+c.now+`, '2025-01-31', $5, `+ends+`)`, tenantA, c.name+"@example.com", id, digest, oldDigest)
 			}
-			if schema == "other" { // as an earlier version 1 called it
-				mustExec(t, db, `ALTER TABLE users_table RENAME previous_ends_at TO previous_expires_at`)
-			}
 			expectWords(t, mustNotServe(t, 1, dsn, "--schema", schema), "version 2", "run timedb create tables")
 			for range 2 {
 				createTablesTogether(t, dsn, "--schema", schema, "--app-role", appRole.name)
@@ -998,6 +995,7 @@ func TestNobodyWritesIntoThePast(t *testing.T) { // S38
 	t.Parallel()
 	s, key := mustTenant(t)
 	s.must(t, 200, "POST", "/upload", key, oneValue)
+	mustExec(t, s.db, `CREATE SEQUENCE versions START 99; GRANT USAGE ON SEQUENCE versions TO `+appRole.name)
 	app := mustOpen(t, asAppRole(s.dsn))
 	const run = `INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, known_time, rows_inserted,
 			request_digest, inserted_at)
@@ -1006,7 +1004,7 @@ func TestNobodyWritesIntoThePast(t *testing.T) { // S38
 		SELECT tenant_id, gen_random_uuid(), 'u', %s FROM runs_table LIMIT 1`
 	const value = `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
 			valid_from, value)
-		SELECT tenant_id, series_id, run_id, run_order, 99, known_time, %s, valid_from, value
+		SELECT tenant_id, series_id, run_id, run_order, nextval('versions'), known_time, %s, valid_from, value
 		FROM values_table LIMIT 1`
 	const withdrawal = `INSERT INTO withdrawals_table (tenant_id, run_id, change_time)
 		SELECT tenant_id, run_id, %s FROM runs_table r

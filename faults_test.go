@@ -21,6 +21,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	osuser "os/user"
@@ -2276,4 +2277,452 @@ func TestTenantAloneWaitsRatherThanFails(t *testing.T) { // S33
 			x.waitUntilAllIsFree(t)
 		})
 	}
+}
+
+// ---- Nodes of Citus are killed, stopped, frozen, or exchange shards. script/citus runs these, on a cluster of its own
+
+// citusNode is a node that script/citus started. It runs as another user, so processes are found by their parent.
+type citusNode string
+
+func (n citusNode) processes(t *testing.T) (pids []int) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(citusFolder, string(n), "postmaster.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, _, _ := strings.Cut(string(text), "\n")
+	postmaster, err := strconv.Atoi(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pids = []int{postmaster}
+	all, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, file := range all {
+		stat, _ := os.ReadFile(file) // pid (name) state parent …
+		_, rest, _ := strings.Cut(string(stat), ") ")
+		fields := strings.Fields(rest)
+		if len(fields) > 1 && fields[1] == first {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// signal is sent to the postmaster first, which then starts no more processes.
+func (n citusNode) signal(t *testing.T, sig syscall.Signal) {
+	t.Helper()
+	for _, pid := range n.processes(t) {
+		syscall.Kill(pid, sig)
+	}
+}
+
+func (n citusNode) mustStart(t *testing.T) {
+	t.Helper()
+	waitUntil(t, string(n)+" starts", func() bool { return exec.Command("script/citus", "start", string(n)).Run() == nil })
+}
+
+// citusTenant is a tenant of whom it is known on which worker it lives.
+type citusTenant struct{ id, key string }
+
+// mustTenantOn makes a tenant that lives on the worker.
+func (s *testServer) mustTenantOn(t *testing.T, worker citusNode) citusTenant {
+	t.Helper()
+	for {
+		id := fmt.Sprintf("%08x-0000-4000-8000-%012x", rand.Uint32(), rand.Int63n(1<<47))
+		port := mustQuery(t, s.db, `SELECT nodeport FROM pg_dist_placement JOIN pg_dist_node USING (groupid)
+			WHERE shardid = get_shard_id_for_distribution_column('runs_table', $1::uuid)`, id)
+		if port == citusPort(t, string(worker)) {
+			x := citusTenant{id, s.mustUser(t, id, "a@example.com")}
+			body := []byte("valid_time,value_key,value\n")
+			for i := range 3600 {
+				body = fmt.Appendf(body, "%s,load,1\n", citusTime(i))
+			}
+			s.must(t, 200, "POST", "/upload?run_start_time=2025-01-01", x.key, string(body), "Content-Type: text/csv")
+			return x
+		}
+	}
+}
+
+func citusTime(second int) string {
+	return time.Date(2025, 1, 1, 0, 0, second, 0, time.UTC).Format(time.RFC3339)
+}
+
+// citusPromises are what was acknowledged to clients.
+type citusPromises struct {
+	mu       sync.Mutex
+	runs     map[string]bool
+	notes    map[string]bool
+	statuses map[int]int
+	worst    time.Duration // of a request that got 200
+	slow     time.Duration // of one that did not
+}
+
+// send counts an answer.
+func (p *citusPromises) send(t *testing.T, s *testServer, method, path, key, body string) (int, string) {
+	begin := time.Now()
+	resp, text, err := s.do(method, path, key, body)
+	took := time.Since(begin)
+	if err != nil {
+		t.Errorf("%s %s: %v", method, path, err)
+		return 0, ""
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.statuses[resp.StatusCode]++
+	switch {
+	case resp.StatusCode == 200:
+		p.worst = max(p.worst, took)
+	case resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "":
+		t.Errorf("%s %s: %d %s", method, path, resp.StatusCode, text)
+	default:
+		p.slow = max(p.slow, took)
+	}
+	return resp.StatusCode, text
+}
+
+// mustShow reads until it is answered, and fails unless the answer has so many times what was written.
+func (p *citusPromises) mustShow(t *testing.T, s *testServer, key, path, what string, times int) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		status, text := p.send(t, s, "GET", path, key, "")
+		if status != 200 {
+			continue
+		}
+		if found := strings.Count(text, what); found != times {
+			t.Errorf("what was acknowledged shows %d times, want %d: %s in %.300s", found, times, what, text)
+		}
+		return
+	}
+	t.Errorf("%s is not answered for a minute", path)
+}
+
+// write uploads a run or corrects a value, and reads it when that was acknowledged.
+func (p *citusPromises) write(t *testing.T, s *testServer, x citusTenant, client, n int) {
+	if n%2 == 0 {
+		id := fmt.Sprintf("%08x-0000-4000-8000-%012x", rand.Uint32(), rand.Int63n(1<<47))
+		body := fmt.Sprintf(`{"run_id":%q,"run_start_time":"2025-01-01","value_rows":[{"valid_time":"2025-02-01",
+			"value_key":"s%d","value":7},{"valid_time":"2025-02-02","value_key":"s%[2]d","value":7}]}`, id, client)
+		if status, _ := p.send(t, s, "POST", "/upload", x.key, body); status == 200 {
+			p.mu.Lock()
+			p.runs[id] = true
+			p.mu.Unlock()
+			p.mustShow(t, s, x.key, fmt.Sprintf("/values?series_key=s%d&run_id=%s", client, id), `"value":7.0`, 2)
+		}
+		return
+	}
+	second := n / 20
+	note := fmt.Sprintf("%s %d %d", x.id, client, n)
+	body := fmt.Sprintf(`{"updates":[{"series_key":"load","valid_time":%q,"value":%d,"annotation":%q}]}`,
+		citusTime(second), 1000*n+client, note)
+	status, _ := p.send(t, s, "PUT", "/values", x.key, body)
+	p.mu.Lock()
+	p.notes[note] = status == 200
+	p.mu.Unlock()
+	if status == 200 {
+		p.mustShow(t, s, x.key, "/values?all_versions=true&series_key=load&start_valid="+citusTime(second)+
+			"&end_valid="+citusTime(second+1), strconv.Quote(note), 1)
+	}
+}
+
+// check compares what was promised with what is stored.
+func (p *citusPromises) check(t *testing.T, s *testServer) {
+	t.Helper()
+	t.Logf("answers %v; acknowledged: %d runs, %d corrections tried; slowest 200 %s, slowest 503 %s",
+		p.statuses, len(p.runs), len(p.notes), p.worst, p.slow)
+	whole := mustDecode[map[string]bool](t, mustQuery(t, s.db, `SELECT json_object_agg(run_id, n = rows_inserted) FROM (
+		SELECT r.run_id, r.rows_inserted, coalesce(sum(cardinality(v."values")), 0) AS n
+		FROM runs_table r LEFT JOIN values_table v ON v.tenant_id = r.tenant_id AND v.run_id = r.run_id AND v.version = 1
+		GROUP BY r.tenant_id, r.run_id, r.rows_inserted) AS t`))
+	for id, is := range whole {
+		if !is {
+			t.Errorf("run %s is stored in part", id)
+		}
+	}
+	for id := range p.runs {
+		if !whole[id] {
+			t.Errorf("the acknowledged run %s is not there", id)
+		}
+	}
+	stored := mustDecode[map[string]int](t, mustQuery(t, s.db, `SELECT coalesce(json_object_agg(annotation, n), '{}')
+		FROM (SELECT annotation, count(*) AS n FROM values_table WHERE annotation IS NOT NULL GROUP BY 1) AS t`))
+	for note, acknowledged := range p.notes {
+		if stored[note] > 1 || acknowledged && stored[note] != 1 {
+			t.Errorf("the correction %q, acknowledged: %v, is stored %d times", note, acknowledged, stored[note])
+		}
+	}
+	gaps := mustQuery(t, s.db, `SELECT count(*) FROM (SELECT FROM values_table WHERE version > 1
+		GROUP BY tenant_id, series_id, run_id, valid_from HAVING count(*) <> max(version) - 1
+		OR count(DISTINCT version) <> count(*)) AS g`)
+	if gaps != "0" {
+		t.Errorf("the versions of %s values do not count from 2 on", gaps)
+	}
+	for _, worker := range citusWorkers {
+		in2 := mustQuery(t, mustOpen(t, citusURL(t, worker, "")), `SELECT count(*) FROM pg_prepared_xacts`)
+		if in2 != "0" {
+			t.Errorf("%s has %s transactions in two phases", worker, in2)
+		}
+	}
+	if strings.Contains(s.log.String(), "status=500") {
+		t.Errorf("there was a 500: %s", tail(s.log))
+	}
+}
+
+// mustWork has clients of each tenant write until disturb returns, checks what they were promised, and that reads as of
+// moments in between repeat.
+func mustWork(t *testing.T, s *testServer, tenants []citusTenant, disturb func(p *citusPromises)) {
+	t.Helper()
+	p := &citusPromises{runs: map[string]bool{}, notes: map[string]bool{}, statuses: map[int]int{}}
+	ctx, stop := context.WithCancel(context.Background())
+	var clients sync.WaitGroup
+	var mu sync.Mutex
+	looks := map[string][2]string{} // of a path: the key and the answer
+	for _, x := range tenants {
+		for client := range 3 {
+			clients.Go(func() {
+				for n := 0; ctx.Err() == nil; n++ {
+					p.write(t, s, x, client, n)
+				}
+			})
+		}
+		clients.Go(func() {
+			for ctx.Err() == nil {
+				now := mustQuery(t, s.db, `SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`)
+				time.Sleep(8 * time.Second) // the writes of that moment have ended
+				path := "/values?all_versions=true&as_of=" + now
+				if status, text := p.send(t, s, "GET", path, x.key, ""); status == 200 {
+					mu.Lock()
+					looks[path] = [2]string{x.key, text}
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	disturb(p)
+	stop()
+	clients.Wait()
+	p.check(t, s)
+	for path, look := range looks {
+		if again := s.must(t, 200, "GET", path, look[0], ""); again != look[1] {
+			t.Errorf("%s does not repeat", path)
+		}
+	}
+	t.Logf("%d reads as of a moment were repeated", len(looks))
+}
+
+func mustCitus(t *testing.T) *testServer {
+	t.Helper()
+	if !onCitus() {
+		t.Skip("script/citus test runs this, on Citus")
+	}
+	return mustServer(t)
+}
+
+func TestCitusKilledWorkersLoseNothing(t *testing.T) {
+	s := mustCitus(t)
+	var tenants []citusTenant
+	for i := range 4 {
+		tenants = append(tenants, s.mustTenantOn(t, citusNode(citusWorkers[i%2])))
+	}
+	mustWork(t, s, tenants, func(p *citusPromises) {
+		for kill := range 5 * *faults {
+			sleepAtRandom(200, 800)
+			worker := citusNode(citusWorkers[kill%2])
+			worker.signal(t, syscall.SIGKILL)
+			sleepAtRandom(0, 300)
+			worker.mustStart(t)
+			p.mustShow(t, s, tenants[kill%2].key, "/values?series_key=load&end_valid="+citusTime(1), `"value"`, 1)
+		}
+	})
+}
+
+func TestCitusWorkerThatIsDownHurtsItsOwnTenantsAlone(t *testing.T) {
+	s := mustCitus(t)
+	down, up := citusNode("worker2"), citusNode("worker1")
+	hurt := []citusTenant{s.mustTenantOn(t, down), s.mustTenantOn(t, down), s.mustTenantOn(t, down)}
+	others := []citusTenant{s.mustTenantOn(t, up), s.mustTenantOn(t, up)}
+	for _, c := range []struct {
+		name        string
+		fault, mend func()
+	}{
+		{"stopped", func() { down.signal(t, syscall.SIGKILL) }, func() { down.mustStart(t) }},
+		{"frozen", func() { down.signal(t, syscall.SIGSTOP) }, func() { down.signal(t, syscall.SIGCONT) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			own := &citusPromises{runs: map[string]bool{}, notes: map[string]bool{}, statuses: map[int]int{}}
+			rest := &citusPromises{runs: map[string]bool{}, notes: map[string]bool{}, statuses: map[int]int{}}
+			ctx, stop := context.WithCancel(context.Background())
+			var clients sync.WaitGroup
+			begin := func(p *citusPromises, tenants []citusTenant, each int) {
+				for _, x := range tenants {
+					for client := range each {
+						clients.Go(func() {
+							for n := rand.Intn(1000); ctx.Err() == nil; n++ {
+								if status, _ := p.send(t, s, "GET", aRead+"&end_valid="+citusTime(9), x.key, ""); status == 200 {
+									p.write(t, s, x, client, n)
+								}
+							}
+						})
+					}
+				}
+			}
+			begin(own, hurt, 10)
+			begin(rest, others, 1)
+			time.Sleep(3 * time.Second)
+			c.fault()
+			t.Cleanup(func() { down.signal(t, syscall.SIGCONT) }) // whatever happens
+			time.Sleep(20 * time.Second)
+			c.mend()
+			mended := time.Now()
+			own.mustShow(t, s, hurt[0].key, "/values?series_key=load&end_valid="+citusTime(1), `"value"`, 1)
+			t.Logf("served again after %s", time.Since(mended))
+			stop()
+			clients.Wait()
+			if len(rest.statuses) != 1 || rest.worst > 5*time.Second {
+				t.Errorf("the others got %v, the slowest after %s", rest.statuses, rest.worst)
+			}
+			if own.statuses[503] == 0 || own.slow > 6*time.Second {
+				t.Errorf("its own tenants got %v, the slowest 503 after %s", own.statuses, own.slow)
+			}
+			t.Logf("the others: %v, slowest %s", rest.statuses, rest.worst)
+			own.check(t, s)
+		})
+	}
+}
+
+func TestCitusShardsMoveUnderLoad(t *testing.T) {
+	s := mustCitus(t)
+	var tenants []citusTenant
+	for i := range 4 {
+		tenants = append(tenants, s.mustTenantOn(t, citusNode(citusWorkers[i%2])))
+	}
+	mustWork(t, s, tenants, func(p *citusPromises) {
+		for move := range *faults {
+			sleepAtRandom(500, 1000)
+			mustExec(t, s.db, `SELECT citus_move_shard_placement(shardid, nodename, nodeport, '127.0.0.1', CASE nodeport
+				WHEN $2::integer THEN $3::integer ELSE $2 END)
+				FROM pg_dist_placement JOIN pg_dist_node USING (groupid)
+				WHERE shardid = get_shard_id_for_distribution_column('runs_table', $1::uuid)`,
+				tenants[move%4].id, citusPort(t, "worker1"), citusPort(t, "worker2"))
+		}
+		if p.statuses[503] > 0 {
+			t.Errorf("while shards move: %v", p.statuses)
+		}
+	})
+}
+
+// ---- Citus answers as plain PostgreSQL does
+
+var (
+	citusUUID  = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
+	citusClock = regexp.MustCompile(`"(change_time|inserted_at|withdrawn_at|last_change_time)":"[^"]*"|"value_id":\d+`)
+)
+
+// comparable is an answer without what clocks and counters made, and with each id by the place of its first appearance.
+func comparable(ids map[string]int, text string) string {
+	text = citusUUID.ReplaceAllStringFunc(text, func(id string) string {
+		if _, known := ids[id]; !known {
+			ids[id] = len(ids)
+		}
+		return fmt.Sprint("id ", ids[id])
+	})
+	return citusClock.ReplaceAllString(text, "$1")
+}
+
+// citusRequest is a random request.
+func citusRequest(rng *rand.Rand) (method, path, body string) {
+	series := func() string { return pick(rng, "a", "b", "c", "d e", "É", "nothing") }
+	when := func() string {
+		return time.Date(2025, 1, 1+rng.Intn(40), rng.Intn(3), 0, 0, 0, time.UTC).Format(time.RFC3339)
+	}
+	run := func() string { return fmt.Sprintf("00000000-0000-4000-8000-%012d", rng.Intn(60)) }
+	known := func() string { return fmt.Sprintf("2025-01-%02dT00:00:00Z", 1+rng.Intn(9)) }
+	value := func() string { return pick(rng, "null", "1", "-0.0", "2.5", "1e300") }
+	switch rng.Intn(10) {
+	case 0, 1, 2:
+		var rows []string
+		for range 1 + rng.Intn(20) {
+			end := ""
+			if rng.Intn(4) == 0 {
+				end = `"valid_time_end":"2025-03-01",`
+			}
+			rows = append(rows, fmt.Sprintf(`{"valid_time":%q,%s"value_key":%q,"value":%s}`, when(), end, series(), value()))
+		}
+		return "POST", "/upload", fmt.Sprintf(`{"run_id":%q,"workflow_id":%q,"known_time":%q,"run_start_time":"2025-01-01",
+			"value_rows":[%s]}`, run(), series(), known(), strings.Join(rows, ","))
+	case 3, 4:
+		var updates []string
+		for range 1 + rng.Intn(3) {
+			more := pick(rng, "", `,"annotation":"x"`, `,"tags":["u","v"]`, `,"known_time":"`+known()+`"`, `,"run_id":"`+run()+`"`)
+			updates = append(updates, fmt.Sprintf(`{"series_key":%q,"valid_time":%q,"value":%s%s}`, series(), when(), value(), more))
+		}
+		return "PUT", "/values", `{"updates":[` + strings.Join(updates, ",") + `]}`
+	case 5:
+		if rng.Intn(4) == 0 {
+			return "POST", "/runs/" + run() + "/withdraw", `{"annotation":"wrong"}`
+		}
+		return "POST", "/series", fmt.Sprintf(`{"series_key":%q,"unit":%q}`, series(), pick(rng, "MW", "dimensionless"))
+	case 6:
+		return "GET", pick(rng, "/runs", "/corrections", "/list_timeseries", "/list_timeseries?stats=true",
+			"/runs?series_key="+url.QueryEscape(series()), "/runs?workflow_id="+url.QueryEscape(series())), ""
+	}
+	q := url.Values{}
+	add := func(name, value string) {
+		if rng.Intn(4) == 0 {
+			q.Add(name, value)
+		}
+	}
+	for range 2 {
+		add("series_key", series())
+	}
+	add("match", pick(rng, "*", "?", "d*"))
+	add("start_valid", when())
+	add("end_valid", when())
+	add("start_known", known())
+	add("end_known", known())
+	add("run_id", run())
+	add("workflow_id", series())
+	add("mode", pick(rng, "flat", "overlapping"))
+	add("all_versions", "true")
+	add("latest", "true")
+	add("lead", pick(rng, "PT6H", "P2D"))
+	add("bucket", pick(rng, "P1D", "PT2H"))
+	add("limit", fmt.Sprint(1+rng.Intn(20)))
+	return "GET", "/values?" + q.Encode(), ""
+}
+
+func TestCitusAnswersAsPlainPostgreSQL(t *testing.T) {
+	s := mustCitus(t)
+	plain := mustOpen(t, os.Getenv("TEST_PLAIN_URL")+"?sslmode=disable")
+	name := fmt.Sprintf("timedb_plain_%016x", rand.Uint64())
+	mustExec(t, plain, "CREATE DATABASE "+name)
+	t.Cleanup(func() { mustExec(t, plain, "DROP DATABASE "+name+" WITH (FORCE)") })
+	u := mustParse(t, os.Getenv("TEST_PLAIN_URL"))
+	u.Path = "/" + name
+	u.RawQuery = "sslmode=disable"
+	mustRun(t, 0, u.String(), "", "create", "tables", "--with-users", "-y")
+	both := []*testServer{s, mustAPIOn(t, u.String(), u.String())}
+	seed := time.Now().UnixNano()
+	rng := rand.New(rand.NewSource(seed))
+	statuses := map[int]int{}
+	for tenant := range *faults {
+		id := fmt.Sprintf("%08x-0000-4000-8000-%012x", rng.Uint32(), tenant)
+		keys := []string{both[0].mustUser(t, id, "a@example.com"), both[1].mustUser(t, id, "a@example.com")}
+		ids := []map[string]int{{}, {}}
+		for range 400 {
+			method, path, body := citusRequest(rng)
+			var answers [2]string
+			for i, server := range both {
+				resp, text, err := server.do(method, path, keys[i], body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				statuses[resp.StatusCode]++
+				answers[i] = fmt.Sprint(resp.StatusCode, " ", comparable(ids[i], text))
+			}
+			if answers[0] != answers[1] {
+				t.Fatalf("seed %d, %s %s %s:\nCitus %s\nplain %s", seed, method, path, body, answers[0], answers[1])
+			}
+		}
+	}
+	t.Logf("answers by status, of both: %v", statuses)
 }

@@ -1,7 +1,6 @@
 -- The whole database side of timedb. `timedb create tables` runs the sections that it needs in one transaction, with
 -- search_path set to the schema that was asked for; `--dry-run` prints what would run on an empty database.
 -- Every statement is safe to repeat. :schema and :app_role stand for quoted identifiers from the command line.
---
 -- The API only inserts: a correction is a further row. Users and keys change, and an operator may erase. tenant_id leads
 -- every key of data, so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
 
@@ -9,6 +8,7 @@
 -- Two at once would race for the same names; so the second waits, and then finds everything there.
 SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));
 SET LOCAL search_path = :schema;
+SET LOCAL citus.multi_shard_modify_mode = sequential;  -- as what changes functions and views after tables needs it
 DO $timedb$ BEGIN
     CREATE SCHEMA :schema;
 EXCEPTION WHEN duplicate_schema OR insufficient_privilege THEN NULL;  -- it is there, or what follows says that it is not
@@ -44,11 +44,10 @@ CREATE TABLE IF NOT EXISTS series_table (
     UNIQUE (tenant_id, series_key)
 );
 
--- One row holds consecutive values of one series from one run (a block), or one corrected value: version 1 is the
--- upload's, a higher one a correction's. Arrays of one would be a third of a row, so a single value has a column of its
--- own; the view value_blocks shows all rows alike. The span is bounded so that a window is a plain range on the primary
--- key, whose cost does not grow with the history around it. No foreign keys, because checking two costs more than the
--- row: every INSERT takes its run and series from their tables, and what erases locks this table against writers.
+-- One row holds consecutive values of one series from one run (a block), or one corrected value: version 1 is the upload's,
+-- a higher one a correction's. A single value has a column of its own; the view value_blocks shows all rows alike. The span
+-- is bounded so that a window is a plain range on the primary key, whose cost does not grow with the history around it. No
+-- foreign keys, whose checks cost more than the row: an INSERT takes run and series from their tables, an erasure locks writers out.
 CREATE TABLE IF NOT EXISTS values_table (
     tenant_id       uuid          NOT NULL,
     series_id       uuid          NOT NULL,
@@ -130,8 +129,7 @@ CREATE TABLE IF NOT EXISTS keys_table (
 CREATE UNIQUE INDEX IF NOT EXISTS keys_by_name ON keys_table (user_id, lower(name)) WHERE revoked_at IS NULL;
 CREATE INDEX IF NOT EXISTS keys_by_user ON keys_table (tenant_id, user_id);
 
--- When a key was last used, to some minutes: the one thing about users and keys that the API writes. A foreign key would
--- have it lock rows of keys_table.
+-- When a key was last used, to some minutes. The API writes it. A foreign key would have it lock rows of keys_table.
 CREATE TABLE IF NOT EXISTS key_uses (
     key_id       text        PRIMARY KEY,
     last_used_at timestamptz NOT NULL CHECK (last_used_at BETWEEN '2000-01-01' AND '9999-01-01')  -- what every program can read
@@ -140,9 +138,6 @@ CREATE TABLE IF NOT EXISTS key_uses (
 -- Earlier versions held one key, and the one before it in its grace, with the user.
 DO $timedb$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'users_table'::regclass AND attname = 'key_digest') THEN RETURN; END IF;
-    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'users_table'::regclass AND attname = 'previous_expires_at') THEN
-        ALTER TABLE users_table RENAME previous_expires_at TO previous_ends_at;
-    END IF;
     ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
     INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at)
         SELECT key_id, tenant_id, user_id, 'default', key_digest, access, created_at, expires_at FROM users_table;
@@ -163,16 +158,20 @@ DO $timedb$ DECLARE t regclass; BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
         RAISE EXCEPTION 'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
     FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::regclass[] LOOP
-        PERFORM create_distributed_table(t, 'tenant_id') WHERE t NOT IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
-    END LOOP; END $timedb$;
+        CONTINUE WHEN t IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
+        EXECUTE format('DROP TRIGGER IF EXISTS written_now ON %s', t);  -- Citus takes no triggers
+        PERFORM create_distributed_table(t, 'tenant_id');
+    END LOOP;
+    PERFORM truncate_local_data_after_distributing_table(d)  -- the rows, which are on the nodes now, leave the coordinator
+    FROM unnest('{withdrawals_table, values_table, series_table, runs_table}'::regclass[]) AS d;
+END $timedb$;
 
 -- section: upgrade
 -- What makes tables of an earlier version, and new ones, those of this version.
 ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN IF NOT EXISTS value float8,
     ALTER valid_to DROP NOT NULL, ALTER valid_times DROP NOT NULL, ALTER "values" DROP NOT NULL,
     DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey, DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey,
-    DROP CONSTRAINT IF EXISTS value_or_values,
-    ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
+    DROP CONSTRAINT IF EXISTS value_or_values, ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
         AND (value IS NULL OR "values" IS NULL) AND cardinality(valid_time_ends) = coalesce(cardinality("values"), 1));
 -- The rows of values_table, those of one value with arrays of one.
 CREATE OR REPLACE VIEW value_blocks AS
@@ -203,19 +202,21 @@ DO $timedb$ DECLARE r record; BEGIN
                  WHERE octet_length(run_params::text) > 65536 LOOP
             RAISE WARNING 'run_params of run % of tenant % are % bytes long and were not kept', r.run_id, r.tenant_id, r.bytes;
         END LOOP;
-        ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check;
-        ALTER TABLE runs_table ALTER run_params TYPE json
-            USING CASE WHEN octet_length(run_params::text) <= 65536 THEN run_params::text::json END;
-        ALTER TABLE runs_table ADD CHECK (json_typeof(run_params) = 'object');
+        ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check,
+            ALTER run_params TYPE json USING CASE WHEN octet_length(run_params::text) <= 65536 THEN run_params::text::json END,
+            ADD CHECK (json_typeof(run_params) = 'object');
     END IF;
 END $timedb$;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb);
--- A value that a run gained by a correction had version 1. Its versions count from 2 on now, as those of any correction.
-UPDATE values_table v SET version = v.version + 1
-FROM values_table first JOIN runs_table r USING (tenant_id, run_id)
-WHERE first.version = 1 AND first.change_time > r.inserted_at AND v.tenant_id = first.tenant_id
-  AND v.series_id = first.series_id AND v.run_id = first.run_id AND v.valid_times = first.valid_times
-  AND v.valid_time_ends IS NOT DISTINCT FROM first.valid_time_ends;
+-- A value that a run gained by a correction had version 1, and where a node of Citus had failed two corrections may have one
+-- version: corrections count from 2 on, in the order in which they were written.
+UPDATE values_table v SET version = n.version
+FROM (SELECT tenant_id, series_id, valid_from, value_id, 1 + row_number() OVER (PARTITION BY tenant_id, series_id, run_id,
+             valid_from, valid_time_ends[1] ORDER BY version, change_time, value_id) AS version
+      FROM values_table JOIN runs_table USING (tenant_id, run_id) WHERE version > 1 OR change_time > inserted_at) AS n
+WHERE (v.tenant_id, v.series_id, v.valid_from, v.value_id) = (n.tenant_id, n.series_id, n.valid_from, n.value_id) AND v.version <> n.version;
+CREATE UNIQUE INDEX IF NOT EXISTS corrections_by_version ON values_table (tenant_id, series_id, run_id, valid_from,
+    coalesce(valid_time_ends[1], 'infinity'), version) WHERE version > 1;
 UPDATE values_table c SET old_value = (
     SELECT e.value FROM value_blocks v
     CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
@@ -231,8 +232,7 @@ END $timedb$;
 DO $timedb$ DECLARE t text; BEGIN
     IF EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
         RAISE WARNING 'with the extension citus there are no triggers that refuse rows written into the past';
-        RETURN;
-    END IF;
+        RETURN; END IF;
     FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::text[] LOOP
         EXECUTE format($trigger$
             CREATE OR REPLACE TRIGGER written_now BEFORE INSERT ON %I FOR EACH ROW
@@ -248,6 +248,7 @@ COMMENT ON TABLE runs_table IS 'timedb schema 4';
 GRANT USAGE ON SCHEMA :schema TO :app_role;
 GRANT SELECT, INSERT ON runs_table, series_table, values_table, withdrawals_table TO :app_role;
 GRANT SELECT ON value_blocks, current_values TO :app_role;
+GRANT USAGE ON SEQUENCE values_table_value_id_seq TO :app_role;
 
 -- section: app role with users
 GRANT SELECT ON users_table, keys_table TO :app_role;
@@ -255,6 +256,5 @@ GRANT SELECT, INSERT, UPDATE (last_used_at) ON key_uses TO :app_role;  -- UPDATE
 
 -- section: delete
 DROP VIEW IF EXISTS current_values, value_blocks;
-DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz);
 DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, key_uses, keys_table, users_table, audit_table;
-DROP FUNCTION IF EXISTS refuse_past();
+DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz), refuse_past();

@@ -131,13 +131,72 @@ func mustDatabase(t testing.TB) string {
 		}
 		mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)")
 	})
-	mustExec(t, admin, "ALTER DATABASE "+name+" SET synchronous_commit = off") // nobody needs this data tomorrow
+	mustSpread(t, name)
+	if !onCitus() {
+		mustExec(t, admin, "ALTER DATABASE "+name+" SET synchronous_commit = off") // nobody needs this data tomorrow
+	}
 	appRole.once.Do(func() {
 		appRole.name = fmt.Sprintf("timedb_test_app_%016x", rand.Uint64())
 		appRole.password = fmt.Sprintf("app-password-%x", rand.Uint64())
+		if onCitus() { // its nodes know one password
+			appRole.password, _ = mustParse(t, databaseURL("", nil)).User.Password()
+		}
 		mustExec(t, admin, "CREATE ROLE "+appRole.name+" LOGIN PASSWORD '"+appRole.password+"'")
 	})
 	return databaseURL(name, nil)
+}
+
+// ---- Harness: Citus, on which script/citus runs tests that run on plain PostgreSQL too
+
+// citusFolder is where script/citus keeps its nodes, "" if the tests run on plain PostgreSQL.
+var citusFolder = os.Getenv("TEST_CITUS")
+
+func onCitus() bool { return citusFolder != "" }
+
+// citusPort is the port of a node: coordinator, worker1 or worker2.
+func citusPort(t testing.TB, node string) string {
+	t.Helper()
+	conf, err := os.ReadFile(filepath.Join(citusFolder, node, "postgresql.conf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(regexp.MustCompile(`(?m)^port = (\d+)`).FindSubmatch(conf)[1])
+}
+
+// citusURL is the URL of a database of a node.
+func citusURL(t testing.TB, node, database string) string {
+	t.Helper()
+	u := mustParse(t, databaseURL(database, nil))
+	u.Host = "127.0.0.1:" + citusPort(t, node)
+	return u.String()
+}
+
+var citusWorkers = []string{"worker1", "worker2"}
+
+// mustSpread makes a database of the coordinator one of Citus, with the workers; on plain PostgreSQL it does nothing.
+func mustSpread(t testing.TB, name string) {
+	t.Helper()
+	if !onCitus() {
+		return
+	}
+	db := mustOpen(t, databaseURL(name, nil))
+	mustExec(t, db, "CREATE EXTENSION citus")
+	mustExec(t, db, "SELECT citus_set_coordinator_host('127.0.0.1', $1)", citusPort(t, "coordinator"))
+	for _, worker := range citusWorkers {
+		admin := mustOpen(t, citusURL(t, worker, ""))
+		mustExec(t, admin, "CREATE DATABASE "+name)
+		t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)") })
+		mustExec(t, mustOpen(t, citusURL(t, worker, name)), "CREATE EXTENSION citus")
+		mustExec(t, db, "SELECT citus_add_node('127.0.0.1', $1)", citusPort(t, worker))
+	}
+}
+
+// notOnCitus skips a test of what Citus does not have, and says why.
+func notOnCitus(t testing.TB, why string) {
+	t.Helper()
+	if onCitus() {
+		t.Skip("not on Citus: " + why)
+	}
 }
 
 // secretsIn looks for whole keys and for passwords in a dump of the database, and says what it found.
@@ -218,6 +277,11 @@ func mustQuery(t testing.TB, db *sql.DB, query string, args ...any) string {
 func runIn(env map[string]string, stdin string, args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	getenv := func(name string) string { return env[name] }
+	creates := len(args) > 1 && args[0] == "create" && args[1] == "tables" && !slices.Contains(args, "--dry-run")
+	coordinator, _ := url.Parse(databaseURL("", nil))
+	if onCitus() && creates && strings.Contains(env["TIMEDB_DSN"], coordinator.Host) {
+		args = append(slices.Clone(args), "--citus")
+	}
 	code = run(context.Background(), args, getenv, strings.NewReader(stdin), &out, &errs)
 	return code, out.String(), errs.String()
 }

@@ -26,6 +26,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -628,6 +629,7 @@ var cannotServe = []string{
 	"55000", // not open to connections
 	"55006", // object in use
 	"0A000", // a plan of an older schema
+	"XX000", // an internal error: so Citus says that a node failed
 }
 
 // unavailable tells whether err means that the database cannot serve now, rather than a bug.
@@ -838,6 +840,7 @@ const (
 	lookupPool = 4
 
 	connectTimeout  = 5 * time.Second  // for a connection to the database
+	readyTimeout    = time.Second / 2  // for a connection to be ready again after an error
 	connMaxLifetime = 30 * time.Minute // retires a connection that went bad
 
 	// statementTimeout ends a statement of the API in PostgreSQL, whatever became of its server.
@@ -858,6 +861,10 @@ type store struct {
 	statements sync.Map // of *sql.Stmt by query
 	places     *shares  // one for each request that works on the database
 	operator   string   // the operating-system user who gave a command
+
+	isCitus atomic.Bool                   // the extension is in this database
+	nodes   *store                        // looks at its nodes
+	down    atomic.Pointer[pq.Int64Array] // those of its nodes that take no connection
 }
 
 var errBadDSN = errors.New("the DSN cannot be read: expected " +
@@ -909,6 +916,13 @@ func openStore(dsn, schema string, timeout time.Duration, connections int, warni
 	return s, nil
 }
 
+// planForCitus lets Citus plan for the tenant that is asked about: without it there is no node.
+// And a node that is down must not keep it.
+const planForCitus = `
+	SELECT set_config('plan_cache_mode', 'auto', false),
+	       set_config('citus.node_connection_timeout', '1000', false)
+	FROM pg_extension WHERE extname = 'citus'`
+
 // namingConnector says which database cannot be reached.
 type namingConnector struct {
 	driver.Connector
@@ -920,21 +934,92 @@ func (n namingConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to %s: %w", n.of.place, err)
 	}
-	return conn, nil
+	set, err := conn.(driver.ExecerContext).ExecContext(ctx, planForCitus, nil)
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	rows, err := set.RowsAffected()
+	n.of.isCitus.Store(rows > 0)
+	return conn, err
 }
 
 // enter waits for a place to work on the database, and bounds that work in time. The returned
 // function leaves the place.
 func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), error) {
+	if s.isDown(ctx, c) {
+		return nil, nil, errNodeDown
+	}
 	if err := s.places.take(ctx, c, 1, nil); err != nil {
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, statementTimeout)
+	if s.isCitus.Load() {
+		go s.endWhenDown(ctx, c, cancel)
+	}
 	leave := func() {
 		cancel()
 		s.places.give(c, 1, nil)
 	}
 	return ctx, leave, nil
+}
+
+// ---- Nodes of Citus: one that does not answer hurts its own tenants alone
+
+// nodePause is between two looks at the nodes. With the second that planForCitus waits for a node,
+// and readyTimeout, it is less than shareWait: requests of others outwait those of a frozen node.
+const nodePause = time.Second / 2
+
+var errNodeDown = refuse(busy, "The part of the database that has this tenant's data is down.")
+
+// watchNodes notes which nodes take no connection, until ctx ends. It looks through nodes.
+func (s *store) watchNodes(ctx context.Context, nodes *store) {
+	s.nodes = nodes
+	for s.isCitus.Load() && ctx.Err() == nil {
+		var down pq.Int64Array
+		err := s.nodes.inTx(ctx, func(tx *sql.Tx) error {
+			_, err := tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
+				SET LOCAL client_min_messages = error`)
+			if err != nil {
+				return err
+			}
+			return s.nodes.oneRow(ctx, tx, `
+				SELECT array_agg(groupid) FROM pg_dist_node
+				WHERE shouldhaveshards AND noderole = 'primary'
+				  AND NOT citus_check_connection_to_node(nodename, nodeport)`, nil, &down)
+		})
+		if err == nil {
+			s.down.Store(&down)
+		}
+		time.Sleep(nodePause)
+	}
+}
+
+// isDown tells whether the caller's node takes no connection.
+func (s *store) isDown(ctx context.Context, c Caller) (is bool) {
+	down := s.down.Load()
+	if down == nil || len(*down) == 0 {
+		return false
+	}
+	err := s.nodes.oneRow(ctx, nil, `
+		SELECT groupid = ANY ($2) FROM pg_dist_placement
+		WHERE shardid = get_shard_id_for_distribution_column('runs_table', $1::uuid)`,
+		[]any{c.tenant, *down}, &is)
+	return err == nil && is
+}
+
+// endWhenDown calls end when the caller's node is found down, until ctx ends.
+func (s *store) endWhenDown(ctx context.Context, c Caller, end func()) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(nodePause / 2):
+		}
+		if s.isDown(ctx, c) {
+			end()
+		}
+	}
 }
 
 // sessionConfig adds to cfg what every session of timedb has.
@@ -949,9 +1034,7 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	cfg = cfg.Clone() // which has room for parameters
 	// pg_temp comes last, or temporary tables would hide ours.
 	cfg.Runtime["search_path"] = pq.QuoteIdentifier(schema) + ", pg_temp"
-	if cfg.Runtime["plan_cache_mode"] == "" { // Citus needs auto
-		cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
-	}
+	cfg.Runtime["plan_cache_mode"] = "force_generic_plan"
 	// A generic plan is made for an average tenant, and one with many series raises that average
 	// for all: PostgreSQL would then compile even small reads, start workers, and read the series
 	// of all tenants to list those of one.
@@ -1011,6 +1094,23 @@ func (c *boundedConn) Write(p []byte) (int, error) {
 		}
 	}
 	return c.Conn.Write(p)
+}
+
+// errorMark stands in an answer that is an error, in any language.
+var errorMark = []byte("\x00VERROR\x00C")
+
+// Read also drops a connection of which lib/pq would lose track, by closing it: when it does not
+// become ready again after an error. The cause is a node of Citus that is frozen.
+func (c *boundedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		_ = c.Conn.Close()
+		return n, err
+	}
+	if bytes.Contains(p[:n], errorMark) && !c.connecting {
+		err = c.Conn.SetDeadline(time.Now().Add(readyTimeout))
+	}
+	return n, err
 }
 
 // prepare prepares query once per connection, for tx unless that is nil. That saves planning it,
@@ -1095,14 +1195,40 @@ func (s *store) inTx(ctx context.Context, fn func(*sql.Tx) error) error {
 	if err := fn(tx); err != nil {
 		return err
 	}
-	return tx.Commit()
+	done := make(chan error, 1)
+	go func() { done <- tx.Commit() }() // Citus does not end it while a node is frozen
+	select {
+	case err = <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
-// exec runs query in a transaction of its own; without args it may hold several statements.
+// exec runs query in a transaction of its own.
 func (s *store) exec(ctx context.Context, query string, args ...any) error {
 	return s.inTx(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, query, args...)
 		return err
+	})
+}
+
+// execAll runs sections of schema.sql in one transaction, statement by statement: Citus hands on to
+// its nodes the whole text that it was sent.
+func (s *store) execAll(ctx context.Context, sections string) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		statement := ""
+		for part := range strings.SplitAfterSeq(sections, ";\n") {
+			statement += part
+			if strings.Count(statement, "$timedb$")%2 == 1 {
+				continue // within the body of a DO or a function
+			}
+			if _, err := tx.ExecContext(ctx, statement); err != nil {
+				return err
+			}
+			statement = ""
+		}
+		return nil
 	})
 }
 
@@ -1671,22 +1797,47 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 	if err != nil || len(unknown) == 0 {
 		return found, 0, err
 	}
-	// The new ones are counted row by row: Citus' own count has the conflicts in it.
-	err = s.oneRow(ctx, tx, `
-		WITH created AS (
-			INSERT INTO series_table (tenant_id, series_key, unit, description)
-			SELECT $1::uuid, n.key, $2, nullif($4::jsonb ->> n.key, '')
-			FROM json_to_recordset($3) AS n (id text, key text)
-			WHERE n.id = ''
-			ORDER BY n.key COLLATE "C"
-			ON CONFLICT (tenant_id, series_key) DO NOTHING RETURNING series_id)
-		SELECT count(*) FROM created`,
-		[]any{c.tenant, unit, asJSON(unknown), asJSON(about)}, &created)
+	slices.SortFunc(unknown, func(a, b seriesRef) int { return cmp.Compare(a.Key, b.Key) })
+	first := unknown[0]
+	created, err = s.change(ctx, tx, `
+		INSERT INTO series_table (tenant_id, series_key, unit, description)
+		VALUES ($1, $2, $3, nullif($4, '')) ON CONFLICT (tenant_id, series_key) DO NOTHING`,
+		c.tenant, first.Key, unit, about[first.Key])
+	if err == nil && len(unknown) > 1 {
+		var n int64
+		n, err = s.createBeside(ctx, c, tx, first.Key, unknown, unit, about)
+		created += n
+	}
 	if err != nil {
 		return nil, 0, err
 	}
 	found, err = s.findSeries(ctx, c, tx, refs)
 	return found, created, err
+}
+
+// createBeside creates series beside the first, in one statement on one node: see stamp.
+func (s *store) createBeside(ctx context.Context, c Caller, tx *sql.Tx, first label,
+	refs []seriesRef, unit label, about descriptions) (created int64, err error) {
+	var now time.Time
+	var ids pq.StringArray
+	err = s.oneRow(ctx, tx, `
+		SELECT clock_timestamp(), ARRAY(SELECT gen_random_uuid() FROM generate_series(1, $1))`,
+		[]any{len(refs)}, &now, &ids)
+	if err != nil {
+		return 0, err
+	}
+	var keys []string
+	for _, ref := range refs {
+		keys = append(keys, string(ref.Key))
+	}
+	return s.change(ctx, tx, `
+		INSERT INTO series_table (tenant_id, series_id, series_key, unit, description, inserted_at)
+		SELECT s.tenant_id, n.id, n.key, $3, nullif($4::jsonb ->> n.key, ''), $5::timestamptz
+		FROM series_table s, unnest($6::uuid[], $7::text[]) AS n (id, key)
+		WHERE s.tenant_id = $1 AND s.series_key = $2
+		ORDER BY n.key COLLATE "C"
+		ON CONFLICT (tenant_id, series_key) DO NOTHING`,
+		c.tenant, first, unit, asJSON(about), now, ids, pq.Array(keys))
 }
 
 // CreateSeries makes a series or finds the one of that key. created tells which. Another unit is a
@@ -1735,6 +1886,11 @@ type seriesChange struct {
 	description *prose
 }
 
+// lockedSeries shows a series, and keeps others from changing it. On Citus no UPDATE may join.
+const lockedSeries = `
+	SELECT json_build_array(series_key, unit, description) FROM series_table
+	WHERE tenant_id = $1 AND series_id = $2 FOR UPDATE`
+
 // UpdateSeries changes a series, and returns what it was and what it became.
 func (s *store) UpdateSeries(ctx context.Context, c Caller, ref seriesRef, change seriesChange) (
 	changed string, err error) {
@@ -1743,26 +1899,32 @@ func (s *store) UpdateSeries(ctx context.Context, c Caller, ref seriesRef, chang
 		return "", err
 	}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		err := tx.QueryRowContext(ctx, `
-			UPDATE series_table s SET series_key = coalesce(nullif($3, ''), s.series_key),
-			       unit = coalesce(nullif($4, ''), s.unit),
-			       description = CASE WHEN $5::text IS NULL THEN s.description
-			                          ELSE nullif($5, '') END
-			FROM (SELECT * FROM series_table
-			      WHERE tenant_id = $1 AND series_id = $2 FOR UPDATE) AS old
-			WHERE s.tenant_id = $1 AND s.series_id = old.series_id
-			RETURNING format('%s: %s became %s', old.series_id,
-			       json_build_array(old.series_key, old.unit, old.description),
-			       json_build_array(s.series_key, s.unit, s.description))`,
-			c.tenant, found[0].ID, change.key, change.unit, change.description).Scan(&changed)
-		switch {
-		case sqlState(err) == uniqueViolation:
-			return fmt.Errorf("a series %q exists already; nothing was changed", change.key)
-		case errors.Is(err, sql.ErrNoRows):
+		var before, after string
+		id := found[0].ID
+		err := tx.QueryRowContext(ctx, lockedSeries, c.tenant, id).Scan(&before)
+		if errors.Is(err, sql.ErrNoRows) {
 			return noSeries(ref)
-		case err != nil:
+		}
+		if err != nil {
 			return err
 		}
+		_, err = tx.ExecContext(ctx, `
+			UPDATE series_table SET series_key = coalesce(nullif($3, ''), series_key),
+			       unit = coalesce(nullif($4, ''), unit),
+			       description = CASE WHEN $5::text IS NULL THEN description
+			                          ELSE nullif($5, '') END
+			WHERE tenant_id = $1 AND series_id = $2`,
+			c.tenant, id, change.key, change.unit, change.description)
+		if sqlState(err) == uniqueViolation {
+			return fmt.Errorf("a series %q exists already; nothing was changed", change.key)
+		}
+		if err == nil {
+			err = tx.QueryRowContext(ctx, lockedSeries, c.tenant, id).Scan(&after)
+		}
+		if err != nil {
+			return err
+		}
+		changed = fmt.Sprintf("%s: %s became %s", id, before, after)
 		return s.audit(ctx, tx,
 			auditLine{action: "series update", tenant: c.tenant, detail: changed})
 	})
@@ -1831,7 +1993,15 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 			ids[x.Key] = x.ID
 			rows[x] = append(rows[x], u.series[refs[i]]) // two refs may name one series
 		}
-		isNew, err := s.insertRun(ctx, c, tx, u)
+		blocks, err := cutBlocks(u.list, rows)
+		if err != nil {
+			return err
+		}
+		now, valueIDs, err := s.stamp(ctx, tx, len(blocks))
+		if err != nil {
+			return err
+		}
+		isNew, err := s.insertRun(ctx, c, tx, u, now)
 		if err == nil && !isNew && created > 0 {
 			err = refuse(notFound, "run_id %s is stored already, and a series of it was erased or "+
 				"renamed since", u.runID)
@@ -1839,33 +2009,40 @@ func (s *store) Upload(ctx context.Context, c Caller, u *upload) (map[string]str
 		if err != nil || !isNew {
 			return err
 		}
-		blocks, err := cutBlocks(u.list, rows)
-		if err != nil {
-			return err
-		}
-		return s.insertBlocks(ctx, c, tx, u.runID, blocks)
+		return s.insertBlocks(ctx, c, tx, u.runID, blocks, valueIDs)
 	})
 	return ids, err
 }
 
+// stamp is what the database gives a write beforehand: the moment, and ids for so many rows of
+// values_table. An INSERT that has them needs nothing but the tenant's node, and Citus commits it
+// in one phase. Else it would commit in two, of which the second may fail after the answer.
+func (s *store) stamp(ctx context.Context, tx *sql.Tx, rows int) (
+	now timestamp, ids pq.Int64Array, err error) {
+	var t time.Time
+	err = s.oneRow(ctx, tx, `
+		SELECT clock_timestamp(),
+		       ARRAY(SELECT nextval('values_table_value_id_seq') FROM generate_series(1, $1))`,
+		[]any{rows}, &t, &ids)
+	return timestampOf(t), ids, err
+}
+
 // insertRun stores the run's own row and sets u.runID if the client did not. isNew is false if this
 // request was stored before.
-func (s *store) insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload) (
+func (s *store) insertRun(ctx context.Context, c Caller, tx *sql.Tx, u *upload, now timestamp) (
 	isNew bool, err error) {
 	err = s.oneRow(ctx, tx, `
 		INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, run_finish_time,
 		       known_time, run_params, rows_inserted, request_digest, changed_by, inserted_at)
-		SELECT $1::uuid, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3,
-		       coalesce($4::timestamptz, $6, now), $5::timestamptz,
-		       coalesce($6::timestamptz, now), nullif($7, '')::json, $8::integer,
-		       $9::bytea, nullif($10, ''), now
-		FROM clock_timestamp() AS now
+		VALUES ($1, coalesce(nullif($2, '')::uuid, gen_random_uuid()), $3,
+		        coalesce($4::timestamptz, $6, $11), $5, coalesce($6::timestamptz, $11),
+		        nullif($7, '')::json, $8, $9, nullif($10, ''), $11)
 		ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING run_id`,
 		[]any{
 			c.tenant, u.runID, u.workflowID,
 			u.start, u.finish, u.known,
 			string(u.params), u.rows,
-			u.digest, c.email,
+			u.digest, c.email, now,
 		}, &u.runID)
 	if sqlState(err) == "54001" { // statement_too_complex
 		return false, invalid("run_params is nested too deep for PostgreSQL")
@@ -1951,8 +2128,8 @@ func secondRow(parts []*seriesRows, p point) int32 {
 // insertBlocks stores blocks of a run: in each statement the values of several end to end in three
 // arrays, and for each block where in these it begins and ends, counted from 1. A block whose run
 // or series is gone is not stored, and then nothing is.
-func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid,
-	blocks []block) error {
+func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid, blocks []block,
+	valueIDs pq.Int64Array) error {
 	for len(blocks) > 0 {
 		var series []string
 		var first, last []int64
@@ -1965,11 +2142,13 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 			last = append(last, int64(len(points)))
 			blocks = blocks[1:]
 		}
+		ids := valueIDs[:len(series)]
+		valueIDs = valueIDs[len(series):]
 		stored, err := s.change(ctx, tx, `
-			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			       change_time, changed_by, valid_time_ends, valid_from, value, valid_to,
-			       valid_times, "values")
-			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, 1, r.known_time,
+			INSERT INTO values_table (tenant_id, series_id, run_id, value_id, run_order, version,
+			       known_time, change_time, changed_by, valid_time_ends, valid_from, value,
+			       valid_to, valid_times, "values") OVERRIDING SYSTEM VALUE
+			SELECT r.tenant_id, s.series_id, r.run_id, b.value_id, r.run_order, 1, r.known_time,
 			       r.inserted_at, r.changed_by,
 			       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
 			            THEN a.ends[b.first:b.last] END,
@@ -1981,13 +2160,14 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 			FROM runs_table r,
 			     (SELECT $3::timestamptz[], $4::timestamptz[], $5::float8[])
 			         AS a (times, ends, "values"),
-			     unnest($6::uuid[], $7::integer[], $8::integer[]) AS b (series_id, first, last)
+			     unnest($6::uuid[], $7::integer[], $8::integer[], $9::bigint[])
+			         AS b (series_id, first, last, value_id)
 			     CROSS JOIN LATERAL (
 				SELECT series_id FROM series_table
 				WHERE tenant_id = $1 AND series_id = b.series_id OFFSET 0) AS s
 			WHERE r.tenant_id = $1 AND r.run_id = $2`,
 			c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
-			pq.Array(series), pq.Array(first), pq.Array(last))
+			pq.Array(series), pq.Array(first), pq.Array(last), ids)
 		if err != nil {
 			return err
 		}
@@ -2871,7 +3051,8 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 		if err != nil {
 			return err
 		}
-		if err := s.lockSeries(ctx, c, tx, stored); err != nil {
+		now, valueIDs, err := s.lockSeries(ctx, c, tx, stored)
+		if err != nil {
 			return err
 		}
 		intervals, err := s.findStored(ctx, c, tx, corrections, stored, memory)
@@ -2890,18 +3071,22 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 			switch {
 			case last[v.target] != i:
 			case v.changed:
+				v.ValueID = valueIDs[i]
 				updated = append(updated, v)
 			default:
 				unchanged = append(unchanged, v)
 			}
 		}
 		for some := range slices.Chunk(updated, versionsPerStatement) {
-			if err := s.insertCorrected(ctx, c, tx, some); err != nil {
+			if err := s.insertCorrected(ctx, c, tx, some, now); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+	if sqlState(err) == uniqueViolation { // corrections_by_version: another got the number
+		err = refuse(busy, "The value was corrected by another request just now.")
+	}
 	return updated, unchanged, err
 }
 
@@ -2911,23 +3096,36 @@ const maxSeriesLocks = 100
 
 // lockSeries has corrections of the same series wait for each other, so that each sees the one
 // before, and for withdrawals. What is about many series has all of the tenant's wait. Advisory
-// locks need no UPDATE privilege. Two texts with the same hash would merely wait.
-func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, stored []corrected) error {
+// locks need no UPDATE privilege. Two texts with the same hash would merely wait. It returns a
+// stamp of a moment after the wait.
+func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, stored []corrected) (
+	now timestamp, valueIDs pq.Int64Array, err error) {
 	var ids []string
 	for _, v := range stored {
 		ids = append(ids, v.Series)
 	}
 	slices.Sort(ids) // in one order, whoever locks, so that nobody waits for each other
-	ids = slices.Compact(ids)
-	if len(ids) > maxSeriesLocks {
-		return s.lockTenant(ctx, c, tx)
+	if len(slices.Compact(slices.Clone(ids))) > maxSeriesLocks {
+		if err := s.lockTenant(ctx, c, tx); err != nil {
+			return 0, nil, err
+		}
+		return s.stamp(ctx, tx, len(stored))
 	}
-	_, err := s.change(ctx, tx, `
-		SELECT pg_advisory_xact_lock_shared(hashtextextended($1, 0)),
-		       pg_advisory_xact_lock(hashtextextended($1 || id, 0))
-		FROM unnest($2::text[]) AS id`,
-		c.tenant, pq.Array(ids))
-	return err
+	// OFFSET 0 has the locks taken before the clock is read.
+	err = s.eachRow(ctx, tx, `
+		SELECT clock_timestamp(), nextval('values_table_value_id_seq')
+		FROM (SELECT pg_advisory_xact_lock_shared(hashtextextended($1, 0)),
+		             pg_advisory_xact_lock(hashtextextended($1 || id, 0))
+		      FROM unnest($2::text[]) AS id OFFSET 0) AS locked`,
+		[]any{c.tenant, pq.Array(ids)}, func(rows *sql.Rows) error {
+			var moment time.Time
+			var id int64
+			err := rows.Scan(&moment, &id)
+			now = timestampOf(moment)
+			valueIDs = append(valueIDs, id)
+			return err
+		})
+	return now, valueIDs, err
 }
 
 // lockTenant waits for the corrections and withdrawals of a tenant, and has others wait.
@@ -3117,10 +3315,10 @@ func sortedTags(tags []label) pq.StringArray {
 // may have 50 KB of tags, and as JSON, as an array and on its way several times that.
 const versionsPerStatement = 100
 
-// insertCorrected stores versions in one statement, and sets their value_ids. If a run or a series
+// insertCorrected stores versions in one statement, as written now. If a run or a series
 // is gone, nothing is stored.
-func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
-	versions []corrected) error {
+func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx, versions []corrected,
+	now timestamp) error {
 	var points, before []point
 	var annotations []*string
 	var tags []string
@@ -3130,42 +3328,30 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx,
 		annotations = append(annotations, v.annotation)
 		tags = append(tags, asJSON(v.tags))
 	}
-	stored := 0
-	err := s.eachRow(ctx, tx, `
-		WITH n AS (
-			SELECT * FROM ROWS FROM (
-				json_to_recordset($3) AS (series_id uuid, run_id uuid, version integer),
-				unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]),
-				unnest($7::text[]), unnest($8::json[]), unnest($9::float8[]))
-			WITH ORDINALITY AS n (series_id, run_id, version, valid_time, valid_time_end, value,
-			                      annotation, tags, old_value, number)
-		), stored AS (
-			INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			       change_time, changed_by, annotation, tags, valid_from, valid_time_ends, value,
-			       old_value)
-			SELECT r.tenant_id, s.series_id, r.run_id, r.run_order, n.version, r.known_time, now,
-			       nullif($2, ''), n.annotation,
-			       CASE json_typeof(n.tags) WHEN 'array'
-			            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
-			       n.valid_time, nullif(ARRAY[n.valid_time_end], '{NULL}'), n.value, n.old_value
-			FROM n CROSS JOIN LATERAL (
-				SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
-			CROSS JOIN LATERAL (
-				SELECT series_id FROM series_table
-				WHERE tenant_id = $1 AND series_id = n.series_id OFFSET 0) AS s
-			CROSS JOIN clock_timestamp() AS now
-			RETURNING value_id, series_id, run_id, valid_from, valid_time_ends[1] AS valid_end
-		)
-		SELECT s.value_id FROM n JOIN stored s ON s.series_id = n.series_id AND s.run_id = n.run_id
-		     AND s.valid_from = n.valid_time AND s.valid_end IS NOT DISTINCT FROM n.valid_time_end
-		ORDER BY n.number`,
-		[]any{c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
-			encodeValues(points), pq.Array(annotations), pq.Array(tags), encodeValues(before)},
-		func(rows *sql.Rows) error {
-			stored++
-			return rows.Scan(&versions[stored-1].ValueID)
-		})
-	if err == nil && stored < len(versions) {
+	stored, err := s.change(ctx, tx, `
+		INSERT INTO values_table (tenant_id, series_id, run_id, value_id, run_order, version,
+		       known_time, change_time, changed_by, annotation, tags, valid_from,
+		       valid_time_ends, value, old_value) OVERRIDING SYSTEM VALUE
+		SELECT r.tenant_id, s.series_id, r.run_id, n.value_id, r.run_order, n.version,
+		       r.known_time, $10::timestamptz, nullif($2, ''), n.annotation,
+		       CASE WHEN json_typeof(n.tags) = 'array'
+		            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
+		       n.valid_time, nullif(ARRAY[n.valid_time_end], '{NULL}'), n.value, n.old_value
+		FROM ROWS FROM (
+			json_to_recordset($3)
+			    AS (series_id uuid, run_id uuid, version integer, value_id bigint),
+			unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]),
+			unnest($7::text[]), unnest($8::json[]), unnest($9::float8[]))
+		AS n (series_id, run_id, version, value_id, valid_time, valid_time_end, value, annotation,
+		      tags, old_value)
+		CROSS JOIN LATERAL (
+			SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
+		CROSS JOIN LATERAL (
+			SELECT series_id FROM series_table
+			WHERE tenant_id = $1 AND series_id = n.series_id OFFSET 0) AS s`,
+		c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
+		encodeValues(points), pq.Array(annotations), pq.Array(tags), encodeValues(before), now)
+	if err == nil && stored < int64(len(versions)) {
 		return errErased
 	}
 	return err
@@ -3346,19 +3532,25 @@ func (s *store) Withdraw(ctx context.Context, c Caller, run uuid, annotation pro
 		if err := s.lockTenant(ctx, c, tx); err != nil {
 			return err
 		}
-		// What is inserted is not seen by the rest of the statement, so there is one row at most.
-		return tx.QueryRowContext(ctx, `
-			WITH inserted AS (
-				INSERT INTO withdrawals_table (tenant_id, run_id, changed_by, annotation)
-				SELECT tenant_id, run_id, nullif($3, ''), nullif($4, '')
-				FROM runs_table WHERE tenant_id = $1 AND run_id = $2
-				ON CONFLICT (tenant_id, run_id) DO NOTHING RETURNING *)
+		now, _, err := s.stamp(ctx, tx, 0)
+		if err != nil {
+			return err
+		}
+		_, err = s.change(ctx, tx, `
+			INSERT INTO withdrawals_table (tenant_id, run_id, change_time, changed_by, annotation)
+			SELECT tenant_id, run_id, $3::timestamptz, nullif($4, ''), nullif($5, '')
+			FROM runs_table WHERE tenant_id = $1 AND run_id = $2
+			ON CONFLICT (tenant_id, run_id) DO NOTHING`,
+			c.tenant, run, now, c.email, annotation)
+		if err != nil {
+			return err
+		}
+		return s.oneRow(ctx, tx, `
 			SELECT row_to_json(shown) FROM (
 				SELECT run_id, iso_time(change_time) AS withdrawn_at, changed_by AS withdrawn_by,
 				       annotation
-				FROM (SELECT * FROM inserted UNION ALL SELECT * FROM withdrawals_table
-				      WHERE tenant_id = $1 AND run_id = $2) AS w) AS shown`,
-			c.tenant, run, c.email, annotation).Scan(&shown)
+				FROM withdrawals_table WHERE tenant_id = $1 AND run_id = $2) AS shown`,
+			[]any{c.tenant, run}, &shown)
 	})
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, refuse(notFound, "run_id: there is no run %q", run)
