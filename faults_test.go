@@ -2518,6 +2518,54 @@ func mustCitus(t *testing.T) *testServer {
 	return mustServer(t)
 }
 
+// Tables that hold data are distributed, and then upgraded from version 3, in which two corrections had one version.
+func TestCitusTakesDataAlong(t *testing.T) {
+	if !onCitus() {
+		t.Skip("script/citus test runs this, on Citus")
+	}
+	dsn := mustDatabase(t)
+	local := strings.Replace(dsn, "127.0.0.1", "localhost", 1) // for which the harness adds no --citus
+	mustRun(t, 0, local, "", "create", "tables", "--with-users", "-y", "--app-role", appRole.name)
+	s := mustAPI(t, local)
+	keys := []string{s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "a@example.com")}
+	for _, key := range keys {
+		s.must(t, 200, "POST", "/upload", key, oneValue)
+		for _, value := range []string{"2", "3", "4"} {
+			s.must(t, 200, "PUT", "/values", key, `{"updates":[{"series_key":"load","valid_time":"2025-01-01","value":`+value+`}]}`)
+		}
+	}
+	read := func() (all string) {
+		s := mustAPI(t, dsn)
+		defer s.stop()
+		for _, key := range keys {
+			all += s.must(t, 200, "GET", "/values?all_versions=true", key, "") + s.must(t, 200, "GET", "/corrections", key, "")
+		}
+		return all
+	}
+	before := read()
+	s.stop()
+	for range 2 {
+		mustCreateTables(t, dsn, "--with-users")
+		if left := mustQuery(t, s.db, `SELECT pg_relation_size('values_table') + pg_relation_size('runs_table')`); left != "0" {
+			t.Errorf("%s bytes are left on the coordinator", left)
+		}
+		if after := read(); after != before {
+			t.Errorf("before %s, after %s", before, after)
+		}
+	}
+	mustExec(t, s.db, `DROP INDEX corrections_by_version`)
+	mustExec(t, s.db, `COMMENT ON TABLE runs_table IS 'timedb schema 3'`)
+	mustExec(t, s.db, `UPDATE values_table SET version = 3 WHERE version = 4`)
+	mustCreateTables(t, dsn)
+	if after := read(); after != before {
+		t.Errorf("before the upgrade %s, after it %s", before, after)
+	}
+	_, err := s.db.Exec(`UPDATE values_table SET version = 3 WHERE version = 4`)
+	if sqlState(err) != uniqueViolation {
+		t.Errorf("two corrections get one version: %v", err)
+	}
+}
+
 func TestCitusKilledWorkersLoseNothing(t *testing.T) {
 	s := mustCitus(t)
 	var tenants []citusTenant
@@ -2814,7 +2862,7 @@ func TestCitusCosts(t *testing.T) {
 // TestCitusSQLRoleOfATenant runs the policies of docs/SQL.md, which take the place of views there.
 func TestCitusSQLRoleOfATenant(t *testing.T) {
 	s := mustCitus(t)
-	policies := mustMatch(t, "docs/SQL.md", "(?s)## On Citus.*?```sql\n(.*?)```")
+	policies := mustMatch(t, "docs/SQL.md", "(?s)## On Citus.*?\n```\n(.*?)```")
 	role := fmt.Sprintf("timedb_test_north_%016x", rand.Uint64())
 	policies = strings.NewReplacer("north_reader", role, "timedb_api", appRole.name,
 		"7d1f0c52-3b8e-4f5a-9c46-2a6be01d9f37", tenantA).Replace(policies)
@@ -2825,7 +2873,7 @@ func TestCitusSQLRoleOfATenant(t *testing.T) {
 	for statement := range strings.SplitSeq(policies, ";\n") {
 		mustExec(t, s.db, statement)
 	}
-	t.Cleanup(func() { mustExec(t, s.db, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
+	t.Cleanup(func() { mustExec(t, s.db, "DROP OWNED BY "+role); mustExec(t, s.db, "DROP ROLE "+role) })
 	mustExec(t, s.db, `ALTER ROLE `+role+` PASSWORD '`+appRole.password+`'`)
 	u := mustParse(t, s.dsn)
 	u.User = url.UserPassword(role, appRole.password)

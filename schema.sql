@@ -1,7 +1,6 @@
 -- The whole database side of timedb. `timedb create tables` runs the sections that it needs in one transaction, with
 -- search_path set to the schema that was asked for; `--dry-run` prints what would run on an empty database.
 -- Every statement is safe to repeat. :schema and :app_role stand for quoted identifiers from the command line.
---
 -- The API only inserts: a correction is a further row. Users and keys change, and an operator may erase. tenant_id leads
 -- every key of data, so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
 
@@ -73,7 +72,6 @@ CREATE TABLE IF NOT EXISTS values_table (
     CHECK (cardinality("values") BETWEEN 1 AND 1000 AND cardinality(valid_times) = cardinality("values")
            AND cardinality(valid_time_ends) = cardinality("values"))
 );
-
 -- A withdrawn run is not shown from change_time on, but by a read as of a moment before.
 CREATE TABLE IF NOT EXISTS withdrawals_table (
     tenant_id   uuid        NOT NULL,
@@ -84,7 +82,6 @@ CREATE TABLE IF NOT EXISTS withdrawals_table (
     PRIMARY KEY (tenant_id, run_id),
     FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table
 );
-
 -- What administrators did. Only the owner of the tables may read and write it.
 CREATE TABLE IF NOT EXISTS audit_table (
     audit_id  bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
@@ -103,7 +100,9 @@ DO $timedb$ DECLARE t regclass; BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
         RAISE EXCEPTION 'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
     FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::regclass[] LOOP
-        PERFORM create_distributed_table(t, 'tenant_id') WHERE t NOT IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
+        CONTINUE WHEN t IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
+        EXECUTE format('DROP TRIGGER IF EXISTS written_now ON %s', t);  -- Citus takes no triggers
+        PERFORM create_distributed_table(t, 'tenant_id');
     END LOOP;
     PERFORM truncate_local_data_after_distributing_table(d)  -- the rows, which are on the nodes now, leave the coordinator
     FROM unnest('{withdrawals_table, values_table, series_table, runs_table}'::regclass[]) AS d;
@@ -152,14 +151,12 @@ CREATE TABLE IF NOT EXISTS keys_table (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS keys_by_name ON keys_table (user_id, lower(name)) WHERE revoked_at IS NULL;
 CREATE INDEX IF NOT EXISTS keys_by_user ON keys_table (tenant_id, user_id);
-
 -- When a key was last used, to some minutes: the one thing about users and keys that the API writes. A foreign key would
 -- have it lock rows of keys_table.
 CREATE TABLE IF NOT EXISTS key_uses (
     key_id       text        PRIMARY KEY,
     last_used_at timestamptz NOT NULL CHECK (last_used_at BETWEEN '2000-01-01' AND '9999-01-01')  -- what every program can read
 );
-
 -- Earlier versions held one key, and the one before it in its grace, with the user.
 DO $timedb$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'users_table'::regclass AND attname = 'key_digest') THEN RETURN; END IF;
@@ -215,11 +212,9 @@ WHERE first.version = 1 AND first.change_time > r.inserted_at AND v.tenant_id = 
   AND v.valid_time_ends IS NOT DISTINCT FROM first.valid_time_ends;
 -- Two corrections may have had one version, where a node of Citus had failed: they get theirs in the order of their writing.
 UPDATE values_table v SET version = n.version
-FROM (SELECT tenant_id, series_id, valid_from, value_id, 1 + row_number() OVER (PARTITION BY tenant_id, series_id, run_id,
-             valid_from, valid_time_ends[1] ORDER BY version, change_time, value_id) AS version
-      FROM values_table WHERE version > 1) AS n
-WHERE v.tenant_id = n.tenant_id AND v.series_id = n.series_id AND v.valid_from = n.valid_from AND v.value_id = n.value_id
-  AND v.version <> n.version;
+FROM (SELECT tenant_id, series_id, value_id, 1 + row_number() OVER (PARTITION BY tenant_id, series_id, run_id, valid_from,
+             valid_time_ends[1] ORDER BY version, change_time, value_id) AS version FROM values_table WHERE version > 1) AS n
+WHERE v.tenant_id = n.tenant_id AND v.series_id = n.series_id AND v.value_id = n.value_id AND v.version <> n.version;
 CREATE UNIQUE INDEX IF NOT EXISTS corrections_by_version ON values_table (tenant_id, series_id, run_id, valid_from,
     coalesce(valid_time_ends[1], 'infinity'), version) WHERE version > 1;
 UPDATE values_table c SET old_value = (
@@ -237,8 +232,7 @@ END $timedb$;
 DO $timedb$ DECLARE t text; BEGIN
     IF EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
         RAISE WARNING 'with the extension citus there are no triggers that refuse rows written into the past';
-        RETURN;
-    END IF;
+        RETURN; END IF;
     FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::text[] LOOP
         EXECUTE format($trigger$
             CREATE OR REPLACE TRIGGER written_now BEFORE INSERT ON %I FOR EACH ROW
@@ -262,7 +256,5 @@ GRANT SELECT, INSERT, UPDATE (last_used_at) ON key_uses TO :app_role;  -- UPDATE
 
 -- section: delete
 DROP VIEW IF EXISTS current_values;
-DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz);
-DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, key_uses, keys_table, users_table,
-    audit_table;
-DROP FUNCTION IF EXISTS refuse_past();
+DROP TABLE IF EXISTS values_table, withdrawals_table, series_table, runs_table, key_uses, keys_table, users_table, audit_table;
+DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb), iso_time(timestamptz), refuse_past();
