@@ -28,6 +28,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -2393,7 +2394,7 @@ func (p *citusPromises) mustShow(t *testing.T, s *testServer, key, path, what st
 		}
 		return
 	}
-	t.Errorf("%s is not answered for a minute", path)
+	t.Errorf("%s is not answered for a minute; the end of timedb's log: %s", path, tail(s.log))
 }
 
 // write uploads a run or corrects a value, and reads it when that was acknowledged.
@@ -2515,6 +2516,54 @@ func mustCitus(t *testing.T) *testServer {
 		t.Skip("script/citus test runs this, on Citus")
 	}
 	return mustServer(t)
+}
+
+// Tables that hold data are distributed, and then upgraded from version 3, in which two corrections had one version.
+func TestCitusTakesDataAlong(t *testing.T) {
+	if !onCitus() {
+		t.Skip("script/citus test runs this, on Citus")
+	}
+	dsn := mustDatabase(t)
+	local := strings.Replace(dsn, "127.0.0.1", "localhost", 1) // for which the harness adds no --citus
+	mustRun(t, 0, local, "", "create", "tables", "--with-users", "-y", "--app-role", appRole.name)
+	s := mustAPI(t, local)
+	keys := []string{s.mustUser(t, tenantA, "a@example.com"), s.mustUser(t, tenantB, "a@example.com")}
+	for _, key := range keys {
+		s.must(t, 200, "POST", "/upload", key, oneValue)
+		for _, value := range []string{"2", "3", "4"} {
+			s.must(t, 200, "PUT", "/values", key, `{"updates":[{"series_key":"load","valid_time":"2025-01-01","value":`+value+`}]}`)
+		}
+	}
+	read := func() (all string) {
+		s := mustAPI(t, dsn)
+		defer s.stop()
+		for _, key := range keys {
+			all += s.must(t, 200, "GET", "/values?all_versions=true", key, "") + s.must(t, 200, "GET", "/corrections", key, "")
+		}
+		return all
+	}
+	before := read()
+	s.stop()
+	for range 2 {
+		mustCreateTables(t, dsn, "--with-users")
+		if left := mustQuery(t, s.db, `SELECT pg_relation_size('values_table') + pg_relation_size('runs_table')`); left != "0" {
+			t.Errorf("%s bytes are left on the coordinator", left)
+		}
+		if after := read(); after != before {
+			t.Errorf("before %s, after %s", before, after)
+		}
+	}
+	mustExec(t, s.db, `DROP INDEX corrections_by_version`)
+	mustExec(t, s.db, `COMMENT ON TABLE runs_table IS 'timedb schema 3'`)
+	mustExec(t, s.db, `UPDATE values_table SET version = 3 WHERE version = 4`)
+	mustCreateTables(t, dsn)
+	if after := read(); after != before {
+		t.Errorf("before the upgrade %s, after it %s", before, after)
+	}
+	_, err := s.db.Exec(`UPDATE values_table SET version = 3 WHERE version = 4`)
+	if sqlState(err) != uniqueViolation {
+		t.Errorf("two corrections get one version: %v", err)
+	}
 }
 
 func TestCitusKilledWorkersLoseNothing(t *testing.T) {
@@ -2690,8 +2739,9 @@ func citusRequest(rng *rand.Rand) (method, path, body string) {
 	return "GET", "/values?" + q.Encode(), ""
 }
 
-func TestCitusAnswersAsPlainPostgreSQL(t *testing.T) {
-	s := mustCitus(t)
+// mustPlain starts the API on a plain PostgreSQL beside Citus.
+func mustPlain(t *testing.T) *testServer {
+	t.Helper()
 	plain := mustOpen(t, os.Getenv("TEST_PLAIN_URL")+"?sslmode=disable")
 	name := fmt.Sprintf("timedb_plain_%016x", rand.Uint64())
 	mustExec(t, plain, "CREATE DATABASE "+name)
@@ -2700,7 +2750,11 @@ func TestCitusAnswersAsPlainPostgreSQL(t *testing.T) {
 	u.Path = "/" + name
 	u.RawQuery = "sslmode=disable"
 	mustRun(t, 0, u.String(), "", "create", "tables", "--with-users", "-y")
-	both := []*testServer{s, mustAPIOn(t, u.String(), u.String())}
+	return mustAPIOn(t, u.String(), u.String())
+}
+
+func TestCitusAnswersAsPlainPostgreSQL(t *testing.T) {
+	both := []*testServer{mustCitus(t), mustPlain(t)}
 	seed := time.Now().UnixNano()
 	rng := rand.New(rand.NewSource(seed))
 	statuses := map[int]int{}
@@ -2718,6 +2772,11 @@ func TestCitusAnswersAsPlainPostgreSQL(t *testing.T) {
 				}
 				statuses[resp.StatusCode]++
 				answers[i] = fmt.Sprint(resp.StatusCode, " ", comparable(ids[i], text))
+				if path == "/corrections" { // those of one request have one change_time, and no order
+					rows := strings.Split(strings.Trim(answers[i], "[]{}"), "},{")
+					slices.Sort(rows)
+					answers[i] = strings.Join(rows, "\n")
+				}
 			}
 			if answers[0] != answers[1] {
 				t.Fatalf("seed %d, %s %s %s:\nCitus %s\nplain %s", seed, method, path, body, answers[0], answers[1])
@@ -2725,4 +2784,124 @@ func TestCitusAnswersAsPlainPostgreSQL(t *testing.T) {
 		}
 	}
 	t.Logf("answers by status, of both: %v", statuses)
+}
+
+// TestCitusCosts logs how long requests take on Citus and on plain PostgreSQL, and how many of them one coordinator serves.
+func TestCitusCosts(t *testing.T) {
+	both := []*testServer{mustCitus(t), mustPlain(t)}
+	rows := func(n, series int) string {
+		var rows []string
+		for i := range n {
+			rows = append(rows, fmt.Sprintf(`{"valid_time":%q,"value_key":"s%d","value":%d}`, citusTime(i/series), i%series, i))
+		}
+		return `{"run_start_time":"2025-01-01","value_rows":[` + strings.Join(rows, ",") + `]}`
+	}
+	corrections := func(n int) string {
+		var updates []string
+		for i := range n {
+			updates = append(updates, fmt.Sprintf(`{"series_key":"s0","valid_time":%q,"value":%d}`, citusTime(i), rand.Int()))
+		}
+		return `{"updates":[` + strings.Join(updates, ",") + `]}`
+	}
+	long, wide := rows(10_000, 1), rows(1000, 1000)
+	var keys [2][]string
+	for i, s := range both {
+		for tenant := range 8 {
+			key := s.mustUser(t, fmt.Sprintf("%08x-0000-4000-8000-00000000000a", 7919*tenant), "a@example.com")
+			s.must(t, 200, "POST", "/upload", key, wide)
+			keys[i] = append(keys[i], key)
+		}
+	}
+	for _, c := range []struct {
+		name, method, path string
+		body               func() string
+	}{
+		{"upload of 10,000 rows", "POST", "/upload", func() string { return long }},
+		{"upload of 1,000 series", "POST", "/upload", func() string { return wide }},
+		{"upload of one value", "POST", "/upload", func() string { return rows(1, 1) }},
+		{"read of 24 values", "GET", "/values?series_key=s0&end_valid=" + citusTime(24), func() string { return "" }},
+		{"limit=10 on 1,000 series", "GET", "/values?limit=10", func() string { return "" }},
+		{"PUT of one", "PUT", "/values", func() string { return corrections(1) }},
+		{"PUT of 1,000", "PUT", "/values", func() string { return corrections(1000) }},
+	} {
+		var median [2]time.Duration
+		for i, s := range both {
+			var took []time.Duration
+			for range 25 {
+				body := c.body()
+				begin := time.Now()
+				s.must(t, 200, c.method, c.path, keys[i][0], body)
+				took = append(took, time.Since(begin))
+			}
+			slices.Sort(took)
+			median[i] = took[len(took)/2]
+		}
+		t.Logf("%s: Citus %s, plain %s", c.name, median[0].Round(100*time.Microsecond), median[1].Round(100*time.Microsecond))
+	}
+	for _, kind := range []string{"reads of 24 values", "uploads of one value"} {
+		var each [2]int64
+		for i, s := range both {
+			end := time.Now().Add(5 * time.Second)
+			var served atomic.Int64
+			together(16, func(client int) {
+				for time.Now().Before(end) {
+					if kind == "uploads of one value" {
+						s.must(t, 200, "POST", "/upload", keys[i][client%8], rows(1, 1))
+					} else {
+						s.must(t, 200, "GET", "/values?series_key=s1&end_valid="+citusTime(24), keys[i][client%8], "")
+					}
+					served.Add(1)
+				}
+			})
+			each[i] = served.Load() / 5
+		}
+		t.Logf("%s in a second, of 8 tenants by 16 clients: Citus %d, plain %d", kind, each[0], each[1])
+	}
+}
+
+// TestCitusSQLRoleOfATenant runs the policies of docs/SQL.md, which take the place of views there.
+func TestCitusSQLRoleOfATenant(t *testing.T) {
+	s := mustCitus(t)
+	policies := mustMatch(t, "docs/SQL.md", "(?s)## On Citus.*?\n```\n(.*?)```")
+	role := fmt.Sprintf("timedb_test_north_%016x", rand.Uint64())
+	policies = strings.NewReplacer("north_reader", role, "timedb_api", appRole.name,
+		"7d1f0c52-3b8e-4f5a-9c46-2a6be01d9f37", tenantA).Replace(policies)
+	for _, tenant := range []string{tenantA, tenantB} {
+		s.must(t, 200, "POST", "/upload", s.mustUser(t, tenant, "a@example.com"), oneValue)
+	}
+	s.db.SetMaxOpenConns(1) // for SET
+	for statement := range strings.SplitSeq(policies, ";\n") {
+		mustExec(t, s.db, statement)
+	}
+	t.Cleanup(func() { mustExec(t, s.db, "DROP OWNED BY "+role); mustExec(t, s.db, "DROP ROLE "+role) })
+	mustExec(t, s.db, `ALTER ROLE `+role+` PASSWORD '`+appRole.password+`'`)
+	u := mustParse(t, s.dsn)
+	u.User = url.UserPassword(role, appRole.password)
+	reader := mustOpen(t, u.String())
+	for _, table := range []string{"runs_table", "series_table", "values_table", "current_values"} {
+		seen := mustQuery(t, reader, `SELECT string_agg(DISTINCT tenant_id::text, ' ') FROM `+table)
+		if seen != tenantA {
+			t.Errorf("in %s the role sees the tenants %q", table, seen)
+		}
+		all := mustQuery(t, mustOpen(t, asAppRole(s.dsn)), `SELECT count(DISTINCT tenant_id) FROM `+table)
+		if all != "2" {
+			t.Errorf("in %s the API's role sees %s tenants", table, all)
+		}
+	}
+	if _, err := reader.Exec(`SELECT FROM users_table`); err == nil {
+		t.Error("the role may read users_table")
+	}
+}
+
+func mustMatch(t *testing.T, file, pattern string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(pattern).FindSubmatch(text)
+	if found == nil {
+		t.Fatalf("%s has no %s", file, pattern)
+	}
+	return string(found[1])
 }

@@ -187,15 +187,10 @@ func mustSpread(t testing.TB, name string) {
 		mustExec(t, admin, "CREATE DATABASE "+name)
 		t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)") })
 		mustExec(t, mustOpen(t, citusURL(t, worker, name)), "CREATE EXTENSION citus")
-		mustExec(t, db, "SELECT citus_add_node('127.0.0.1', $1)", citusPort(t, worker))
-	}
-}
-
-// notOnCitus skips a test of what Citus does not have, and says why.
-func notOnCitus(t testing.TB, why string) {
-	t.Helper()
-	if onCitus() {
-		t.Skip("not on Citus: " + why)
+		waitUntil(t, worker+" is added", func() bool { // two at once may fail, because roles belong to all databases
+			_, err := db.Exec("SELECT citus_add_node('127.0.0.1', $1)", citusPort(t, worker))
+			return err == nil
+		})
 	}
 }
 
