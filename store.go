@@ -449,8 +449,9 @@ func (n *number) UnmarshalText(text []byte) error {
 		*n = number(math.NaN())
 		return nil
 	}
+	isGo := strings.ContainsAny(s, "xX_") // as only Go writes numbers
 	f, err := strconv.ParseFloat(s, 64)
-	if err != nil || math.IsNaN(f) || math.IsInf(f, 0) || strings.ContainsAny(s, "xX_") {
+	if err != nil || isGo || math.IsNaN(f) || math.IsInf(f, 0) {
 		return unfit[number](text)
 	}
 	*n = number(f)
@@ -806,7 +807,8 @@ func (c *claim) reach(ctx context.Context, bytes int64) error {
 	if bytes > c.of.most(c.caller) { // to wait would be in vain
 		return refuse(tooLarge, "The request takes more memory than one tenant may have.")
 	}
-	more := min(max(bytes-c.held, claimStep), c.of.most(c.caller)-c.held)
+	more := max(bytes-c.held, claimStep)
+	more = min(more, c.of.most(c.caller)-c.held)
 	if err := c.of.take(ctx, c.caller, more, c); err != nil {
 		return err
 	}
@@ -1797,7 +1799,9 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 	if err != nil || len(unknown) == 0 {
 		return found, 0, err
 	}
-	slices.SortFunc(unknown, func(a, b seriesRef) int { return cmp.Compare(a.Key, b.Key) })
+	slices.SortFunc(unknown, func(a, b seriesRef) int {
+		return cmp.Compare(a.Key, b.Key)
+	})
 	first := unknown[0]
 	created, err = s.change(ctx, tx, `
 		INSERT INTO series_table (tenant_id, series_key, unit, description)
