@@ -842,7 +842,7 @@ const (
 	lookupPool = 4
 
 	connectTimeout  = 5 * time.Second  // for a connection to the database
-	readyTimeout    = time.Second / 2  // for a connection to be ready again after an error
+	readyTimeout    = time.Second / 2  // for it to be ready again after an error, or to hang up
 	connMaxLifetime = 30 * time.Minute // retires a connection that went bad
 
 	// statementTimeout ends a statement of the API in PostgreSQL, whatever became of its server.
@@ -1089,11 +1089,20 @@ func (c *boundedConn) SetDeadline(t time.Time) error {
 	return c.Conn.SetDeadline(t)
 }
 
+// cancelRequest begins a request to cancel a statement. PostgreSQL answers by hanging up, at once or,
+// if it is frozen, never; and lib/pq waits for that.
+var cancelRequest = []byte("\x00\x00\x00\x10\x04\xd2\x16\x2e")
+
 func (c *boundedConn) Write(p []byte) (int, error) {
-	if !c.connecting {
-		if err := c.Conn.SetDeadline(time.Now().Add(c.timeout)); err != nil {
-			return 0, err
-		}
+	timeout := c.timeout
+	switch {
+	case bytes.HasPrefix(p, cancelRequest):
+		timeout = readyTimeout
+	case c.connecting:
+		return c.Conn.Write(p)
+	}
+	if err := c.Conn.SetDeadline(time.Now().Add(timeout)); err != nil {
+		return 0, err
 	}
 	return c.Conn.Write(p)
 }
