@@ -1089,8 +1089,8 @@ func (c *boundedConn) SetDeadline(t time.Time) error {
 	return c.Conn.SetDeadline(t)
 }
 
-// cancelRequest begins a request to cancel a statement. PostgreSQL answers by hanging up, at once or,
-// if it is frozen, never; and lib/pq waits for that.
+// cancelRequest begins a request to cancel a statement. PostgreSQL answers by hanging up, at once;
+// if it is frozen, never. lib/pq waits for that.
 var cancelRequest = []byte("\x00\x00\x00\x10\x04\xd2\x16\x2e")
 
 func (c *boundedConn) Write(p []byte) (int, error) {
