@@ -922,10 +922,7 @@ func (c *cli) api(ctx context.Context, args []string) error {
 	if err := checkStart(ctx, st, auth, o, log); err != nil {
 		return err
 	}
-	st.nodes = lookups
-	if st.isCitus {
-		go st.watchNodes(ctx)
-	}
+	go st.watchNodes(ctx, lookups)
 	return c.serve(ctx, newServer(st, health, auth, log), o, log)
 }
 
@@ -987,8 +984,7 @@ func refuseBeyond(limit int64) func(net.Conn, http.ConnState) {
 	}
 }
 
-// checkStart refuses to expose data to a network without users, and warns of what weakens the
-// protection.
+// checkStart refuses to expose data without users, and warns of what weakens the protection.
 func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOptions,
 	log *slog.Logger) error {
 	found, err := st.catalog(ctx)
@@ -1000,7 +996,6 @@ func checkStart(ctx context.Context, st *store, auth *authenticator, o apiOption
 	}
 	hasUsers := slices.Contains(found.names, "users_table")
 	auth.latched.Store(hasUsers)
-	st.isCitus = found.citus
 	isLocal := isLoopback(o.host)
 	if !hasUsers && !isLocal && !o.allowAnonymous && !o.requireAuth {
 		return fmt.Errorf("there is no users_table, so everyone who reaches %s could read and "+

@@ -862,9 +862,8 @@ type store struct {
 	places     *shares  // one for each request that works on the database
 	operator   string   // the operating-system user who gave a command
 
-	isCitus bool
-	nodes   *store // whose connections look at the nodes of Citus
-	down    atomic.Pointer[pq.Int64Array]
+	nodes *store                        // whose connections look at the nodes of Citus
+	down  atomic.Pointer[pq.Int64Array] // of them; nil: this is not Citus
 }
 
 var errBadDSN = errors.New("the DSN cannot be read: expected " +
@@ -952,7 +951,7 @@ func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), e
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, statementTimeout)
-	if s.isCitus {
+	if s.down.Load() != nil {
 		go s.endWhenDown(ctx, c, cancel)
 	}
 	leave := func() {
@@ -964,28 +963,35 @@ func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), e
 
 // ---- Nodes of Citus: one that does not answer hurts its own tenants alone
 
-// nodePause is between two looks at the nodes. With the second that planForCitus waits for a node, and
-// readyTimeout, it is less than shareWait: so requests of others outwait those of a frozen node.
+// nodePause is between two looks at the nodes. With the second that planForCitus waits for a node,
+// and readyTimeout, it is less than shareWait: requests of others outwait those of a frozen node.
 const nodePause = time.Second / 2
 
 var errNodeDown = refuse(busy, "The part of the database that has this tenant's data is down.")
 
-// watchNodes notes which nodes take no connection, until ctx ends.
-func (s *store) watchNodes(ctx context.Context) {
-	for ctx.Err() == nil {
+// watchNodes notes which nodes take no connection, until ctx ends or if this is not Citus.
+func (s *store) watchNodes(ctx context.Context, nodes *store) {
+	s.nodes = nodes
+	isCitus := true
+	for isCitus && ctx.Err() == nil {
 		var down pq.Int64Array
-		err := s.nodes.inTx(ctx, func(tx *sql.Tx) error {
-			_, err := tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
+		err := nodes.inTx(ctx, func(tx *sql.Tx) error {
+			err := nodes.oneRow(ctx, tx, `
+				SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')`, nil, &isCitus)
+			if err != nil || !isCitus {
+				return err
+			}
+			_, err = tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
 				SET LOCAL client_min_messages = error`)
 			if err != nil {
 				return err
 			}
-			return s.nodes.oneRow(ctx, tx, `
+			return nodes.oneRow(ctx, tx, `
 				SELECT array_agg(groupid) FROM pg_dist_node
 				WHERE shouldhaveshards AND noderole = 'primary'
 				  AND NOT citus_check_connection_to_node(nodename, nodeport)`, nil, &down)
 		})
-		if err == nil {
+		if err == nil && isCitus {
 			s.down.Store(&down)
 		}
 		time.Sleep(nodePause)
@@ -1264,7 +1270,6 @@ type catalog struct {
 	names    pq.StringArray // of tables and views
 	version  int            // of the tables; 1 if they do not tell, 0 if there are none
 	rewrites bool           // the role could change or delete stored data
-	citus    bool           // the tables may be distributed
 }
 
 func (s *store) catalog(ctx context.Context) (catalog, error) {
@@ -1278,14 +1283,13 @@ func (s *store) catalog(ctx context.Context) (catalog, error) {
 		           OR c.relname <> 'key_uses' AND has_any_column_privilege(c.oid, 'UPDATE')
 		           OR c.relname IN ('users_table', 'keys_table', 'audit_table')
 		              AND has_table_privilege(c.oid, 'INSERT'))
-		           FILTER (WHERE c.relkind IN ('r', 'p')), false),
-		       EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'citus')
+		           FILTER (WHERE c.relkind IN ('r', 'p')), false)
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = $1 AND c.relname IN
 		      ('runs_table', 'series_table', 'values_table', 'withdrawals_table', 'current_values',
 		       'audit_table', 'users_table', 'keys_table', 'key_uses')`,
 		[]any{s.schema}, func(rows *sql.Rows) error {
-			return rows.Scan(&c.names, &c.version, &c.rewrites, &c.citus)
+			return rows.Scan(&c.names, &c.version, &c.rewrites)
 		})
 	return c, err
 }
@@ -1883,6 +1887,10 @@ type seriesChange struct {
 	description *prose
 }
 
+const showSeries = `
+	SELECT json_build_array(series_key, unit, description) FROM series_table
+	WHERE tenant_id = $1 AND series_id = $2 FOR UPDATE`
+
 // UpdateSeries changes a series, and returns what it was and what it became.
 func (s *store) UpdateSeries(ctx context.Context, c Caller, ref seriesRef, change seriesChange) (
 	changed string, err error) {
@@ -1892,10 +1900,8 @@ func (s *store) UpdateSeries(ctx context.Context, c Caller, ref seriesRef, chang
 	}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		var before, after string
-		const shown = `SELECT json_build_array(series_key, unit, description) FROM series_table
-			WHERE tenant_id = $1 AND series_id = $2 FOR UPDATE`
 		id := found[0].ID
-		err := tx.QueryRowContext(ctx, shown, c.tenant, id).Scan(&before)
+		err := tx.QueryRowContext(ctx, showSeries, c.tenant, id).Scan(&before)
 		if errors.Is(err, sql.ErrNoRows) {
 			return noSeries(ref)
 		}
@@ -1913,7 +1919,7 @@ func (s *store) UpdateSeries(ctx context.Context, c Caller, ref seriesRef, chang
 			return fmt.Errorf("a series %q exists already; nothing was changed", change.key)
 		}
 		if err == nil {
-			err = tx.QueryRowContext(ctx, shown, c.tenant, id).Scan(&after)
+			err = tx.QueryRowContext(ctx, showSeries, c.tenant, id).Scan(&after)
 		}
 		if err != nil {
 			return err
