@@ -864,9 +864,8 @@ type store struct {
 	places     *shares  // one for each request that works on the database
 	operator   string   // the operating-system user who gave a command
 
-	isCitus atomic.Bool                   // the extension is in this database
-	nodes   *store                        // looks at its nodes
-	down    atomic.Pointer[pq.Int64Array] // those of its nodes that take no connection
+	nodes *store                        // whose connections look at the nodes of Citus
+	down  atomic.Pointer[pq.Int64Array] // of them; nil: this is not Citus
 }
 
 var errBadDSN = errors.New("the DSN cannot be read: expected " +
@@ -936,14 +935,12 @@ func (n namingConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to %s: %w", n.of.place, err)
 	}
-	set, err := conn.(driver.ExecerContext).ExecContext(ctx, planForCitus, nil)
+	_, err = conn.(driver.ExecerContext).ExecContext(ctx, planForCitus, nil)
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	rows, err := set.RowsAffected()
-	n.of.isCitus.Store(rows > 0)
-	return conn, err
+	return conn, nil
 }
 
 // enter waits for a place to work on the database, and bounds that work in time. The returned
@@ -956,7 +953,7 @@ func (s *store) enter(ctx context.Context, c Caller) (context.Context, func(), e
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, statementTimeout)
-	if s.isCitus.Load() {
+	if s.down.Load() != nil {
 		go s.endWhenDown(ctx, c, cancel)
 	}
 	leave := func() {
@@ -974,23 +971,29 @@ const nodePause = time.Second / 2
 
 var errNodeDown = refuse(busy, "The part of the database that has this tenant's data is down.")
 
-// watchNodes notes which nodes take no connection, until ctx ends. It looks through nodes.
+// watchNodes notes which nodes take no connection, until ctx ends or if this is not Citus.
 func (s *store) watchNodes(ctx context.Context, nodes *store) {
 	s.nodes = nodes
-	for s.isCitus.Load() && ctx.Err() == nil {
+	isCitus := true
+	for isCitus && ctx.Err() == nil {
 		var down pq.Int64Array
-		err := s.nodes.inTx(ctx, func(tx *sql.Tx) error {
-			_, err := tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
+		err := nodes.inTx(ctx, func(tx *sql.Tx) error {
+			err := nodes.oneRow(ctx, tx, `
+				SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')`, nil, &isCitus)
+			if err != nil || !isCitus {
+				return err
+			}
+			_, err = tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
 				SET LOCAL client_min_messages = error`)
 			if err != nil {
 				return err
 			}
-			return s.nodes.oneRow(ctx, tx, `
+			return nodes.oneRow(ctx, tx, `
 				SELECT array_agg(groupid) FROM pg_dist_node
 				WHERE shouldhaveshards AND noderole = 'primary'
 				  AND NOT citus_check_connection_to_node(nodename, nodeport)`, nil, &down)
 		})
-		if err == nil {
+		if err == nil && isCitus {
 			s.down.Store(&down)
 		}
 		time.Sleep(nodePause)

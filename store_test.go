@@ -3353,6 +3353,52 @@ func TestConcurrentCorrectionsOfOneValueAreAllKept(t *testing.T) {
 // withdraw is the path by which a run is withdrawn.
 func withdraw(run string) string { return "/runs/" + run + "/withdraw" }
 
+// Locks have corrections wait for each other. Where these fail, an index keeps two from having one version.
+func TestTwoCorrectionsNeverHaveOneVersion(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	s.db.SetMaxOpenConns(2)
+	other, err := s.db.Begin() // a correction that has no lock
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Rollback()
+	_, err = other.Exec(`INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
+			valid_from, valid_to, valid_times, valid_time_ends, "values")
+		SELECT tenant_id, series_id, run_id, run_order, 2, known_time, clock_timestamp(), valid_from, valid_to, valid_times,
+			valid_time_ends, "values" FROM values_table`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const body = `{"updates":[{"series_key":"load","valid_time":"2025-01-01","value":5}]}`
+	answered := make(chan int)
+	go func() {
+		resp, _, err := s.do("PUT", "/values", key, body)
+		if err != nil || resp.Header.Get("Retry-After") == "" {
+			t.Errorf("%v, or no Retry-After", err)
+			answered <- 0
+			return
+		}
+		answered <- resp.StatusCode
+	}()
+	waitUntil(t, "it waits for the other", func() bool {
+		return mustQuery(t, s.db, `SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+			WHERE NOT l.granted AND a.datname = current_database()`) != "0"
+	})
+	if err := other.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if status := <-answered; status != 503 {
+		t.Errorf("the second is answered with %d", status)
+	}
+	s.must(t, 200, "PUT", "/values", key, body)
+	versions := mustQuery(t, s.db, `SELECT string_agg(version::text, ' ' ORDER BY version) FROM values_table`)
+	if versions != "1 2 3" {
+		t.Errorf("the versions are %s", versions)
+	}
+}
+
 func TestWithdrawnRunIsNotShownAndStaysAsOfBefore(t *testing.T) {
 	t.Parallel()
 	s := mustServer(t)
