@@ -163,8 +163,7 @@ func inputError(field string, err error) error {
 		if misfit.Field != "" {
 			field += "." + misfit.Field
 		}
-		return invalid("%s: expected %s, not a JSON %.40s", field, expectation(misfit.Type),
-			misfit.Value)
+		return invalid("%s: expected %s, not %.40q", field, expectation(misfit.Type), misfit.Value)
 	case errors.As(err, &tooLong):
 		return refuse(tooLarge, "The body is larger than %d bytes.", maxBody)
 	case errors.Is(err, errTooLong):
