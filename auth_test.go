@@ -1485,8 +1485,7 @@ func TestTenantsWithOneRunIDActOnTheirOwn(t *testing.T) { // S16
 
 func TestEveryKeyOfTenantTablesStartsWithTenantID(t *testing.T) { // S15
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
+	dsn := mustDatabaseWithTables(t)
 	db := mustOpen(t, dsn)
 	// These are the first columns of every primary, unique and foreign key, of what each foreign key refers to, and of
 	// every unique index.

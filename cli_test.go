@@ -1449,8 +1449,7 @@ func TestAmbiguousOrUnknownEmailChangesNothing(t *testing.T) {
 
 func TestUsersListShowsEveryUserAndNoSecret(t *testing.T) { // S8
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
+	dsn := mustDatabaseWithTables(t)
 	var secrets []string
 	for _, email := range []string{"on@example.com", "off@example.com"} {
 		key, _ := mustRun(t, 0, dsn, "", "users", "create", "-q", "-t", tenantA, "-e", email)

@@ -484,8 +484,7 @@ func TestStoppingServerFinishesWhatItBegan(t *testing.T) { // S30
 
 func TestFaultTwoServersActAsOne(t *testing.T) {
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
+	dsn := mustDatabaseWithTables(t)
 	servers := []*testServer{mustAPI(t, dsn), mustAPI(t, dsn)}
 	l := mustLedger(t, servers...)
 	for n := range 10 * *faults {
@@ -822,8 +821,7 @@ func (p *proxy) thaw()   { p.mu.Unlock() }
 
 func TestFaultCutConnectionsLoseNothing(t *testing.T) {
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
+	dsn := mustDatabaseWithTables(t)
 	p := mustProxy(t, dsn)
 	s := mustAPIOn(t, dsn, p.dsn)
 	l := mustLedger(t, s)
@@ -841,8 +839,7 @@ func TestFaultCutConnectionsLoseNothing(t *testing.T) {
 
 func TestFaultFrozenDatabaseIs503AndThenServesAgain(t *testing.T) { // S11
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
+	dsn := mustDatabaseWithTables(t)
 	p := mustProxy(t, dsn)
 	s := mustAPIOn(t, dsn, p.dsn)
 	l := mustLedger(t, s)

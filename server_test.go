@@ -80,19 +80,25 @@ func TestMain(m *testing.M) {
 	}
 	m.Run() // its code becomes the exit code when TestMain returns
 	if appRole.name != "" {
-		dropAppRole()
+		dropShared()
 	}
 }
 
-func dropAppRole() {
+// dropShared drops what the tests of the whole process shared.
+func dropShared() {
 	db, err := sql.Open("postgres", databaseURL("", nil))
 	if err != nil {
 		return
 	}
 	defer db.Close()
-	_, err = db.Exec("DROP ROLE IF EXISTS " + appRole.name)
+	if withTables.name != "" {
+		_, err = db.Exec("DROP DATABASE IF EXISTS " + withTables.name + " WITH (FORCE)")
+	}
+	if err == nil {
+		_, err = db.Exec("DROP ROLE IF EXISTS " + appRole.name)
+	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "the test role is left over:", err)
+		fmt.Fprintln(os.Stderr, "the tests' role or template is left over:", err)
 	}
 }
 
@@ -119,12 +125,42 @@ func databaseURL(database string, who *url.Userinfo) string {
 // mustDatabase creates an empty database for this test and returns its URL, as its owner.
 func mustDatabase(t testing.TB) string {
 	t.Helper()
+	return mustCopy(t, "template1")
+}
+
+// withTables is a database as create tables --with-users leaves an empty one. Copying it takes less than making one.
+var withTables struct {
+	once sync.Once
+	name string
+}
+
+// mustDatabaseWithTables creates a database with timedb's tables for this test and returns its URL, as its owner.
+func mustDatabaseWithTables(t testing.TB) string {
+	t.Helper()
+	if onCitus() { // which has nodes
+		dsn := mustDatabase(t)
+		mustCreateTables(t, dsn, "--with-users")
+		return dsn
+	}
+	withTables.once.Do(func() {
+		admin := mustOpen(t, databaseURL("", nil))
+		mustAppRole(t, admin)
+		withTables.name = fmt.Sprintf("timedb_test_%016x", rand.Uint64())
+		mustExec(t, admin, "CREATE DATABASE "+withTables.name)
+		mustCreateTables(t, databaseURL(withTables.name, nil), "--with-users")
+	})
+	return mustCopy(t, withTables.name)
+}
+
+// mustCopy creates a copy of a database for this test and returns its URL, as its owner.
+func mustCopy(t testing.TB, original string) string {
+	t.Helper()
 	if os.Getenv("TEST_DATABASE_URL") == "" {
 		t.Fatal("TEST_DATABASE_URL is not set: run script/test, which starts a private PostgreSQL and sets it")
 	}
 	admin := mustOpen(t, databaseURL("", nil))
 	name := fmt.Sprintf("timedb_test_%016x", rand.Uint64())
-	mustExec(t, admin, "CREATE DATABASE "+name)
+	mustExec(t, admin, "CREATE DATABASE "+name+" TEMPLATE "+original)
 	t.Cleanup(func() {
 		if found := secretsIn(t, databaseURL(name, nil)); found != "" { // S6
 			t.Errorf("a dump of the database holds %s", found)
@@ -135,6 +171,12 @@ func mustDatabase(t testing.TB) string {
 	if !onCitus() {
 		mustExec(t, admin, "ALTER DATABASE "+name+" SET synchronous_commit = off") // nobody needs this data tomorrow
 	}
+	mustAppRole(t, admin)
+	return databaseURL(name, nil)
+}
+
+func mustAppRole(t testing.TB, admin *sql.DB) {
+	t.Helper()
 	appRole.once.Do(func() {
 		appRole.name = fmt.Sprintf("timedb_test_app_%016x", rand.Uint64())
 		appRole.password = fmt.Sprintf("app-password-%x", rand.Uint64())
@@ -143,7 +185,6 @@ func mustDatabase(t testing.TB) string {
 		}
 		mustExec(t, admin, "CREATE ROLE "+appRole.name+" LOGIN PASSWORD '"+appRole.password+"'")
 	})
-	return databaseURL(name, nil)
 }
 
 // ---- Harness: Citus, on which script/citus runs tests that run on plain PostgreSQL too
@@ -385,9 +426,7 @@ func mustAPIOn(t testing.TB, dsn, serving string, args ...string) *testServer {
 // mustServer starts the API on a database of its own that has users_table.
 func mustServer(t testing.TB, args ...string) *testServer {
 	t.Helper()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
-	return mustAPI(t, dsn, args...)
+	return mustAPI(t, mustDatabaseWithTables(t), args...)
 }
 
 // mustUser creates a user on the command line and returns the key.

@@ -2745,8 +2745,7 @@ func mustFillTenant(t *testing.T, db *sql.DB, tenant string) {
 // a few of its own, is the depth of the indexes.
 func TestPlansDoNotDependOnNeighbours(t *testing.T) { // S36
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn, "--with-users")
+	dsn := mustDatabaseWithTables(t)
 	db := mustOpen(t, dsn)
 	for _, table := range []string{"runs", "series", "values", "withdrawals", "users"} {
 		// The test alone decides when there are statistics.
