@@ -4189,7 +4189,7 @@ func TestQueriesOfTheSQLDocumentAnswerAsTheAPIDoes(t *testing.T) {
 		known       string // is in the answer, so that the API and the SQL are not wrong together
 	}{
 		{"hourly means", n.means, means, 23, `05:00:00Z","mean":106}`},
-		{"the newest value of each series", n.newest, newest, 2, `"value":-7}`},
+		{"the newest value of each series", n.newest, newest, 3, `"value":-7}`},
 		{"a forecast against what was measured", n.forecast, forecast, 23,
 			`{"error":-49,"forecast":50,"measured":99,`},
 		{"a panel of Grafana", n.grafana, grafana, 72, `05:20:00Z","wind_measured":null}`},
