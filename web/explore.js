@@ -344,7 +344,7 @@ function noteOf(rows) {
   if (corrected > 0) parts.push(`${many(corrected, "correction")} ringed`);
   if (state.revisions && loaded.revisions === null) parts.push("revisions are too many to draw: zoom in");
   if (rows.length === 0) parts.push("nothing was there then");
-  if (picture.moved) parts.push("the pale dots are what is there now");
+  if (picture.moved) parts.push("the pale broken line is what is there now");
   return `${parts.join(" · ")}.`;
 }
 
