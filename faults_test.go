@@ -2446,7 +2446,7 @@ func (p *citusPromises) write(t *testing.T, s *testServer, x citusTenant, client
 		return
 	}
 	second := n / 20
-	note := fmt.Sprintf("%s %d %d", x.id, client, n)
+	note := fmt.Sprintf("%s %d %d %x", x.id, client, n, rand.Int63())
 	body := fmt.Sprintf(`{"updates":[{"series_key":"load","valid_time":%q,"value":%d,"annotation":%q}]}`,
 		citusTime(second), 1000*n+client, note)
 	status, _ := p.send(t, s, "PUT", "/values", x.key, body)
@@ -2734,12 +2734,9 @@ func citusRequest(rng *rand.Rand) (method, path, body string) {
 		return "POST", "/upload", fmt.Sprintf(`{"run_id":%q,"workflow_id":%q,"known_time":%q,"run_start_time":"2025-01-01",
 			"value_rows":[%s]}`, run(), series(), known(), strings.Join(rows, ","))
 	case 3, 4:
-		var updates []string
-		for range 1 + rng.Intn(3) {
-			more := pick(rng, "", `,"annotation":"x"`, `,"tags":["u","v"]`, `,"known_time":"`+known()+`"`, `,"run_id":"`+run()+`"`)
-			updates = append(updates, fmt.Sprintf(`{"series_key":%q,"valid_time":%q,"value":%s%s}`, series(), when(), value(), more))
-		}
-		return "PUT", "/values", `{"updates":[` + strings.Join(updates, ",") + `]}`
+		more := pick(rng, "", `,"annotation":"x"`, `,"tags":["u","v"]`, `,"known_time":"`+known()+`"`, `,"run_id":"`+run()+`"`)
+		update := fmt.Sprintf(`{"series_key":%q,"valid_time":%q,"value":%s%s}`, series(), when(), value(), more)
+		return "PUT", "/values", `{"updates":[` + update + `]}` // one: several have one change_time, and no order
 	case 5:
 		if rng.Intn(4) == 0 {
 			return "POST", "/runs/" + run() + "/withdraw", `{"annotation":"wrong"}`
@@ -2807,13 +2804,9 @@ func TestCitusAnswersAsPlainPostgreSQL(t *testing.T) {
 				}
 				statuses[resp.StatusCode]++
 				answers[i] = fmt.Sprint(resp.StatusCode, " ", comparable(ids[i], text))
-				if path == "/corrections" { // those of one request have one change_time, and no order
-					rows := strings.Split(strings.Trim(answers[i], "[]{}"), "},{")
-					slices.Sort(rows)
-					answers[i] = strings.Join(rows, "\n")
-				}
 			}
-			if answers[0] != answers[1] {
+			const twice = "occurs twice for series" // of several series any may be named
+			if answers[0] != answers[1] && !(strings.Contains(answers[0], twice) && strings.Contains(answers[1], twice)) {
 				t.Fatalf("seed %d, %s %s %s:\nCitus %s\nplain %s", seed, method, path, body, answers[0], answers[1])
 			}
 		}
