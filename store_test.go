@@ -376,8 +376,8 @@ func TestRowOfOneValueOrOfManyIsOneOrTheOther(t *testing.T) {
 	s.must(t, 200, "POST", "/upload", key, oneValue)
 	const insert = `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
 			valid_from, value, valid_to, valid_times, "values", valid_time_ends)
-		SELECT tenant_id, series_id, run_id, run_order, 99, known_time, now(), '2025-01-01Z', %s FROM values_table LIMIT 1`
-	for _, c := range []struct {
+		SELECT tenant_id, series_id, run_id, run_order, %d, known_time, now(), '2025-01-01Z', %s FROM values_table LIMIT 1`
+	for i, c := range []struct {
 		name, columns string // value, valid_to, valid_times, "values", valid_time_ends
 		isRow         bool
 	}{
@@ -392,7 +392,7 @@ func TestRowOfOneValueOrOfManyIsOneOrTheOther(t *testing.T) {
 		{"one end of two values", `NULL, '2025-01-02Z', '{2025-01-01Z, 2025-01-02Z}', '{1, 2}', '{2025-01-02Z}'`, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			_, err := s.db.Exec(fmt.Sprintf(insert, c.columns))
+			_, err := s.db.Exec(fmt.Sprintf(insert, 2+i, c.columns))
 			if (err == nil) != c.isRow {
 				t.Errorf("it is a row: %v (%v), want %v", err == nil, err, c.isRow)
 			}
