@@ -97,8 +97,7 @@ CREATE TABLE IF NOT EXISTS audit_table (
 );
 
 -- A timestamp as the API writes those that a clock made: in UTC, with six digits of fraction.
-CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE
-RETURN to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"');
+CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE RETURN to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"');
 
 -- section: users
 CREATE TABLE IF NOT EXISTS users_table (
@@ -171,10 +170,10 @@ END $timedb$;
 ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN IF NOT EXISTS value float8,
     ALTER valid_to DROP NOT NULL, ALTER valid_times DROP NOT NULL, ALTER "values" DROP NOT NULL,
     DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey, DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey,
-    DROP CONSTRAINT IF EXISTS value_or_values, ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
-        AND (value IS NULL OR "values" IS NULL) AND cardinality(valid_time_ends) = coalesce(cardinality("values"), 1));
--- The rows of values_table, those of one value with arrays of one.
-CREATE OR REPLACE VIEW value_blocks AS
+    DROP CONSTRAINT IF EXISTS value_or_values;
+ALTER TABLE values_table ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
+    AND (value IS NULL OR "values" IS NULL) AND cardinality(valid_time_ends) = coalesce(cardinality("values"), 1));
+CREATE OR REPLACE VIEW value_blocks AS  -- the rows of values_table, those of one value with arrays of one
 SELECT tenant_id, series_id, run_id, value_id, run_order, version, known_time, change_time, changed_by, annotation, tags,
        valid_from, coalesce(valid_to, valid_from) AS valid_to, coalesce(valid_times, ARRAY[valid_from]) AS valid_times,
        valid_time_ends, coalesce("values", ARRAY[value]) AS "values", old_value FROM values_table;
@@ -202,9 +201,10 @@ DO $timedb$ DECLARE r record; BEGIN
                  WHERE octet_length(run_params::text) > 65536 LOOP
             RAISE WARNING 'run_params of run % of tenant % are % bytes long and were not kept', r.run_id, r.tenant_id, r.bytes;
         END LOOP;
-        ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check,
-            ALTER run_params TYPE json USING CASE WHEN octet_length(run_params::text) <= 65536 THEN run_params::text::json END,
-            ADD CHECK (json_typeof(run_params) = 'object');
+        ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check;
+        ALTER TABLE runs_table ALTER run_params TYPE json
+            USING CASE WHEN octet_length(run_params::text) <= 65536 THEN run_params::text::json END;
+        ALTER TABLE runs_table ADD CHECK (json_typeof(run_params) = 'object');
     END IF;
 END $timedb$;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb);
