@@ -367,6 +367,7 @@ func tableSections(schema string, before catalog, withUsers, citus bool, role st
 		"users":               withUsers || hasUsers && isOld,
 		"citus":               citus,
 		"upgrade":             before.version < schemaVersion,
+		"views":               true,
 		"app role":            role != "",
 		"app role with users": role != "" && hasUsers,
 	})

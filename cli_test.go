@@ -740,6 +740,29 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	}
 }
 
+func TestTablesOfAnEarlierVersionAreDeleted(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabaseWithTables(t)
+	db := mustOpen(t, dsn)
+	mustExec(t, db, `DROP VIEW current_values, value_blocks; COMMENT ON TABLE runs_table IS 'timedb schema 3'`)
+	mustRun(t, 0, dsn, "", "delete", "tables", "-y")
+	if left := relations(t, db, "public"); left != "" {
+		t.Errorf("there are still %s", left)
+	}
+}
+
+func TestCreateTablesMakesViewsThatAreMissing(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabaseWithTables(t)
+	db := mustOpen(t, dsn)
+	before := relations(t, db, "public")
+	mustExec(t, db, `DROP VIEW value_blocks CASCADE`)
+	mustCreateTables(t, dsn)
+	if after := relations(t, db, "public"); after != before {
+		t.Errorf("there was %s, and now there is %s", before, after)
+	}
+}
+
 // What there was of keys in version 2 works, or does not, exactly as before.
 func TestKeysOfEarlierVersionsWorkAsBefore(t *testing.T) {
 	t.Parallel()

@@ -843,7 +843,7 @@ func TestFaultFrozenDatabaseIs503AndThenServesAgain(t *testing.T) { // S11
 	p := mustProxy(t, dsn)
 	s := mustAPIOn(t, dsn, p.dsn)
 	l := mustLedger(t, s)
-	s.client.Timeout = authTimeout + readyTimeout + 4*time.Second // less than twice authTimeout
+	s.client.Timeout = authTimeout + cancelTimeout + 2500*time.Millisecond // less than twice authTimeout
 	p.freeze()
 	paths := []string{"/values", "/healthz", "/runs", "/list_timeseries", aRead}
 	together(len(paths), func(i int) {

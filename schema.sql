@@ -8,7 +8,7 @@
 -- Two at once would race for the same names; so the second waits, and then finds everything there.
 SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));
 SET LOCAL search_path = :schema;
-SET LOCAL citus.multi_shard_modify_mode = sequential;  -- as what changes functions and views after tables needs it
+SET LOCAL citus.multi_shard_modify_mode = sequential;  -- or Citus refuses functions and views after tables
 DO $timedb$ BEGIN
     CREATE SCHEMA :schema;
 EXCEPTION WHEN duplicate_schema OR insufficient_privilege THEN NULL;  -- it is there, or what follows says that it is not
@@ -84,8 +84,7 @@ CREATE TABLE IF NOT EXISTS withdrawals_table (
     FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table
 );
 
--- What administrators did. Only the owner of the tables may read and write it.
-CREATE TABLE IF NOT EXISTS audit_table (
+CREATE TABLE IF NOT EXISTS audit_table (  -- what administrators did: only the owner of the tables may read and write it
     audit_id  bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     at        timestamptz NOT NULL DEFAULT clock_timestamp(),
     db_role   text        NOT NULL DEFAULT session_user,
@@ -173,19 +172,6 @@ ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN I
     DROP CONSTRAINT IF EXISTS value_or_values;
 ALTER TABLE values_table ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
     AND (value IS NULL OR "values" IS NULL) AND cardinality(valid_time_ends) = coalesce(cardinality("values"), 1));
-CREATE OR REPLACE VIEW value_blocks AS  -- the rows of values_table, those of one value with arrays of one
-SELECT tenant_id, series_id, run_id, value_id, run_order, version, known_time, change_time, changed_by, annotation, tags,
-       valid_from, coalesce(valid_to, valid_from) AS valid_to, coalesce(valid_times, ARRAY[valid_from]) AS valid_times,
-       valid_time_ends, coalesce("values", ARRAY[value]) AS "values", old_value FROM values_table;
--- What a flat read shows, one row per value, for SQL tools.
-CREATE OR REPLACE VIEW current_values AS
-SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
-       v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value,
-       v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
-FROM value_blocks v JOIN series_table s USING (tenant_id, series_id)
-CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
-WHERE NOT EXISTS (SELECT FROM withdrawals_table w WHERE w.tenant_id = v.tenant_id AND w.run_id = v.run_id)
-ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 CREATE INDEX IF NOT EXISTS corrections_by_change_time ON values_table (tenant_id, change_time) WHERE version > 1;
 -- lz4 takes a fifth of the default's time.
 DO $timedb$ BEGIN
@@ -218,10 +204,10 @@ WHERE (v.tenant_id, v.series_id, v.valid_from, v.value_id) = (n.tenant_id, n.ser
 CREATE UNIQUE INDEX IF NOT EXISTS corrections_by_version ON values_table (tenant_id, series_id, run_id, valid_from,
     coalesce(valid_time_ends[1], 'infinity'), version) WHERE version > 1;
 UPDATE values_table c SET old_value = (
-    SELECT e.value FROM value_blocks v
-    CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
+    SELECT e.value FROM values_table v
+    CROSS JOIN LATERAL unnest(coalesce(v.valid_times, ARRAY[v.valid_from]), v.valid_time_ends, coalesce(v."values", ARRAY[v.value])) AS e (valid_time, valid_time_end, value)
     WHERE v.tenant_id = c.tenant_id AND v.series_id = c.series_id AND v.run_id = c.run_id AND v.version < c.version
-      AND v.valid_from BETWEEN c.valid_from - interval '768 hours' AND c.valid_from AND v.valid_to >= c.valid_from
+      AND v.valid_from BETWEEN c.valid_from - interval '768 hours' AND c.valid_from AND coalesce(v.valid_to, v.valid_from) >= c.valid_from
       AND e.valid_time = c.valid_from AND e.valid_time_end IS NOT DISTINCT FROM c.valid_time_ends[1]
     ORDER BY v.version DESC LIMIT 1)
 WHERE c.version > 1;
@@ -243,6 +229,20 @@ DO $timedb$ DECLARE t text; BEGIN
     END LOOP;
 END $timedb$;
 COMMENT ON TABLE runs_table IS 'timedb schema 4';
+
+-- section: views
+CREATE OR REPLACE VIEW value_blocks AS  -- the rows of values_table, those of one value with arrays of one
+SELECT tenant_id, series_id, run_id, value_id, run_order, version, known_time, change_time, changed_by, annotation, tags,
+       valid_from, coalesce(valid_to, valid_from) AS valid_to, coalesce(valid_times, ARRAY[valid_from]) AS valid_times,
+       valid_time_ends, coalesce("values", ARRAY[value]) AS "values", old_value FROM values_table;
+CREATE OR REPLACE VIEW current_values AS  -- what a flat read shows, one row per value, for SQL tools
+SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
+       v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value,
+       v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
+FROM value_blocks v JOIN series_table s USING (tenant_id, series_id)
+CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
+WHERE NOT EXISTS (SELECT FROM withdrawals_table w WHERE w.tenant_id = v.tenant_id AND w.run_id = v.run_id)
+ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
 
 -- section: app role
 GRANT USAGE ON SCHEMA :schema TO :app_role;

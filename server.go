@@ -370,7 +370,8 @@ type connectionLog struct{ *server }
 
 func (l connectionLog) Write(text []byte) (int, error) {
 	from := source{address: "net/http"}
-	if l.lines.add(from) <= maxLines(from) {
+	isFlood := bytes.Contains(text, []byte("TLS handshake error")) // which anyone can make
+	if !isFlood || l.lines.add(from) <= maxLines(from) {
 		l.log.Warn(strings.TrimSpace(string(text)))
 	}
 	return len(text), nil

@@ -165,7 +165,7 @@ func mustCopy(t testing.TB, original string) string {
 		if found := secretsIn(t, databaseURL(name, nil)); found != "" { // S6
 			t.Errorf("a dump of the database holds %s", found)
 		}
-		mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)")
+		mustDrop(t, admin, name)
 	})
 	mustSpread(t, name)
 	if !onCitus() {
@@ -185,6 +185,19 @@ func mustAppRole(t testing.TB, admin *sql.DB) {
 		}
 		mustExec(t, admin, "CREATE ROLE "+appRole.name+" LOGIN PASSWORD '"+appRole.password+"'")
 	})
+}
+
+// mustDrop drops a database. A worker of Citus may have connected to it again meanwhile.
+func mustDrop(t testing.TB, admin *sql.DB, name string) {
+	t.Helper()
+	var err error
+	for range 10 {
+		_, err = admin.Exec("DROP DATABASE IF EXISTS " + name + " WITH (FORCE)")
+		if err == nil {
+			return
+		}
+	}
+	t.Error(err)
 }
 
 // ---- Harness: Citus, on which script/citus runs tests that run on plain PostgreSQL too
@@ -226,7 +239,7 @@ func mustSpread(t testing.TB, name string) {
 	for _, worker := range citusWorkers {
 		admin := mustOpen(t, citusURL(t, worker, ""))
 		mustExec(t, admin, "CREATE DATABASE "+name)
-		t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)") })
+		t.Cleanup(func() { mustDrop(t, admin, name) })
 		mustExec(t, mustOpen(t, citusURL(t, worker, name)), "CREATE EXTENSION citus")
 		waitUntil(t, worker+" is added", func() bool { // two at once may fail, because roles belong to all databases
 			_, err := db.Exec("SELECT citus_add_node('127.0.0.1', $1)", citusPort(t, worker))

@@ -842,7 +842,8 @@ const (
 	lookupPool = 4
 
 	connectTimeout  = 5 * time.Second  // for a connection to the database
-	readyTimeout    = time.Second / 2  // for it to be ready again after an error, or to hang up
+	readyTimeout    = time.Second / 2  // for it to be ready again after an error
+	cancelTimeout   = 2 * time.Second  // for PostgreSQL to take a request to cancel a statement
 	connMaxLifetime = 30 * time.Minute // retires a connection that went bad
 
 	// statementTimeout ends a statement of the API in PostgreSQL, whatever became of its server.
@@ -938,7 +939,7 @@ func (n namingConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	_, err = conn.(driver.ExecerContext).ExecContext(ctx, planForCitus, nil)
 	if err != nil {
 		_ = conn.Close()
-		return nil, err
+		return nil, fmt.Errorf("cannot connect to %s: %w", n.of.place, err)
 	}
 	return conn, nil
 }
@@ -1100,7 +1101,7 @@ func (c *boundedConn) Write(p []byte) (int, error) {
 	timeout := c.timeout
 	switch {
 	case bytes.HasPrefix(p, cancelRequest):
-		timeout = readyTimeout
+		timeout = cancelTimeout
 	case c.connecting:
 		return c.Conn.Write(p)
 	}
@@ -1113,8 +1114,8 @@ func (c *boundedConn) Write(p []byte) (int, error) {
 // errorMark stands in an answer that is an error, in any language.
 var errorMark = []byte("\x00VERROR\x00C")
 
-// Read also drops a connection of which lib/pq would lose track, by closing it: when it does not
-// become ready again after an error. The cause is a node of Citus that is frozen.
+// Read also gives a connection up that is not ready again soon after an error, because a node of
+// Citus is frozen: lib/pq would wait for it as long as for any answer. Over TLS it sees no error.
 func (c *boundedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if err != nil {
@@ -1241,6 +1242,9 @@ func (s *store) execAll(ctx context.Context, sections string) error {
 				return err
 			}
 			statement = ""
+		}
+		if statement != "" {
+			return errors.New("schema.sql: a section ends within a statement")
 		}
 		return nil
 	})
@@ -3527,7 +3531,7 @@ func eraseUsers(ctx context.Context, c Caller, tx *sql.Tx, exist bool) error {
 func (s *store) Everything(ctx context.Context) (lost loss, err error) {
 	err = s.eachRow(ctx, nil, `
 		SELECT (SELECT count(*) FROM runs_table),
-		       (SELECT coalesce(sum(cardinality("values")), 0) FROM value_blocks),
+		       (SELECT coalesce(sum(coalesce(cardinality("values"), 1)), 0) FROM values_table),
 		       (SELECT count(*) FROM series_table)`,
 		nil, func(rows *sql.Rows) error {
 			return rows.Scan(&lost.runs, &lost.values, &lost.series)

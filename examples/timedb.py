@@ -117,11 +117,11 @@ class Client:
         says how many. A run that was withdrawn is not among them: runs() has its withdrawn_at."""
         if "limit" in params:
             return self._frame("/corrections", **params)
-        parts = []
-        while not parts or len(parts[-1]) >= MOST:  # an answer holds all of its last change_time
-            parts.append(self._frame("/corrections", limit=MOST, **params))
+        parts = [self._frame("/corrections", limit=MOST, **params)]
+        while len(parts[-1]) >= MOST:  # an answer holds all of its last change_time
             params["until"] = parts[-1]["change_time"].min()
-        return pd.concat(parts, ignore_index=True)
+            parts.append(self._frame("/corrections", limit=MOST, **params))
+        return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
     def withdraw(self, run_id, annotation=None):
         """Takes a run back: from now on no read shows it. Nothing is deleted; as_of a moment before answers as it did."""
