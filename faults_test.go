@@ -2358,6 +2358,15 @@ func (n citusNode) mustStart(t *testing.T) {
 // citusTenant is a tenant of whom it is known on which worker it lives.
 type citusTenant struct{ id, key string }
 
+// mustFourTenants makes two tenants on each worker.
+func (s *testServer) mustFourTenants(t *testing.T) (tenants []citusTenant) {
+	t.Helper()
+	for i := range 4 {
+		tenants = append(tenants, s.mustTenantOn(t, citusNode(citusWorkers[i%2])))
+	}
+	return tenants
+}
+
 // mustTenantOn makes a tenant that lives on the worker.
 func (s *testServer) mustTenantOn(t *testing.T, worker citusNode) citusTenant {
 	t.Helper()
@@ -2602,10 +2611,7 @@ func TestCitusTakesDataAlong(t *testing.T) {
 
 func TestCitusKilledWorkersLoseNothing(t *testing.T) {
 	s := mustCitus(t)
-	var tenants []citusTenant
-	for i := range 4 {
-		tenants = append(tenants, s.mustTenantOn(t, citusNode(citusWorkers[i%2])))
-	}
+	tenants := s.mustFourTenants(t)
 	mustWork(t, s, tenants, func(p *citusPromises) {
 		for kill := range 5 * *faults {
 			sleepAtRandom(200, 800)
@@ -2675,10 +2681,7 @@ func TestCitusWorkerThatIsDownHurtsItsOwnTenantsAlone(t *testing.T) {
 
 func TestCitusShardsMoveUnderLoad(t *testing.T) {
 	s := mustCitus(t)
-	var tenants []citusTenant
-	for i := range 4 {
-		tenants = append(tenants, s.mustTenantOn(t, citusNode(citusWorkers[i%2])))
-	}
+	tenants := s.mustFourTenants(t)
 	mustWork(t, s, tenants, func(p *citusPromises) {
 		for move := range *faults {
 			sleepAtRandom(500, 1000)

@@ -975,16 +975,16 @@ var errNodeDown = refuse(busy, "The part of the database that has this tenant's 
 // watchNodes notes which nodes take no connection, until ctx ends or if this is not Citus.
 func (s *store) watchNodes(ctx context.Context, nodes *store) {
 	s.nodes = nodes
-	isCitus := true
-	for isCitus && ctx.Err() == nil {
+	for ctx.Err() == nil {
+		var isCitus bool
 		var down pq.Int64Array
-		err := nodes.inTx(ctx, func(tx *sql.Tx) error {
-			err := nodes.oneRow(ctx, tx, `
-				SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')`, nil, &isCitus)
-			if err != nil || !isCitus {
-				return err
-			}
-			_, err = tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
+		err := nodes.oneRow(ctx, nil, `
+			SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')`, nil, &isCitus)
+		if err == nil && !isCitus {
+			return
+		}
+		err = nodes.inTx(ctx, func(tx *sql.Tx) error {
+			_, err := tx.ExecContext(ctx, `SET LOCAL citus.max_cached_conns_per_worker = 0;
 				SET LOCAL client_min_messages = error`)
 			if err != nil {
 				return err
@@ -994,7 +994,7 @@ func (s *store) watchNodes(ctx context.Context, nodes *store) {
 				WHERE shouldhaveshards AND noderole = 'primary'
 				  AND NOT citus_check_connection_to_node(nodename, nodeport)`, nil, &down)
 		})
-		if err == nil && isCitus {
+		if err == nil { // else what was noted last stands
 			s.down.Store(&down)
 		}
 		time.Sleep(nodePause)
@@ -1825,7 +1825,7 @@ func (s *store) ensureSeries(ctx context.Context, c Caller, tx *sql.Tx, refs []s
 		c.tenant, first.Key, unit, about[first.Key])
 	if err == nil && len(unknown) > 1 {
 		var n int64
-		n, err = s.createBeside(ctx, c, tx, first.Key, unknown, unit, about)
+		n, err = s.createBeside(ctx, c, tx, first.Key, unknown[1:], unit, about)
 		created += n
 	}
 	if err != nil {
