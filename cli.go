@@ -28,7 +28,7 @@ import (
 	"time"
 )
 
-const release = "1.0.0" // what `timedb version` and GET / tell
+const release = "1.1.0" // what `timedb version` and GET / tell
 
 //go:embed docs/usage.txt
 var usage string // the manual: an overview, and for each command a section
@@ -368,6 +368,7 @@ func tableSections(schema string, before catalog, withUsers, citus bool, role st
 		"citus":               citus,
 		"upgrade":             before.version < schemaVersion,
 		"views":               true,
+		"upgrade of columns":  before.version < schemaVersion,
 		"app role":            role != "",
 		"app role with users": role != "" && hasUsers,
 	})

@@ -681,8 +681,16 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	mustExec(t, s.db, `UPDATE values_table SET version = 2 WHERE valid_from = '2025-02-01'`)
 	before := s.must(t, 200, "GET", "/values?all_versions=true", key, "")
 	s.stop()
+	// Version 4 had the id of a series in each row of values, and in its key.
+	mustExec(t, s.db, `ALTER TABLE values_table ADD series_id uuid;
+		UPDATE values_table v SET series_id = s.series_id FROM series_table s
+		WHERE (s.tenant_id, s.series_number) = (v.tenant_id, v.series_number);
+		DROP VIEW current_values, value_blocks;
+		DROP INDEX corrections_by_version, values_by_series;
+		ALTER TABLE values_table DROP series_number, ADD PRIMARY KEY (tenant_id, series_id, valid_from, value_id);
+		ALTER TABLE series_table DROP series_number`)
 	// Version 3 had arrays in rows of one value as well.
-	mustExec(t, s.db, `DROP VIEW current_values, value_blocks;
+	mustExec(t, s.db, `
 		UPDATE values_table SET valid_to = valid_from, valid_times = ARRAY[valid_from], "values" = ARRAY[value], value = NULL
 		WHERE valid_to IS NULL;
 		ALTER TABLE values_table DROP value, ALTER valid_to SET NOT NULL, ALTER valid_times SET NOT NULL,
@@ -1025,9 +1033,9 @@ func TestNobodyWritesIntoThePast(t *testing.T) { // S38
 		SELECT tenant_id, gen_random_uuid(), 'w', now(), '2020-01-01', 1, sha256(''), %s FROM runs_table LIMIT 1`
 	const series = `INSERT INTO series_table (tenant_id, series_key, unit, inserted_at)
 		SELECT tenant_id, gen_random_uuid(), 'u', %s FROM runs_table LIMIT 1`
-	const value = `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
+	const value = `INSERT INTO values_table (tenant_id, series_number, run_id, run_order, version, known_time, change_time,
 			valid_from, value)
-		SELECT tenant_id, series_id, run_id, run_order, nextval('versions'), known_time, %s, valid_from, value
+		SELECT tenant_id, series_number, run_id, run_order, nextval('versions'), known_time, %s, valid_from, value
 		FROM values_table LIMIT 1`
 	const withdrawal = `INSERT INTO withdrawals_table (tenant_id, run_id, change_time)
 		SELECT tenant_id, run_id, %s FROM runs_table r
@@ -1345,12 +1353,13 @@ func TestQuestionsAreAskedAndOnlyYesIsYes(t *testing.T) {
 			tenantA, nobody)
 		mustExec(t, db, `INSERT INTO runs_table (tenant_id, run_id, workflow_id, run_start_time, known_time, rows_inserted,
 			request_digest) VALUES ($1, $2, 'w', now(), now(), 3, sha256(''))`, tenantA, nobody)
-		mustExec(t, db, `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			change_time, valid_from, value) SELECT tenant_id, run_id, run_id, run_order, 1, now(), now(), '2024-01-01', 5
-			FROM runs_table`)
-		mustExec(t, db, `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
-			change_time, valid_from, valid_to, valid_times, "values") SELECT tenant_id, run_id, run_id, run_order, 1, now(),
-			now(), '2025-01-01', '2025-01-02', '{2025-01-01, 2025-01-02}', '{1, NULL}' FROM runs_table`)
+		mustExec(t, db, `INSERT INTO values_table (tenant_id, series_number, run_id, run_order, version, known_time,
+			change_time, valid_from, value) SELECT tenant_id, series_number, run_id, run_order, 1, now(), now(),
+			'2024-01-01', 5 FROM runs_table JOIN series_table USING (tenant_id)`)
+		mustExec(t, db, `INSERT INTO values_table (tenant_id, series_number, run_id, run_order, version, known_time,
+			change_time, valid_from, valid_to, valid_times, "values") SELECT tenant_id, series_number, run_id, run_order, 1,
+			now(), now(), '2025-01-01', '2025-01-02', '{2025-01-01, 2025-01-02}', '{1, NULL}'
+			FROM runs_table JOIN series_table USING (tenant_id)`)
 	}
 	for _, c := range []struct {
 		name    string

@@ -508,7 +508,7 @@ func TestFaultTwoServersActAsOne(t *testing.T) {
 	l.workFor(t, 8, time.Duration(*faults)*time.Second)
 	l.check(t, servers[0].db)
 	twice := mustQuery(t, servers[0].db, `SELECT count(*) FROM (SELECT FROM values_table WHERE version > 1
-		GROUP BY series_id, run_id, valid_from, version HAVING count(*) > 1) AS twice`)
+		GROUP BY series_number, run_id, valid_from, version HAVING count(*) > 1) AS twice`)
 	if twice != "0" {
 		t.Errorf("%s versions were given twice", twice)
 	}
@@ -2495,7 +2495,7 @@ func (p *citusPromises) check(t *testing.T, s *testServer) {
 		}
 	}
 	gaps := mustQuery(t, s.db, `SELECT count(*) FROM (SELECT FROM values_table WHERE version > 1
-		GROUP BY tenant_id, series_id, run_id, valid_from HAVING count(*) <> max(version) - 1
+		GROUP BY tenant_id, series_number, run_id, valid_from HAVING count(*) <> max(version) - 1
 		OR count(DISTINCT version) <> count(*)) AS g`)
 	if gaps != "0" {
 		t.Errorf("the versions of %s values do not count from 2 on", gaps)

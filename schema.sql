@@ -1,22 +1,20 @@
--- The whole database side of timedb. `timedb create tables` runs the sections that it needs in one transaction, with
--- search_path set to the schema that was asked for; `--dry-run` prints what would run on an empty database.
--- Every statement is safe to repeat. :schema and :app_role stand for quoted identifiers from the command line.
--- The API only inserts: a correction is a further row. Users and keys change, and an operator may erase. tenant_id leads
--- every key of data, so that one tenant's rows lie together, and so that the tables can be distributed by tenant.
+-- The whole database side of timedb. `timedb create tables` runs the sections that it needs in one transaction, with search_path
+-- set to the schema that was asked for; `--dry-run` prints what would run on an empty database. Every statement is safe to repeat.
+-- :schema and :app_role stand for quoted identifiers from the command line. The API only inserts: a correction is a further row.
+-- Users and keys change, and an operator may erase. tenant_id leads every key of data, so that tables can be distributed by it.
 
 -- section: begin
--- Two at once would race for the same names; so the second waits, and then finds everything there.
-SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));
+SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));  -- two at once would race for the same names
 SET LOCAL search_path = :schema;
+SET LOCAL enable_seqscan = on;  -- an upgrade reads whole tables
+SET LOCAL enable_sort = on;
 SET LOCAL citus.multi_shard_modify_mode = sequential;  -- or Citus refuses functions and views after tables
-DO $timedb$ BEGIN
-    CREATE SCHEMA :schema;
+DO $timedb$ BEGIN CREATE SCHEMA :schema;
 EXCEPTION WHEN duplicate_schema OR insufficient_privilege THEN NULL;  -- it is there, or what follows says that it is not
 END $timedb$;
 
 -- section: tables
--- One row per upload.
-CREATE TABLE IF NOT EXISTS runs_table (
+CREATE TABLE IF NOT EXISTS runs_table (  -- one row per upload
     tenant_id       uuid        NOT NULL,
     run_id          uuid        NOT NULL,
     run_order       bigint      NOT NULL GENERATED ALWAYS AS IDENTITY,  -- decides between runs of one known_time
@@ -40,26 +38,25 @@ CREATE TABLE IF NOT EXISTS series_table (
     unit        text        NOT NULL,
     description text,
     inserted_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (tenant_id, series_id),
-    UNIQUE (tenant_id, series_key)
+    PRIMARY KEY (tenant_id, series_id), UNIQUE (tenant_id, series_key)
 );
 
--- One row holds consecutive values of one series from one run (a block), or one corrected value: version 1 is the upload's,
--- a higher one a correction's. A single value has a column of its own; the view value_blocks shows all rows alike. The span
--- is bounded so that a window is a plain range on the primary key, whose cost does not grow with the history around it. No
--- foreign keys, whose checks cost more than the row: an INSERT takes run and series from their tables, an erasure locks writers out.
+-- One row holds consecutive values of one series from one run (a block), or one value, in a column of its own; the view value_blocks
+-- shows all rows alike. Version 1 is the upload's, a higher one a correction's. No foreign keys, whose checks cost more than the row:
+-- an INSERT takes run and series from their tables, an erasure locks writers out. No primary key either: the two indexes by series
+-- make windows plain ranges, whose cost does not grow with the history around them, and are small enough to fill their pages.
 CREATE TABLE IF NOT EXISTS values_table (
     tenant_id       uuid          NOT NULL,
-    series_id       uuid          NOT NULL,
     run_id          uuid          NOT NULL,
+    series_number   bigint        NOT NULL,  -- of series_table
     value_id        bigint        NOT NULL GENERATED ALWAYS AS IDENTITY,
     run_order       bigint        NOT NULL,  -- copied from the run, as known_time is: reads need no join
-    version         integer       NOT NULL CHECK (version >= 1),
     known_time      timestamptz   NOT NULL,
     change_time     timestamptz   NOT NULL,
     valid_from      timestamptz   NOT NULL,
     valid_to        timestamptz,             -- NULL, as both arrays are, in a row of one value
     value           float8,                  -- the value of such a row
+    version         integer       NOT NULL CHECK (version >= 1),
     changed_by      text,
     annotation      text,
     tags            text[],
@@ -67,21 +64,18 @@ CREATE TABLE IF NOT EXISTS values_table (
     valid_time_ends timestamptz[],           -- NULL when every value is a point
     "values"        float8[],
     old_value       float8,                  -- of a correction: the run's value before it; NULL if it had none
-    PRIMARY KEY (tenant_id, series_id, valid_from, value_id),
     CHECK (valid_to >= valid_from AND valid_to <= valid_from + interval '768 hours'),
     CHECK (valid_from = valid_times[1] AND valid_to = valid_times[cardinality(valid_times)]),
     CHECK (cardinality("values") BETWEEN 1 AND 1000 AND cardinality(valid_times) = cardinality("values"))
 );
 
--- A withdrawn run is not shown from change_time on, but by a read as of a moment before.
-CREATE TABLE IF NOT EXISTS withdrawals_table (
+CREATE TABLE IF NOT EXISTS withdrawals_table (  -- these runs are not shown from change_time on
     tenant_id   uuid        NOT NULL,
     run_id      uuid        NOT NULL,
     change_time timestamptz NOT NULL DEFAULT clock_timestamp(),
     changed_by  text,
     annotation  text,
-    PRIMARY KEY (tenant_id, run_id),
-    FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table
+    PRIMARY KEY (tenant_id, run_id), FOREIGN KEY (tenant_id, run_id) REFERENCES runs_table
 );
 
 CREATE TABLE IF NOT EXISTS audit_table (  -- what administrators did: only the owner of the tables may read and write it
@@ -95,8 +89,8 @@ CREATE TABLE IF NOT EXISTS audit_table (  -- what administrators did: only the o
     detail    text        NOT NULL
 );
 
--- A timestamp as the API writes those that a clock made: in UTC, with six digits of fraction.
-CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE RETURN to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"');
+CREATE OR REPLACE FUNCTION iso_time(t timestamptz) RETURNS text STABLE  -- as the API writes times that a clock made: in UTC, with six digits
+    RETURN to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"');
 
 -- section: users
 CREATE TABLE IF NOT EXISTS users_table (
@@ -127,8 +121,7 @@ CREATE TABLE IF NOT EXISTS keys_table (
 CREATE UNIQUE INDEX IF NOT EXISTS keys_by_name ON keys_table (user_id, lower(name)) WHERE revoked_at IS NULL;
 CREATE INDEX IF NOT EXISTS keys_by_user ON keys_table (tenant_id, user_id);
 
--- When a key was last used, to some minutes. The API writes it. A foreign key would have it lock rows of keys_table.
-CREATE TABLE IF NOT EXISTS key_uses (
+CREATE TABLE IF NOT EXISTS key_uses (  -- the API writes it. A foreign key would have it lock rows of keys_table
     key_id       text        PRIMARY KEY,
     last_used_at timestamptz NOT NULL CHECK (last_used_at BETWEEN '2000-01-01' AND '9999-01-01')  -- what every program can read
 );
@@ -139,110 +132,117 @@ DO $timedb$ BEGIN
     ALTER TABLE users_table ADD COLUMN IF NOT EXISTS previous_digest bytea, ADD COLUMN IF NOT EXISTS previous_ends_at timestamptz;
     INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at)
         SELECT key_id, tenant_id, user_id, 'default', key_digest, access, created_at, expires_at FROM users_table;
-    INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at, revoked_at,
-                            has_grace, replaced_by)
-        SELECT (SELECT string_agg(substr('abcdefghijklmnopqrstuvwxyz234567', 1 + get_byte(b, i) % 32, 1), '')
-                FROM (SELECT sha256(previous_digest) AS b) AS d, generate_series(0, 7) AS i),  -- it was not stored
+    INSERT INTO keys_table (key_id, tenant_id, user_id, name, key_digest, access, created_at, expires_at, revoked_at, has_grace, replaced_by)
+        SELECT (SELECT string_agg(substr('abcdefghijklmnopqrstuvwxyz234567', 1 + get_byte(b, i) % 32, 1), '')  -- it was not stored
+                FROM (SELECT sha256(previous_digest) AS b) AS d, generate_series(0, 7) AS i),
                tenant_id, user_id, 'default', previous_digest, access, created_at, expires_at, previous_ends_at, true, key_id
         FROM users_table WHERE previous_digest IS NOT NULL AND previous_ends_at IS NOT NULL;
     INSERT INTO key_uses SELECT key_id, last_used_at FROM users_table WHERE last_used_at IS NOT NULL;
-    ALTER TABLE users_table DROP COLUMN key_id, DROP COLUMN key_digest, DROP COLUMN access, DROP COLUMN expires_at,
-        DROP COLUMN last_used_at, DROP COLUMN previous_digest, DROP COLUMN previous_ends_at;
+    ALTER TABLE users_table DROP key_id, DROP key_digest, DROP access, DROP expires_at, DROP last_used_at, DROP previous_digest, DROP previous_ends_at;
 END $timedb$;
 
 -- section: citus
 -- Spreads the tenants over the nodes, with all rows of one tenant on one node. users_table stays on the coordinator.
 DO $timedb$ DECLARE t regclass; BEGIN
-    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
-        RAISE EXCEPTION 'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
+    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN RAISE EXCEPTION
+        'the extension citus is not installed in this database: run CREATE EXTENSION citus in it, on every node'; END IF;
     FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::regclass[] LOOP
         CONTINUE WHEN t IN (SELECT logicalrelid FROM pg_dist_partition WHERE partmethod = 'h');
         EXECUTE format('DROP TRIGGER IF EXISTS written_now ON %s', t);  -- Citus takes no triggers
         PERFORM create_distributed_table(t, 'tenant_id');
     END LOOP;
-    PERFORM truncate_local_data_after_distributing_table(d)  -- the rows, which are on the nodes now, leave the coordinator
-    FROM unnest('{withdrawals_table, values_table, series_table, runs_table}'::regclass[]) AS d;
+    PERFORM truncate_local_data_after_distributing_table(d) FROM unnest(  -- the rows, which are on the nodes now, leave the coordinator
+        '{withdrawals_table, values_table, series_table, runs_table}'::regclass[]) AS d;
 END $timedb$;
 
 -- section: upgrade
 -- What makes tables of an earlier version, and new ones, those of this version.
-ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN IF NOT EXISTS value float8,
-    ALTER valid_to DROP NOT NULL, ALTER valid_times DROP NOT NULL, ALTER "values" DROP NOT NULL,
+-- The number of a series is 60 random bits of its id. Earlier versions had series_id in values_table, in its key.
+ALTER TABLE series_table ADD COLUMN IF NOT EXISTS series_number bigint NOT NULL
+    GENERATED ALWAYS AS (('x' || right(replace(series_id::text, '-', ''), 15))::bit(60)::bigint) STORED;
+DO $timedb$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'values_table'::regclass AND attname = 'series_id') THEN RETURN; END IF;
+    ALTER TABLE values_table DROP CONSTRAINT values_table_pkey, ADD COLUMN series_number bigint;
+    DROP INDEX IF EXISTS corrections_by_version;
+    ALTER TABLE values_table ALTER series_number TYPE bigint USING ('x' || right(replace(series_id::text, '-', ''), 15))::bit(60)::bigint;
+    ALTER TABLE values_table ALTER series_number SET NOT NULL;
+END $timedb$;
+CREATE UNIQUE INDEX IF NOT EXISTS series_by_number ON series_table (tenant_id, series_number);
+CREATE INDEX IF NOT EXISTS values_by_series ON values_table (series_number, valid_from) WHERE valid_to IS NULL;
+CREATE INDEX IF NOT EXISTS blocks_by_series ON values_table (series_number, valid_from) WHERE valid_to IS NOT NULL;
+ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN IF NOT EXISTS value float8, DROP CONSTRAINT IF EXISTS value_or_values,
     DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey, DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey,
-    DROP CONSTRAINT IF EXISTS value_or_values;
+    ALTER valid_to DROP NOT NULL, ALTER valid_times DROP NOT NULL, ALTER "values" DROP NOT NULL, REPLICA IDENTITY FULL;
 ALTER TABLE values_table ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
     AND (value IS NULL OR "values" IS NULL) AND cardinality(valid_time_ends) = coalesce(cardinality("values"), 1));
 CREATE INDEX IF NOT EXISTS corrections_by_change_time ON values_table (tenant_id, change_time) WHERE version > 1;
--- lz4 takes a fifth of the default's time.
-DO $timedb$ BEGIN
-    ALTER TABLE values_table ALTER valid_times SET COMPRESSION lz4, ALTER valid_time_ends SET COMPRESSION lz4,
-        ALTER "values" SET COMPRESSION lz4;
+DO $timedb$ BEGIN  -- lz4 takes a fifth of the default's time
+    ALTER TABLE values_table ALTER valid_times SET COMPRESSION lz4, ALTER valid_time_ends SET COMPRESSION lz4, ALTER "values" SET COMPRESSION lz4;
 EXCEPTION WHEN feature_not_supported THEN
     RAISE WARNING 'this PostgreSQL was built without lz4: values take its own compression, which is slower';
 END $timedb$;
 -- run_params were jsonb, which writes numbers out: 1e131071 as 131,072 digits. What became too long so is not kept.
 DO $timedb$ DECLARE r record; BEGIN
-    IF (SELECT atttypid = 'jsonb'::regtype FROM pg_attribute WHERE attrelid = 'runs_table'::regclass AND attname = 'run_params') THEN
-        FOR r IN SELECT tenant_id, run_id, octet_length(run_params::text) AS bytes FROM runs_table
-                 WHERE octet_length(run_params::text) > 65536 LOOP
-            RAISE WARNING 'run_params of run % of tenant % are % bytes long and were not kept', r.run_id, r.tenant_id, r.bytes;
-        END LOOP;
-        ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check;
-        ALTER TABLE runs_table ALTER run_params TYPE json
-            USING CASE WHEN octet_length(run_params::text) <= 65536 THEN run_params::text::json END;
-        ALTER TABLE runs_table ADD CHECK (json_typeof(run_params) = 'object');
-    END IF;
+    IF (SELECT atttypid <> 'jsonb'::regtype FROM pg_attribute WHERE attrelid = 'runs_table'::regclass AND attname = 'run_params') THEN RETURN; END IF;
+    FOR r IN SELECT tenant_id, run_id, octet_length(run_params::text) AS bytes FROM runs_table WHERE octet_length(run_params::text) > 65536 LOOP
+        RAISE WARNING 'run_params of run % of tenant % are % bytes long and were not kept', r.run_id, r.tenant_id, r.bytes;
+    END LOOP;
+    ALTER TABLE runs_table DROP CONSTRAINT runs_table_run_params_check;
+    ALTER TABLE runs_table ALTER run_params TYPE json USING CASE WHEN octet_length(run_params::text) <= 65536 THEN run_params::text::json END;
+    ALTER TABLE runs_table ADD CHECK (json_typeof(run_params) = 'object');
 END $timedb$;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb);
--- A value that a run gained by a correction had version 1, and where a node of Citus had failed two corrections may have one
--- version: corrections count from 2 on, in the order in which they were written.
+-- Corrections count from 2 on, as they were written. Gained values had version 1, and after a failure of Citus two may have had one.
 UPDATE values_table v SET version = n.version
-FROM (SELECT tenant_id, series_id, valid_from, value_id, 1 + row_number() OVER (PARTITION BY tenant_id, series_id, run_id,
-             valid_from, valid_time_ends[1] ORDER BY version, change_time, value_id) AS version
+FROM (SELECT tenant_id, value_id, 1 + row_number() OVER (
+          PARTITION BY tenant_id, series_number, run_id, valid_from, valid_time_ends[1] ORDER BY version, change_time, value_id) AS version
       FROM values_table JOIN runs_table USING (tenant_id, run_id) WHERE version > 1 OR change_time > inserted_at) AS n
-WHERE (v.tenant_id, v.series_id, v.valid_from, v.value_id) = (n.tenant_id, n.series_id, n.valid_from, n.value_id) AND v.version <> n.version;
-CREATE UNIQUE INDEX IF NOT EXISTS corrections_by_version ON values_table (tenant_id, series_id, run_id, valid_from,
-    coalesce(valid_time_ends[1], 'infinity'), version) WHERE version > 1;
-UPDATE values_table c SET old_value = (
-    SELECT e.value FROM values_table v
-    CROSS JOIN LATERAL unnest(coalesce(v.valid_times, ARRAY[v.valid_from]), v.valid_time_ends, coalesce(v."values", ARRAY[v.value])) AS e (valid_time, valid_time_end, value)
-    WHERE v.tenant_id = c.tenant_id AND v.series_id = c.series_id AND v.run_id = c.run_id AND v.version < c.version
-      AND v.valid_from BETWEEN c.valid_from - interval '768 hours' AND c.valid_from AND coalesce(v.valid_to, v.valid_from) >= c.valid_from
-      AND e.valid_time = c.valid_from AND e.valid_time_end IS NOT DISTINCT FROM c.valid_time_ends[1]
-    ORDER BY v.version DESC LIMIT 1)
-WHERE c.version > 1;
+WHERE (v.tenant_id, v.value_id) = (n.tenant_id, n.value_id) AND v.version <> n.version;
+CREATE UNIQUE INDEX IF NOT EXISTS corrections_by_version ON values_table
+    (tenant_id, series_number, run_id, valid_from, coalesce(valid_time_ends[1], 'infinity'), version) WHERE version > 1;
 -- Not even the role that inserts may write into the past: a read as of a moment repeats. Citus takes no triggers.
 CREATE OR REPLACE FUNCTION refuse_past() RETURNS trigger LANGUAGE plpgsql AS $timedb$ BEGIN
     RAISE EXCEPTION 'a row of % must bear the time of the transaction that writes it, of at most 10 minutes', TG_TABLE_NAME;
 END $timedb$;
 DO $timedb$ DECLARE t text; BEGIN
     IF EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
-        RAISE WARNING 'with the extension citus there are no triggers that refuse rows written into the past';
-        RETURN; END IF;
+        RAISE WARNING 'with the extension citus there are no triggers that refuse rows written into the past'; RETURN; END IF;
     FOREACH t IN ARRAY '{runs_table, series_table, values_table, withdrawals_table}'::text[] LOOP
-        EXECUTE format($trigger$
-            CREATE OR REPLACE TRIGGER written_now BEFORE INSERT ON %I FOR EACH ROW
+        EXECUTE format($trigger$ CREATE OR REPLACE TRIGGER written_now BEFORE INSERT ON %I FOR EACH ROW
             WHEN (NEW.%I < transaction_timestamp() - interval '5 seconds' OR NEW.%2$I > clock_timestamp() + interval '5 seconds'
                   OR transaction_timestamp() < clock_timestamp() - interval '10 minutes')
-            EXECUTE FUNCTION refuse_past()
-            $trigger$, t, CASE WHEN t IN ('runs_table', 'series_table') THEN 'inserted_at' ELSE 'change_time' END);
+            EXECUTE FUNCTION refuse_past()$trigger$, t, CASE WHEN t IN ('runs_table', 'series_table') THEN 'inserted_at' ELSE 'change_time' END);
     END LOOP;
 END $timedb$;
-COMMENT ON TABLE runs_table IS 'timedb schema 4';
+COMMENT ON TABLE runs_table IS 'timedb schema 5';
 
 -- section: views
 CREATE OR REPLACE VIEW value_blocks AS  -- the rows of values_table, those of one value with arrays of one
-SELECT tenant_id, series_id, run_id, value_id, run_order, version, known_time, change_time, changed_by, annotation, tags,
-       valid_from, coalesce(valid_to, valid_from) AS valid_to, coalesce(valid_times, ARRAY[valid_from]) AS valid_times,
-       valid_time_ends, coalesce("values", ARRAY[value]) AS "values", old_value FROM values_table;
+SELECT tenant_id, s.series_id, v.run_id, v.value_id, v.run_order, v.version, v.known_time, v.change_time, v.changed_by, v.annotation, v.tags,
+       v.valid_from, v.valid_from AS valid_to, ARRAY[v.valid_from] AS valid_times, v.valid_time_ends, ARRAY[v.value] AS "values", v.old_value,
+       series_number
+FROM values_table v JOIN series_table s USING (tenant_id, series_number) WHERE v.valid_to IS NULL
+UNION ALL
+SELECT tenant_id, s.series_id, v.run_id, v.value_id, v.run_order, v.version, v.known_time, v.change_time, v.changed_by, v.annotation, v.tags,
+       v.valid_from, v.valid_to, v.valid_times, v.valid_time_ends, v."values", v.old_value, series_number
+FROM values_table v JOIN series_table s USING (tenant_id, series_number) WHERE v.valid_to IS NOT NULL;
 CREATE OR REPLACE VIEW current_values AS  -- what a flat read shows, one row per value, for SQL tools
 SELECT DISTINCT ON (v.tenant_id, v.series_id, e.valid_time, e.valid_time_end)
-       v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value,
-       v.annotation, v.tags, v.changed_by, v.change_time, v.run_id, v.version
+       v.tenant_id, v.series_id, s.series_key, s.unit, e.valid_time, e.valid_time_end, v.known_time, e.value, v.annotation, v.tags,
+       v.changed_by, v.change_time, v.run_id, v.version
 FROM value_blocks v JOIN series_table s USING (tenant_id, series_id)
 CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
 WHERE NOT EXISTS (SELECT FROM withdrawals_table w WHERE w.tenant_id = v.tenant_id AND w.run_id = v.run_id)
 ORDER BY v.tenant_id, v.series_id, e.valid_time, e.valid_time_end, v.known_time DESC, v.run_order DESC, v.version DESC;
+
+-- section: upgrade of columns
+ALTER TABLE values_table DROP COLUMN IF EXISTS series_id;
+UPDATE values_table c SET old_value = (
+    SELECT e.value FROM value_blocks v CROSS JOIN LATERAL unnest(v.valid_times, v.valid_time_ends, v."values") AS e (valid_time, valid_time_end, value)
+    WHERE v.tenant_id = c.tenant_id AND v.series_number = c.series_number AND v.run_id = c.run_id AND v.version < c.version
+      AND v.valid_from BETWEEN c.valid_from - interval '768 hours' AND c.valid_from AND v.valid_to >= c.valid_from
+      AND e.valid_time = c.valid_from AND e.valid_time_end IS NOT DISTINCT FROM c.valid_time_ends[1] ORDER BY v.version DESC LIMIT 1)
+WHERE c.version > 1 AND c.old_value IS NULL;
 
 -- section: app role
 GRANT USAGE ON SCHEMA :schema TO :app_role;

@@ -1799,7 +1799,7 @@ func TestRowsAreWrittenAsDocumented(t *testing.T) {
 	uploadOddSeries(t, s, key)
 	stored := func(column, where string) string {
 		return mustQuery(t, s.db, `SELECT `+column+` FROM values_table v
-			JOIN series_table s USING (tenant_id, series_id) WHERE `+where)
+			JOIN series_table s USING (tenant_id, series_number) WHERE `+where)
 	}
 	change := func(where string) string {
 		return stored(`to_char(change_time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')`, where)

@@ -851,7 +851,7 @@ const (
 	// idleTransactionTimeout frees the locks of a client that vanished within a transaction.
 	idleTransactionTimeout = time.Minute
 
-	schemaVersion = 4 // of the tables that this program knows; schema.sql writes it down
+	schemaVersion = 5 // of the tables that this program knows; schema.sql writes it down
 )
 
 // store is all of timedb's SQL. A method that touches tenant data takes the Caller first after ctx
@@ -1047,6 +1047,8 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	cfg.Runtime["jit"] = "off"
 	cfg.Runtime["max_parallel_workers_per_gather"] = "0"
 	cfg.Runtime["enable_seqscan"] = "off" // every key begins with the tenant
+	// Blocks come in order from each index, and are merged: sorting them would hold them all.
+	cfg.Runtime["enable_sort"] = "off"
 	cfg.Runtime["statement_timeout"] = milliseconds(timeout)
 	cfg.Runtime["idle_in_transaction_session_timeout"] = milliseconds(idleTransactionTimeout)
 	return cfg
@@ -2165,10 +2167,10 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 		ids := valueIDs[:len(series)]
 		valueIDs = valueIDs[len(series):]
 		stored, err := s.change(ctx, tx, `
-			INSERT INTO values_table (tenant_id, series_id, run_id, value_id, run_order, version,
-			       known_time, change_time, changed_by, valid_time_ends, valid_from, value,
+			INSERT INTO values_table (tenant_id, series_number, run_id, value_id, run_order,
+			       version, known_time, change_time, changed_by, valid_time_ends, valid_from, value,
 			       valid_to, valid_times, "values") OVERRIDING SYSTEM VALUE
-			SELECT r.tenant_id, s.series_id, r.run_id, b.value_id, r.run_order, 1, r.known_time,
+			SELECT r.tenant_id, s.series_number, r.run_id, b.value_id, r.run_order, 1, r.known_time,
 			       r.inserted_at, r.changed_by,
 			       CASE WHEN num_nonnulls(VARIADIC a.ends[b.first:b.last]) > 0
 			            THEN a.ends[b.first:b.last] END,
@@ -2183,7 +2185,7 @@ func (s *store) insertBlocks(ctx context.Context, c Caller, tx *sql.Tx, run uuid
 			     unnest($6::uuid[], $7::integer[], $8::integer[], $9::bigint[])
 			         AS b (series_id, first, last, value_id)
 			     CROSS JOIN LATERAL (
-				SELECT series_id FROM series_table
+				SELECT series_number FROM series_table
 				WHERE tenant_id = $1 AND series_id = b.series_id OFFSET 0) AS s
 			WHERE r.tenant_id = $1 AND r.run_id = $2`,
 			c.tenant, run, encodeTimes(points), encodeEnds(points), encodeValues(points),
@@ -2295,6 +2297,7 @@ func decodeArray(dst []uint64, wire []byte) ([]uint64, error) {
 type readQuery struct {
 	series               []seriesRef // these, and those that match; without either: all
 	match                []pattern   // of series_key
+	places               []corrected // instead of series: the times of these alone
 	start, end           timestamp   // start <= valid_time < end
 	startKnown, endKnown timestamp   // likewise known_time
 	asOf                 timestamp   // only versions written up to then
@@ -2459,17 +2462,37 @@ func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 	return nil
 }
 
-// What to read from are windows: of a series, from start up to end. A query of blocks is
-// selectBlocks, then what lists the windows in order, and byTime or byKnown.
+// What to read from are windows: of a series, from start up to end. A query of blocks, which
+// statement puts together, is selectBlocks, what lists the windows in order, and the rows that
+// overlap them: fromValues with conditions and an order, andBlocks with the same, and all in order.
 // $1 is the tenant; $2 and $3 are the window; the others are those of ofQuery.
 const (
+	// tenantBlocks are the tenant's rows of values_table, those of one value with arrays of one, as
+	// in the view value_blocks. Either half has an index of its own.
+	tenantBlocks = `(
+			SELECT series_number, run_id, run_order, version, known_time, change_time, changed_by,
+			       annotation, tags, valid_from, valid_from AS valid_to,
+			       ARRAY[valid_from] AS valid_times, valid_time_ends, ARRAY[value] AS "values",
+			       old_value
+			FROM values_table WHERE tenant_id = $1 AND valid_to IS NULL
+			UNION ALL
+			SELECT series_number, run_id, run_order, version, known_time, change_time, changed_by,
+			       annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values",
+			       old_value
+			FROM values_table WHERE tenant_id = $1 AND valid_to IS NOT NULL) AS v`
+
 	// ofQuery is what a block v must fulfil whatever its time: bounds of known_time, as_of and
-	// changed_since, a run that was not withdrawn, and runs, of which NULL is any.
-	ofQuery = `v.known_time >= $4 AND v.known_time < $5
-			  AND v.change_time <= $6 AND v.change_time > $7
-			  AND (SELECT d.change_time FROM withdrawals_table d
-			       WHERE d.tenant_id = $1 AND d.run_id = v.run_id AND d.change_time <= $6) IS NULL
-			  AND ($8::uuid[] IS NULL OR v.run_id = ANY ($8))`
+	// changed_since, and runs, of which NULL is any.
+	ofQuery = `
+				  AND v.known_time >= $4 AND v.known_time < $5
+				  AND v.change_time <= $6 AND v.change_time > $7
+				  AND ($8::uuid[] IS NULL OR v.run_id = ANY ($8))`
+
+	// notWithdrawn is what its run must be. That is looked up for each block: NOT EXISTS might read
+	// all withdrawals first.
+	notWithdrawn = `(
+			SELECT d.change_time FROM withdrawals_table d
+			WHERE d.tenant_id = $1 AND d.run_id = v.run_id AND d.change_time <= $6) IS NULL`
 
 	// What it must fulfil as well. To look runs up costs a little even where nobody asks for it.
 	anyWorkflow = ` AND $9::text[] IS NULL`
@@ -2480,24 +2503,31 @@ const (
 
 	// windowsOfAll has one window of each series of the tenant.
 	windowsOfAll = `
-		SELECT series_id, series_key, unit, '' AS wanted_id, '' AS wanted_key,
+		SELECT series_number, series_id, series_key, unit, '' AS wanted_id, '' AS wanted_key,
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
 		FROM series_table WHERE tenant_id = $1 AND inserted_at <= $6
 		ORDER BY series_key COLLATE "C"`
 
-	// windowsOfKey has the window of the series of key $10, or none for it, with the name: what
-	// windowsOfNamed would have, for the request that is made most.
-	windowsOfKey = `
-		SELECT s.series_id, s.series_key, s.unit, '' AS wanted_id, $10::text AS wanted_key,
+	// windowOfKey and windowOfID have the window of one series, by its key or id $4, if there is
+	// one. notWithdrawnNow is notWithdrawn as of now. They are for reads that ask for nothing else,
+	// which most do: what nobody asks for takes time too.
+	windowOfKey = windowOfOne + `s.series_key = $4`
+	windowOfID  = windowOfOne + `s.series_id = $4`
+	windowOfOne = `
+		SELECT s.series_number, s.series_id, s.series_key, s.unit,
+		       '' AS wanted_id, '' AS wanted_key,
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
-		FROM (SELECT) AS one LEFT JOIN series_table s
-		ON s.tenant_id = $1 AND s.series_key = $10 AND s.inserted_at <= $6`
+		FROM series_table s WHERE s.tenant_id = $1 AND `
+	notWithdrawnNow = `(
+			SELECT d.change_time FROM withdrawals_table d
+			WHERE d.tenant_id = $1 AND d.run_id = v.run_id) IS NULL`
 
 	// windowsOfNamed has one window of each series that $10, JSON, names by id or key. What there
 	// is not comes first, with the name and no series.
 	windowsOfNamed = `
 		SELECT DISTINCT ON (s.series_key COLLATE "C")
-		       s.series_id, s.series_key, s.unit, ref.id AS wanted_id, ref.key AS wanted_key,
+		       s.series_number, s.series_id, s.series_key, s.unit, ref.id AS wanted_id,
+		       ref.key AS wanted_key,
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
 		FROM json_to_recordset($10) AS ref (id text, key text, given text)
 		LEFT JOIN LATERAL ` + seriesOfRef + ` ON s.inserted_at <= $6
@@ -2508,7 +2538,7 @@ const (
 	windowsOfMatched = `
 		SELECT DISTINCT ON (series_key COLLATE "C") *
 		FROM (
-			SELECT series_id, series_key, unit, '' AS wanted_id, '' AS wanted_key,
+			SELECT series_number, series_id, series_key, unit, '' AS wanted_id, '' AS wanted_key,
 			       $2::timestamptz AS window_start, $3::timestamptz AS window_end
 			FROM series_table
 			WHERE tenant_id = $1 AND inserted_at <= $6 AND series_key LIKE ANY ($11::text[])
@@ -2520,8 +2550,8 @@ const (
 	// window for each 32 days in which there are some. OFFSET 0 has each series looked up by its
 	// id, whatever PostgreSQL believes about how many there are.
 	windowsOfPlaces = `
-		SELECT s.series_id, s.series_key, s.unit, '' AS wanted_id, '' AS wanted_key,
-		       p.window_start, p.window_end
+		SELECT s.series_number, s.series_id, s.series_key, s.unit, '' AS wanted_id,
+		       '' AS wanted_key, p.window_start, p.window_end
 		FROM (
 			SELECT series_id, min(valid_time) AS window_start,
 			       max(valid_time) + interval '1 microsecond' AS window_end
@@ -2535,27 +2565,34 @@ const (
 		ORDER BY s.series_key COLLATE "C", p.window_start`
 
 	// latestStart to latestClose stand around windows of which only the last value that is not NULL
-	// is asked for, with anyWorkflow or ofWorkflows after the first two. They let a window begin at
-	// one of its last ten blocks, if all that there is of that block's first time comes without
-	// NULL: so that time has a value. OFFSET 0 has blocks looked up by their time, and keeps
-	// PostgreSQL from doing all this again for each block read.
+	// is asked for, with the conditions after the first three. They let a window begin at one of
+	// its last ten blocks, if all that there is of that block's first time comes without NULL: so
+	// that time has a value. OFFSET 0 has blocks looked up by their time, and keeps PostgreSQL from
+	// doing all this again for each block read.
 	latestStart = `
-		SELECT w.series_id, w.series_key, w.unit, w.wanted_id, w.wanted_key, coalesce((
+		SELECT w.series_number, w.series_id, w.series_key, w.unit, w.wanted_id, w.wanted_key,
+		       coalesce((
 			SELECT last.valid_from
 			FROM (
-				SELECT DISTINCT v.valid_from FROM values_table v
-				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
-				  AND v.valid_from >= w.window_start AND v.valid_from < w.window_end
-				  AND ` + ofQuery
-	latestCheck = `
-				ORDER BY v.valid_from DESC LIMIT 10
+				SELECT DISTINCT valid_from
+				FROM (` + startsInWindow + ` AND v.valid_to IS NULL`
+	latestOr = ` ORDER BY valid_from DESC)
+				UNION ALL ` + startsInWindow + ` AND v.valid_to IS NOT NULL`
+	startsInWindow = `(
+					SELECT valid_from FROM values_table v
+					WHERE v.tenant_id = $1 AND v.series_number = w.series_number
+					  AND v.valid_from >= w.window_start AND v.valid_from < w.window_end
+					  AND ` + notWithdrawn
+	latestCheck = ` ORDER BY valid_from DESC)) AS v
+				ORDER BY valid_from DESC LIMIT 10
 			) AS last
 			WHERE NOT EXISTS (
-				SELECT FROM value_blocks v
-				WHERE v.tenant_id = $1 AND v.series_id = w.series_id
+				SELECT FROM ` + tenantBlocks + `
+				WHERE v.series_number = w.series_number
 				  AND v.valid_from >= last.valid_from - interval '768 hours'
 				  AND v.valid_from <= last.valid_from AND v.valid_to >= last.valid_from
-				  AND num_nulls(VARIADIC v."values") > 0 AND ` + ofQuery
+				  AND num_nulls(VARIADIC v."values") > 0
+				  AND ` + notWithdrawn
 	latestEnd = `
 				OFFSET 0)
 			ORDER BY last.valid_from DESC LIMIT 1), w.window_start) AS window_start, w.window_end
@@ -2564,76 +2601,117 @@ const (
 
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
-	// into them: OFFSET 0 keeps PostgreSQL from unpacking them for each. A block spans 768 hours
-	// at most, so both bounds on valid_from make a range of the primary key. Whether its run
-	// is withdrawn is looked up for each block: NOT EXISTS might read all withdrawals first.
+	// into them: OFFSET 0 keeps PostgreSQL from unpacking them for each. Rows of one value and
+	// blocks come from an index each, in order, and are merged. A block spans 768 hours at most, so
+	// both bounds on valid_from make a range of its index.
 	selectBlocks = `
 	SELECT w.wanted_id, w.wanted_key, coalesce(w.series_id::text, ''), coalesce(w.series_key, ''),
 	       coalesce(w.unit, ''), coalesce(b.run_id::text, ''), coalesce(b.run_order, 0),
 	       coalesce(b.version, 0), b.changed_by, b.annotation, b.tags,
 	       array_send(ARRAY[b.known_time, b.change_time, greatest(b.valid_from, w.window_start)]),
 	       array_send(b.times[b.lo:b.hi]), array_send(b.valid_time_ends[b.lo:b.hi]),
-	       array_send(b."values"[b.lo:b.hi])
+	       array_send(b.numbers[b.lo:b.hi])
 	FROM (`
-	fromBlocks = `) AS w
+	fromValues = `) AS w
 	LEFT JOIN LATERAL (
 		SELECT *, width_bucket(w.window_start - interval '1 microsecond', times) + 1 AS lo,
 		       width_bucket(w.window_end - interval '1 microsecond', times) AS hi
-		FROM (SELECT *, valid_times || '{}' AS times FROM (
-			SELECT * FROM value_blocks v
-			WHERE v.tenant_id = $1 AND v.series_id = w.series_id AND v.valid_to >= w.window_start
-			  AND v.valid_from >= w.window_start - interval '768 hours'
-			  AND v.valid_from < w.window_end
-			  AND ` + ofQuery
-	byTime    = ` ORDER BY v.valid_from`
-	byKnown   = ` ORDER BY v.known_time, v.valid_from`
-	endBlocks = `) AS v OFFSET 0) AS v OFFSET 0) AS b ON true
-	WHERE b.version IS NOT NULL OR w.series_id IS NULL`
+		FROM (
+			SELECT *, coalesce(valid_times, ARRAY[valid_from]) || '{}' AS times,
+			       coalesce("values", ARRAY[value]) AS numbers
+			FROM (` + rowsOfWindow + `
+				  AND v.valid_to IS NULL AND v.valid_from >= w.window_start`
+	andBlocks = `) UNION ALL ` + rowsOfWindow + `
+				  AND v.valid_to >= w.window_start
+				  AND v.valid_from >= w.window_start - interval '768 hours'`
+	rowsOfWindow = `(
+				SELECT run_id, run_order, version, changed_by, annotation, tags, known_time,
+				       change_time, valid_from, value, valid_times, valid_time_ends, "values"
+				FROM values_table v
+				WHERE v.tenant_id = $1 AND v.series_number = w.series_number
+				  AND v.valid_from < w.window_end`
+	allRows   = `)`
+	byTime    = ` ORDER BY valid_from`
+	byKnown   = ` ORDER BY known_time, valid_from`
+	shown     = `) AS v WHERE ` + notWithdrawn + endBlocks + orUnknown
+	shownNow  = `) AS v WHERE ` + notWithdrawnNow + endBlocks
+	endBlocks = ` OFFSET 0) AS v OFFSET 0) AS b ON true`
 
-	selectPlaces = selectBlocks + windowsOfPlaces + fromBlocks + anyWorkflow + byTime + endBlocks
+	// orUnknown leaves out a window without blocks, unless it has no series.
+	orUnknown = ` WHERE b.version IS NOT NULL OR w.series_id IS NULL`
 )
 
-// isOfOneKey tells whether q asks for one series, by a key that was given as it is kept.
-func (q *readQuery) isOfOneKey() bool {
-	return len(q.series) == 1 && len(q.match) == 0 && q.series[0].ID == "" &&
-		q.series[0].Given == ""
+// isOfOne tells whether q asks for one series, by its id or by a key that was given as it is kept,
+// and for nothing else that a block must fulfil.
+func (q *readQuery) isOfOne() bool {
+	filters := len(q.match) + len(q.places) + len(q.runs) + len(q.workflows)
+	if len(q.series) != 1 || filters > 0 || q.latest {
+		return false
+	}
+	ref := q.series[0]
+	isNamedOnce := ref.Given == "" && (ref.ID == "" || ref.Key == "")
+	return isNamedOnce && q.startKnown == firstTime && q.endKnown == lastTime &&
+		q.asOf == lastTime && q.changedSince == firstTime
 }
 
-// args are the arguments of ofQuery, with those of any window.
+// statement is the SQL that reads the blocks which q is about. It consists of constants alone.
+func (q *readQuery) statement() string {
+	order := byTime
+	if q.overlapping {
+		order = byKnown
+	}
+	windows := windowsOfAll
+	if q.isOfOne() {
+		windows = windowOfKey
+		if q.series[0].ID != "" {
+			windows = windowOfID
+		}
+		return selectBlocks + windows + fromValues + order + andBlocks + order + allRows + order +
+			shownNow
+	}
+	switch {
+	case len(q.places) > 0:
+		windows = windowsOfPlaces
+	case len(q.match) > 0:
+		windows = windowsOfMatched
+	case len(q.series) > 0:
+		windows = windowsOfNamed
+	}
+	conditions := ofQuery + anyWorkflow
+	if len(q.workflows) > 0 {
+		conditions = ofQuery + ofWorkflows
+	}
+	if q.latest && q.lead < 0 && q.daysAhead < 0 { // SQL knows nothing of these
+		windows = latestStart + conditions + latestOr + conditions + latestCheck + conditions +
+			latestEnd + windows + latestClose
+	}
+	rows := conditions + order
+	return selectBlocks + windows + fromValues + rows + andBlocks + rows + allRows + order + shown
+}
+
+// args are the arguments of statement.
 func (q *readQuery) args(c Caller) []any {
-	return []any{
+	if q.isOfOne() {
+		name := cmp.Or(string(q.series[0].Key), string(q.series[0].ID))
+		return []any{c.tenant, q.start, q.end, name}
+	}
+	args := []any{
 		c.tenant,
 		q.start, q.end,
 		q.startKnown, q.endKnown,
 		q.asOf, q.changedSince,
 		pq.Array(q.runs), pq.Array(q.workflows),
 	}
-}
-
-// statement is the SQL that reads the blocks which q is about. It consists of constants alone.
-func (q *readQuery) statement() string {
-	windows := windowsOfAll
 	switch {
-	case len(q.match) > 0:
-		windows = windowsOfMatched
-	case q.isOfOneKey():
-		windows = windowsOfKey
-	case len(q.series) > 0:
-		windows = windowsOfNamed
+	case len(q.places) > 0:
+		args = append(args, asJSON(q.places))
+	case len(q.series)+len(q.match) > 0:
+		args = append(args, asJSON(append([]seriesRef{}, q.series...))) // nil would be null
 	}
-	workflows := anyWorkflow
-	if len(q.workflows) > 0 {
-		workflows = ofWorkflows
+	if len(q.match) > 0 {
+		args = append(args, pq.Array(q.match))
 	}
-	if q.latest && q.lead < 0 && q.daysAhead < 0 { // SQL knows nothing of these
-		windows = latestStart + workflows + latestCheck + workflows + latestEnd +
-			windows + latestClose
-	}
-	order := byTime
-	if q.overlapping {
-		order = byKnown
-	}
-	return selectBlocks + windows + fromBlocks + workflows + order + endBlocks
+	return args
 }
 
 // Read calls emit for each value that q asks for, ordered by series_key, then valid_time
@@ -2649,16 +2727,6 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 	defer leave()
 	if err := s.checkRuns(ctx, c, q); err != nil {
 		return err
-	}
-	args := q.args(c)
-	switch {
-	case q.isOfOneKey():
-		args = append(args, string(q.series[0].Key))
-	case len(q.series)+len(q.match) > 0:
-		args = append(args, asJSON(append([]seriesRef{}, q.series...))) // nil would be null
-	}
-	if len(q.match) > 0 {
-		args = append(args, pq.Array(q.match))
 	}
 	read := blockReader{
 		merger:  merger{everyRun: q.overlapping, keepAll: q.allVersions},
@@ -2681,7 +2749,10 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		read.emit = l.add
 		finish = l.finish
 	}
-	err = s.readBlocks(ctx, nil, q.statement(), args, &read)
+	err = s.readBlocks(ctx, nil, q.statement(), q.args(c), &read)
+	if err == nil && q.isOfOne() && read.last.of.ID == "" {
+		read.unknown = q.series[0]
+	}
 	switch {
 	case read.unknown != seriesRef{} && q.asOf == lastTime:
 		return s.suggestSeries(ctx, c, nil, read.unknown)
@@ -3059,13 +3130,16 @@ type corrected struct {
 // changed.
 func (s *store) Correct(ctx context.Context, c Caller, corrections []correction, memory *claim) (
 	updated, unchanged []corrected, err error) {
+	updated = []corrected{} // not nil, which JSON shows as null
+	unchanged = []corrected{}
+	if len(corrections) == 0 {
+		return updated, unchanged, nil
+	}
 	ctx, leave, err := s.enter(ctx, c)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer leave()
-	updated = []corrected{} // not nil, which JSON shows as null
-	unchanged = []corrected{}
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
 		stored, err := s.findTargets(ctx, c, tx, corrections)
 		if err != nil {
@@ -3209,8 +3283,8 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		}
 		return memory.reach(ctx, read.heldBefore+read.bytes+kept*versionCopies)
 	}
-	args := append(anyValue.args(c), asJSON(stored))
-	err = s.readBlocks(ctx, tx, selectPlaces, args, &read)
+	q := readOf(stored)
+	err = s.readBlocks(ctx, tx, q.statement(), q.args(c), &read)
 	for i, v := range from {
 		if v != nil {
 			stored[i].Run = v.RunID
@@ -3220,6 +3294,25 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		}
 	}
 	return intervals, err
+}
+
+// readOf asks for what there is at the times of what is corrected, which for one series is a plain
+// read of a window.
+func readOf(stored []corrected) readQuery {
+	q := anyValue
+	q.start = lastTime
+	q.end = firstTime
+	for _, v := range stored {
+		q.start = min(q.start, v.Time)
+		q.end = max(q.end, v.Time+1)
+		if v.Series != stored[0].Series || q.end-q.start > maxBlockSpan {
+			q = anyValue
+			q.places = stored
+			return q
+		}
+		q.series = []seriesRef{{ID: uuid(v.Series)}}
+	}
+	return q
 }
 
 // gainValues finds a run for each value that is not stored yet, and so gains it by its correction.
@@ -3349,10 +3442,10 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx, versi
 		tags = append(tags, asJSON(v.tags))
 	}
 	stored, err := s.change(ctx, tx, `
-		INSERT INTO values_table (tenant_id, series_id, run_id, value_id, run_order, version,
+		INSERT INTO values_table (tenant_id, series_number, run_id, value_id, run_order, version,
 		       known_time, change_time, changed_by, annotation, tags, valid_from,
 		       valid_time_ends, value, old_value) OVERRIDING SYSTEM VALUE
-		SELECT r.tenant_id, s.series_id, r.run_id, n.value_id, r.run_order, n.version,
+		SELECT r.tenant_id, s.series_number, r.run_id, n.value_id, r.run_order, n.version,
 		       r.known_time, $10::timestamptz, nullif($2, ''), n.annotation,
 		       CASE WHEN json_typeof(n.tags) = 'array'
 		            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
@@ -3367,7 +3460,7 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx, versi
 		CROSS JOIN LATERAL (
 			SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
 		CROSS JOIN LATERAL (
-			SELECT series_id FROM series_table
+			SELECT series_number FROM series_table
 			WHERE tenant_id = $1 AND series_id = n.series_id OFFSET 0) AS s`,
 		c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
 		encodeValues(points), pq.Array(annotations), pq.Array(tags), encodeValues(before), now)
@@ -3418,7 +3511,8 @@ func (l loss) String() string {
 
 // What is erased of the tenant $1 is the runs $2, those known before $3, and the series $4, with
 // their values; or, if $5 is true, everything. Both statements return the first name that there is
-// not, and how much there is. A run's values lie apart, so all rows of the tenant are looked at.
+// not, and how much there is. A run's values lie apart, so all rows of the tenant are looked at,
+// by way of its series.
 const (
 	chosen = `
 		WITH chosen_runs AS (
@@ -3426,7 +3520,7 @@ const (
 			WHERE tenant_id = $1 AND ($5 OR known_time < coalesce($3::timestamptz, '-infinity')
 			                          OR run_id IN (SELECT unnest($2::uuid[])))
 		), chosen_series AS (
-			SELECT series_id, series_key FROM series_table
+			SELECT series_number, series_key FROM series_table
 			WHERE tenant_id = $1 AND ($5 OR series_key IN (SELECT unnest($4::text[])))
 		), missing AS (
 			SELECT 'run ' || run_id AS name FROM unnest($2::uuid[]) AS run_id
@@ -3435,18 +3529,23 @@ const (
 			SELECT 'series ' || key FROM unnest($4::text[]) AS key
 			WHERE key NOT IN (SELECT series_key FROM chosen_series)
 		)`
+	chosenValues = `
+		series_number IN (SELECT series_number FROM series_table WHERE tenant_id = $1)
+		AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)
+		        OR series_number IN (SELECT series_number FROM chosen_series))`
 	countChosen = chosen + `
 		SELECT coalesce((SELECT name FROM missing LIMIT 1), ''),
 		       (SELECT count(*) FROM chosen_runs),
-		       (SELECT coalesce(sum(cardinality("values")), 0) FROM value_blocks
-		        WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)
-		                                  OR series_id IN (SELECT series_id FROM chosen_series))),
+		       (SELECT coalesce(sum(cardinality("values")), 0) FROM ` + tenantBlocks + `
+		        WHERE` + chosenValues + `),
 		       (SELECT count(*) FROM chosen_series)`
 	eraseChosen = chosen + `, gone_values AS (
 			DELETE FROM values_table
-			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)
-			                          OR series_id IN (SELECT series_id FROM chosen_series))
-			RETURNING coalesce(cardinality("values"), 1) AS n
+			WHERE tenant_id = $1 AND valid_to IS NULL AND` + chosenValues + ` RETURNING 1
+		), gone_blocks AS (
+			DELETE FROM values_table
+			WHERE tenant_id = $1 AND valid_to IS NOT NULL AND` + chosenValues + `
+			RETURNING cardinality("values") AS n
 		), gone_withdrawals AS (
 			DELETE FROM withdrawals_table
 			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs))
@@ -3455,11 +3554,13 @@ const (
 			WHERE tenant_id = $1 AND ($5 OR run_id IN (SELECT run_id FROM chosen_runs)) RETURNING 1
 		), gone_series AS (
 			DELETE FROM series_table
-			WHERE tenant_id = $1 AND ($5 OR series_id IN (SELECT series_id FROM chosen_series))
-			RETURNING 1
+			WHERE tenant_id = $1
+			  AND series_number IN (SELECT series_number FROM chosen_series) RETURNING 1
 		)
 		SELECT coalesce((SELECT name FROM missing LIMIT 1), ''), (SELECT count(*) FROM gone_runs),
-		       (SELECT coalesce(sum(n), 0) FROM gone_values), (SELECT count(*) FROM gone_series)`
+		       (SELECT count(*) FROM gone_values) + (
+		           SELECT coalesce(sum(n), 0) FROM gone_blocks),
+		       (SELECT count(*) FROM gone_series)`
 )
 
 // lose runs query, which counts or erases what was chosen, and returns how much that is.
@@ -3592,18 +3693,18 @@ type correctionsQuery struct {
 // which is none; but PostgreSQL plans before it knows, for the first rows, and so walks the index
 // instead of sorting all there is.
 const selectCorrections = `
-	SELECT '', '', v.series_id, s.series_key, s.unit, v.run_id, v.run_order, v.version,
+	SELECT '', '', s.series_id, s.series_key, s.unit, v.run_id, v.run_order, v.version,
 	       v.changed_by, v.annotation, v.tags,
 	       array_send(ARRAY[v.known_time, v.change_time, v.valid_from]),
-	       array_send(v.valid_times || v.valid_times),
+	       array_send(ARRAY[v.valid_from, v.valid_from]),
 	       array_send(v.valid_time_ends || v.valid_time_ends),
-	       array_send(v."values" || v.old_value)
-	FROM value_blocks v CROSS JOIN LATERAL (
-		SELECT series_key, unit FROM series_table
-		WHERE tenant_id = $1 AND series_id = v.series_id OFFSET 0) AS s
+	       array_send(coalesce(v."values", ARRAY[v.value]) || v.old_value)
+	FROM values_table v CROSS JOIN LATERAL (
+		SELECT series_id, series_key, unit FROM series_table
+		WHERE tenant_id = $1 AND series_number = v.series_number OFFSET 0) AS s
 	WHERE v.tenant_id = $1 AND v.version > 1 AND v.change_time >= $2 AND v.change_time < $3
 	  AND v.valid_from >= $4 AND v.valid_from < $5
-	  AND ($6 OR s.series_key LIKE ANY ($7::text[]) OR v.series_id IN (
+	  AND ($6 OR s.series_key LIKE ANY ($7::text[]) OR s.series_id IN (
 	           SELECT "ID" FROM json_to_recordset($8) AS named ("ID" uuid)))
 	  AND ($9 = '' OR lower(v.changed_by) = lower($9)) AND ($10 = '' OR $10 = ANY (v.tags))
 	ORDER BY v.change_time DESC LIMIT $11`
@@ -3680,7 +3781,7 @@ const (
 		       replace(iso_time(max(v.valid_to)), '.000000', '') AS last_valid_time,
 		       coalesce(sum(cardinality(v.valid_times)), 0) AS "values",
 		       iso_time(max(v.change_time)) AS last_change_time
-		FROM value_blocks v WHERE v.tenant_id = $1 AND v.series_id = s.series_id` + listSeriesEnd
+		FROM ` + tenantBlocks + ` WHERE v.series_number = s.series_number` + listSeriesEnd
 )
 
 // runsQuery says which runs to list.
@@ -3744,8 +3845,10 @@ const (
 	// OFFSET 0 has the series' blocks read once, and then each run looked up by its id.
 	listRunsOfSeries = listRunsStart + `(
 				SELECT r.* FROM (
-					SELECT DISTINCT ON (run_id) run_id FROM values_table
-					WHERE tenant_id = $1 AND series_id = $6
+					SELECT DISTINCT ON (run_id) run_id FROM ` + tenantBlocks + `
+					WHERE series_number = (
+					          SELECT series_number FROM series_table
+					          WHERE tenant_id = $1 AND series_id = $6)
 					  AND known_time >= $3 AND known_time < $4 ORDER BY run_id OFFSET 0) AS b
 				CROSS JOIN LATERAL (
 					SELECT * FROM runs_table

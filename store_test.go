@@ -375,9 +375,9 @@ func TestRowOfOneValueOrOfManyIsOneOrTheOther(t *testing.T) {
 	t.Parallel()
 	s, key := mustTenant(t)
 	s.must(t, 200, "POST", "/upload", key, oneValue)
-	const insert = `INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
+	const insert = `INSERT INTO values_table (tenant_id, series_number, run_id, run_order, version, known_time, change_time,
 			valid_from, value, valid_to, valid_times, "values", valid_time_ends)
-		SELECT tenant_id, series_id, run_id, run_order, %d, known_time, now(), '2025-01-01Z', %s FROM values_table LIMIT 1`
+		SELECT tenant_id, series_number, run_id, run_order, %d, known_time, now(), '2025-01-01Z', %s FROM values_table LIMIT 1`
 	for i, c := range []struct {
 		name, columns string // value, valid_to, valid_times, "values", valid_time_ends
 		isRow         bool
@@ -1177,23 +1177,57 @@ func TestLatestDoesNotReadTheHistory(t *testing.T) {
 		}
 	}
 	mustExec(t, mustOpen(t, dsn), "VACUUM ANALYZE")
-	// cost is how many rows of values_table a read gets, and how many of PostgreSQL's blocks it touches for that.
-	cost := func(change func(*readQuery)) (rows, blocks int) {
-		t.Helper()
-		for range 2 { // the second time nothing is new to the connection
-			s.taken()
-			if err := readWith(change)(s, c, 0); err != nil {
-				t.Fatal(err)
-			}
-		}
-		root := s.taken()[0].Root
-		return root.Rows, root.Hit + root.Read
-	}
-	rowsOfHours, blocksOfHours := cost(func(q *readQuery) { q.start, q.end = hour1(runs-1), lastTime })
-	rows, blocks := cost(func(q *readQuery) { q.start, q.end, q.latest = firstTime, lastTime, true })
+	rowsOfHours, blocksOfHours := s.cost(t, c, func(q *readQuery) { q.start, q.end = hour1(runs-1), lastTime })
+	rows, blocks := s.cost(t, c, func(q *readQuery) { q.start, q.end, q.latest = firstTime, lastTime, true })
 	if rows != rowsOfHours || blocks > 4*blocksOfHours {
 		t.Errorf("the latest value takes %d rows and %d blocks, the last hours %d and %d",
 			rows, blocks, rowsOfHours, blocksOfHours)
+	}
+}
+
+// A window of single values costs what lies in it, and not what lies in the 768 hours before.
+func TestWindowOfSingleValuesReadsNoOthers(t *testing.T) {
+	t.Parallel()
+	dsn := mustDatabase(t)
+	mustCreateTables(t, dsn)
+	s := mustPlannedStore(t, dsn)
+	c := Caller{tenant: tenantA}
+	const uploads = 300
+	for i := range uploads { // of one value each hour, of many series, so that those of one lie apart
+		u := &upload{workflowID: "w", start: hour1(i), digest: make([]byte, 32), createSeries: true,
+			series: map[seriesRef]*seriesRows{}}
+		for n := range 40 {
+			u.series[seriesRef{Key: label(fmt.Sprintf("s%d", n))}] =
+				&seriesRows{points: []point{{time: hour1(i), value: 1}}, numbers: []int32{0}}
+		}
+		if _, err := s.Upload(context.Background(), c, u); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustExec(t, mustOpen(t, dsn), "VACUUM ANALYZE")
+	for _, kind := range []struct {
+		name   string
+		change func(*readQuery)
+	}{
+		{"by key", func(q *readQuery) { q.series = []seriesRef{{Key: "s3"}} }},
+		{"that match", func(q *readQuery) { q.match = []pattern{"s3"} }},
+		{"as of a moment", func(q *readQuery) { q.series, q.asOf = []seriesRef{{Key: "s3"}}, timestampOf(time.Now()) }},
+		{"overlapping", func(q *readQuery) { q.series, q.overlapping = []seriesRef{{Key: "s3"}}, true }},
+	} {
+		t.Run(kind.name, func(t *testing.T) {
+			window := func(from int) (rows, blocks int) {
+				return s.cost(t, c, func(q *readQuery) {
+					kind.change(q)
+					q.start, q.end = hour1(from), hour1(from+3)
+				})
+			}
+			rowsAtFirst, blocksAtFirst := window(0)
+			rows, blocks := window(uploads - 3)
+			if rows != 3 || rowsAtFirst != 3 || blocks > 2*blocksAtFirst {
+				t.Errorf("the first window takes %d rows and %d blocks, the last %d and %d",
+					rowsAtFirst, blocksAtFirst, rows, blocks)
+			}
+		})
 	}
 }
 
@@ -1205,7 +1239,7 @@ func TestListOfSeriesIsFilteredAndTellsWhatIsStored(t *testing.T) {
 	s.must(t, 200, "POST", "/upload", key, runWith("", seriesRow("wind", "2025-01-01T00:00:00.5Z", "1")))
 	change := func(name string) string {
 		return mustQuery(t, s.db, `SELECT to_char(max(change_time) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"')
-			FROM values_table WHERE series_id = $1`, series[name])
+			FROM value_blocks WHERE series_id = $1`, series[name])
 	}
 	const listed = `"description":null,"unit":"dimensionless"`
 	stats := func(name, first, last, values string) string {
@@ -2531,6 +2565,19 @@ func mustPlannedStore(t *testing.T, dsn string) *plannedStore {
 	return s
 }
 
+// cost is how many rows of values_table a read gets, and how many of PostgreSQL's blocks it touches for that.
+func (s *plannedStore) cost(t *testing.T, c Caller, change func(*readQuery)) (rows, blocks int) {
+	t.Helper()
+	for range 2 { // the second time nothing is new to the connection
+		s.taken()
+		if err := readWith(change)(s, c, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root := s.taken()[0].Root
+	return root.Rows, root.Hit + root.Read
+}
+
 // taken returns the plans since it was called last.
 func (s *plannedStore) taken() []plan {
 	s.mu.Lock()
@@ -2715,9 +2762,9 @@ func mustFillTenant(t *testing.T, db *sql.DB, tenant string) {
 		       rows_inserted, request_digest)
 		SELECT $1, gen_random_uuid(), 'w', '2025-01-01', '2025-01-01', 1, sha256('')
 		FROM generate_series(1, 100000)`,
-		`INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time,
+		`INSERT INTO values_table (tenant_id, series_number, run_id, run_order, version, known_time,
 		       change_time, valid_from, value)
-		SELECT $1, s.series_id, r.run_id, r.run_order, 1, r.known_time, r.inserted_at,
+		SELECT $1, s.series_number, r.run_id, r.run_order, 1, r.known_time, r.inserted_at,
 		       '2025-01-01', 1
 		FROM series_table s, (SELECT * FROM runs_table WHERE tenant_id = $1 LIMIT 1) AS r
 		WHERE s.tenant_id = $1 AND s.series_key LIKE 'many %'`,
@@ -3364,9 +3411,9 @@ func TestTwoCorrectionsNeverHaveOneVersion(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer other.Rollback()
-	_, err = other.Exec(`INSERT INTO values_table (tenant_id, series_id, run_id, run_order, version, known_time, change_time,
+	_, err = other.Exec(`INSERT INTO values_table (tenant_id, series_number, run_id, run_order, version, known_time, change_time,
 			valid_from, valid_to, valid_times, valid_time_ends, "values")
-		SELECT tenant_id, series_id, run_id, run_order, 2, known_time, clock_timestamp(), valid_from, valid_to, valid_times,
+		SELECT tenant_id, series_number, run_id, run_order, 2, known_time, clock_timestamp(), valid_from, valid_to, valid_times,
 			valid_time_ends, "values" FROM values_table`)
 	if err != nil {
 		t.Fatal(err)
@@ -3796,7 +3843,7 @@ const ofTenantA = `SELECT concat_ws(' ',
 // orphans counts rows of values without their run or their series.
 const orphans = `SELECT count(*) FROM values_table v
 	WHERE NOT EXISTS (SELECT FROM runs_table r WHERE r.tenant_id = v.tenant_id AND r.run_id = v.run_id)
-	   OR NOT EXISTS (SELECT FROM series_table s WHERE s.tenant_id = v.tenant_id AND s.series_id = v.series_id)`
+	   OR NOT EXISTS (SELECT FROM series_table s WHERE s.tenant_id = v.tenant_id AND s.series_number = v.series_number)`
 
 func TestErasureTakesWhatItNamesAndNothingElse(t *testing.T) { // S39
 	t.Parallel()
@@ -4253,7 +4300,7 @@ func TestSQLRoleOfATenantSeesItsTenantAndNothingElse(t *testing.T) {
 		{"insert a run", `INSERT INTO public.runs_table (tenant_id) VALUES (NULL)`},
 		{"activate a user", `UPDATE public.users_table SET is_active = true`},
 		{"insert a series through the view", `INSERT INTO series_table (series_key) VALUES ('x')`},
-		{"change values through the view", `UPDATE value_blocks SET annotation = 'x'`},
+		{"change withdrawals through the view", `UPDATE withdrawals_table SET annotation = 'x'`},
 		{"delete series through the view", `DELETE FROM series_table`},
 		{"truncate values_table", `TRUNCATE public.values_table`},
 		{"drop its view", `DROP VIEW north.current_values`},
