@@ -671,6 +671,7 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	s, key := mustTenant(t)
 	s.must(t, 200, "POST", "/upload", key, runWith(`"run_params":{"model":"a"},`, at("2025-01-01", "1")))
 	s.must(t, 200, "POST", "/upload", key, runWith(`"run_id":"`+nobody+`","run_params":{"n":1e99999},`))
+	s.must(t, 200, "POST", "/upload", key, runWith("", seriesRow("wind", "2025-01-01", "1"), seriesRow("wind", "2025-01-02", "null")))
 	// A value that is corrected twice, and one that its run gains.
 	run := mustQuery(t, s.db, `SELECT run_id FROM runs_table WHERE rows_inserted = 1`)
 	for _, value := range []string{"2", "null"} {
@@ -681,14 +682,7 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	mustExec(t, s.db, `UPDATE values_table SET version = 2 WHERE valid_from = '2025-02-01'`)
 	before := s.must(t, 200, "GET", "/values?all_versions=true", key, "")
 	s.stop()
-	// Version 4 had the id of a series in each row of values, and in its key.
-	mustExec(t, s.db, `ALTER TABLE values_table ADD series_id uuid;
-		UPDATE values_table v SET series_id = s.series_id FROM series_table s
-		WHERE (s.tenant_id, s.series_number) = (v.tenant_id, v.series_number);
-		DROP VIEW current_values, value_blocks;
-		DROP INDEX corrections_by_version, values_by_series;
-		ALTER TABLE values_table DROP series_number, ADD PRIMARY KEY (tenant_id, series_id, valid_from, value_id);
-		ALTER TABLE series_table DROP series_number`)
+	makeVersion4(t, s.db)
 	// Version 3 had arrays in rows of one value as well.
 	mustExec(t, s.db, `
 		UPDATE values_table SET valid_to = valid_from, valid_times = ARRAY[valid_from], "values" = ARRAY[value], value = NULL
@@ -745,6 +739,51 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 		WHERE attrelid = 'values_table'::regclass AND attname = 'values'`)
 	if got != "l" {
 		t.Errorf("the compression is %q, want l of lz4", got)
+	}
+}
+
+// makeVersion4 makes tables of version 4, without views: those had the id of a series in each row of values, and in its key.
+func makeVersion4(t *testing.T, db *sql.DB) {
+	t.Helper()
+	mustExec(t, db, `ALTER TABLE values_table ADD series_id uuid;
+		UPDATE values_table v SET series_id = s.series_id FROM series_table s
+		WHERE (s.tenant_id, s.series_number) = (v.tenant_id, v.series_number);
+		DROP VIEW current_values, value_blocks;
+		DROP INDEX corrections_by_version, values_by_series, blocks_by_series;
+		ALTER TABLE values_table DROP series_number, ADD PRIMARY KEY (tenant_id, series_id, valid_from, value_id);
+		ALTER TABLE series_table DROP series_number;
+		COMMENT ON TABLE runs_table IS 'timedb schema 4'`)
+}
+
+// Views of one's own on the view value_blocks live through an upgrade. Single values with arrays lose them, and of two
+// corrections with one version the later one becomes the next, with the other's value as its old one.
+func TestUpgradeKeepsViewsAndBringsRowsIntoTheirForm(t *testing.T) {
+	t.Parallel()
+	s, key := mustTenant(t)
+	s.must(t, 200, "POST", "/upload", key, oneValue)
+	for _, value := range []string{"11", "12"} {
+		s.must(t, 200, "PUT", "/values", key, `{"updates":[{"series_key":"load","valid_time":"2025-01-01","value":`+value+`}]}`)
+	}
+	before := s.must(t, 200, "GET", "/corrections", key, "")
+	s.stop()
+	makeVersion4(t, s.db)
+	mustExec(t, s.db, `UPDATE values_table c SET version = 2, old_value = 1 WHERE version = 3;
+		UPDATE values_table SET valid_to = valid_from, valid_times = ARRAY[valid_from], "values" = ARRAY[value], value = NULL;
+		CREATE VIEW value_blocks AS SELECT tenant_id, series_id, run_id, value_id, run_order, version, known_time, change_time,
+			changed_by, annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values", old_value FROM values_table;
+		CREATE VIEW mine AS SELECT series_id, "values" FROM value_blocks WHERE version = 3`)
+	mustCreateTables(t, s.dsn)
+	if after := mustAPI(t, s.dsn).must(t, 200, "GET", "/corrections", key, ""); after != before {
+		t.Errorf("before the upgrade %s, after it %s", before, after)
+	}
+	mine := mustQuery(t, s.db, `SELECT string_agg(series_key || "values"::text, ' ') FROM mine JOIN series_table USING (series_id)`)
+	if mine != "load{12}" {
+		t.Errorf("a view of one's own shows %s", mine)
+	}
+	forms := mustQuery(t, s.db, `SELECT string_agg(version || '=' || value, ' ' ORDER BY version) FROM values_table
+		WHERE num_nulls(valid_to, valid_times, "values") = 3`)
+	if forms != "1=1 2=11 3=12" {
+		t.Errorf("the rows of one value are %s", forms)
 	}
 }
 

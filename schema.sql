@@ -6,8 +6,7 @@
 -- section: begin
 SELECT pg_advisory_xact_lock(hashtextextended('timedb create tables', 0));  -- two at once would race for the same names
 SET LOCAL search_path = :schema;
-SET LOCAL enable_seqscan = on;  -- an upgrade reads whole tables
-SET LOCAL enable_sort = on;
+SET LOCAL enable_seqscan = on; SET LOCAL enable_sort = on;  -- an upgrade reads whole tables
 SET LOCAL citus.multi_shard_modify_mode = sequential;  -- or Citus refuses functions and views after tables
 DO $timedb$ BEGIN CREATE SCHEMA :schema;
 EXCEPTION WHEN duplicate_schema OR insufficient_privilege THEN NULL;  -- it is there, or what follows says that it is not
@@ -156,23 +155,23 @@ DO $timedb$ DECLARE t regclass; BEGIN
 END $timedb$;
 
 -- section: upgrade
--- What makes tables of an earlier version, and new ones, those of this version.
--- The number of a series is 60 random bits of its id. Earlier versions had series_id in values_table, in its key.
-ALTER TABLE series_table ADD COLUMN IF NOT EXISTS series_number bigint NOT NULL
+-- What makes tables of an earlier version, and new ones, those of this version. Earlier ones had series_id in values_table, in its key.
+ALTER TABLE series_table ADD COLUMN IF NOT EXISTS series_number bigint NOT NULL  -- 60 bits, which are random, of the id
     GENERATED ALWAYS AS (('x' || right(replace(series_id::text, '-', ''), 15))::bit(60)::bigint) STORED;
+ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN IF NOT EXISTS value float8, DROP CONSTRAINT IF EXISTS value_or_values,
+    DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey, DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey,
+    ALTER valid_to DROP NOT NULL, ALTER valid_times DROP NOT NULL, ALTER "values" DROP NOT NULL, REPLICA IDENTITY FULL;
 DO $timedb$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'values_table'::regclass AND attname = 'series_id') THEN RETURN; END IF;
-    ALTER TABLE values_table DROP CONSTRAINT values_table_pkey, ADD COLUMN series_number bigint;
-    DROP INDEX IF EXISTS corrections_by_version;
+    DROP INDEX IF EXISTS corrections_by_version; ALTER TABLE values_table DROP CONSTRAINT values_table_pkey, ADD COLUMN series_number bigint;
+    IF to_regclass('pg_dist_partition') IS NULL THEN  -- Citus 13.2 crashes at it
+        UPDATE values_table SET value = "values"[1], valid_to = NULL, valid_times = NULL, "values" = NULL WHERE cardinality("values") = 1; END IF;
     ALTER TABLE values_table ALTER series_number TYPE bigint USING ('x' || right(replace(series_id::text, '-', ''), 15))::bit(60)::bigint;
     ALTER TABLE values_table ALTER series_number SET NOT NULL;
 END $timedb$;
 CREATE UNIQUE INDEX IF NOT EXISTS series_by_number ON series_table (tenant_id, series_number);
 CREATE INDEX IF NOT EXISTS values_by_series ON values_table (series_number, valid_from) WHERE valid_to IS NULL;
 CREATE INDEX IF NOT EXISTS blocks_by_series ON values_table (series_number, valid_from) WHERE valid_to IS NOT NULL;
-ALTER TABLE values_table ADD COLUMN IF NOT EXISTS old_value float8, ADD COLUMN IF NOT EXISTS value float8, DROP CONSTRAINT IF EXISTS value_or_values,
-    DROP CONSTRAINT IF EXISTS values_table_tenant_id_run_id_fkey, DROP CONSTRAINT IF EXISTS values_table_tenant_id_series_id_fkey,
-    ALTER valid_to DROP NOT NULL, ALTER valid_times DROP NOT NULL, ALTER "values" DROP NOT NULL, REPLICA IDENTITY FULL;
 ALTER TABLE values_table ADD CONSTRAINT value_or_values CHECK (num_nulls(valid_to, valid_times, "values") IN (0, 3)
     AND (value IS NULL OR "values" IS NULL) AND cardinality(valid_time_ends) = coalesce(cardinality("values"), 1));
 CREATE INDEX IF NOT EXISTS corrections_by_change_time ON values_table (tenant_id, change_time) WHERE version > 1;
@@ -193,7 +192,7 @@ DO $timedb$ DECLARE r record; BEGIN
 END $timedb$;
 DROP FUNCTION IF EXISTS correct_values(uuid, text, jsonb);
 -- Corrections count from 2 on, as they were written. Gained values had version 1, and after a failure of Citus two may have had one.
-UPDATE values_table v SET version = n.version
+UPDATE values_table v SET version = n.version, old_value = NULL
 FROM (SELECT tenant_id, value_id, 1 + row_number() OVER (
           PARTITION BY tenant_id, series_number, run_id, valid_from, valid_time_ends[1] ORDER BY version, change_time, value_id) AS version
       FROM values_table JOIN runs_table USING (tenant_id, run_id) WHERE version > 1 OR change_time > inserted_at) AS n
@@ -243,6 +242,7 @@ UPDATE values_table c SET old_value = (
       AND v.valid_from BETWEEN c.valid_from - interval '768 hours' AND c.valid_from AND v.valid_to >= c.valid_from
       AND e.valid_time = c.valid_from AND e.valid_time_end IS NOT DISTINCT FROM c.valid_time_ends[1] ORDER BY v.version DESC LIMIT 1)
 WHERE c.version > 1 AND c.old_value IS NULL;
+ANALYZE series_table, values_table;
 
 -- section: app role
 GRANT USAGE ON SCHEMA :schema TO :app_role;

@@ -1046,8 +1046,8 @@ func sessionConfig(cfg pq.Config, schema string, timeout time.Duration) pq.Confi
 	// of all tenants to list those of one.
 	cfg.Runtime["jit"] = "off"
 	cfg.Runtime["max_parallel_workers_per_gather"] = "0"
-	cfg.Runtime["enable_seqscan"] = "off" // every key begins with the tenant
-	// Blocks come in order from each index, and are merged: sorting them would hold them all.
+	cfg.Runtime["enable_seqscan"] = "off" // there is an index by tenant or series for everything
+	// Rows by valid_time come in order from two indexes and are merged: a sort would hold them.
 	cfg.Runtime["enable_sort"] = "off"
 	cfg.Runtime["statement_timeout"] = milliseconds(timeout)
 	cfg.Runtime["idle_in_transaction_session_timeout"] = milliseconds(idleTransactionTimeout)
@@ -2576,7 +2576,7 @@ const (
 			FROM (
 				SELECT DISTINCT valid_from
 				FROM (` + startsInWindow + ` AND v.valid_to IS NULL`
-	latestOr = ` ORDER BY valid_from DESC)
+	latestUnion = ` ORDER BY valid_from DESC)
 				UNION ALL ` + startsInWindow + ` AND v.valid_to IS NOT NULL`
 	startsInWindow = `(
 					SELECT valid_from FROM values_table v
@@ -2630,7 +2630,7 @@ const (
 				FROM values_table v
 				WHERE v.tenant_id = $1 AND v.series_number = w.series_number
 				  AND v.valid_from < w.window_end`
-	allRows   = `)`
+	endRows   = `)`
 	byTime    = ` ORDER BY valid_from`
 	byKnown   = ` ORDER BY known_time, valid_from`
 	shown     = `) AS v WHERE ` + notWithdrawn + endBlocks + orUnknown
@@ -2641,9 +2641,9 @@ const (
 	orUnknown = ` WHERE b.version IS NOT NULL OR w.series_id IS NULL`
 )
 
-// isOfOne tells whether q asks for one series, by its id or by a key that was given as it is kept,
+// isPlain tells whether q asks for one series, by its id or by a key that was given as it is kept,
 // and for nothing else that a block must fulfil.
-func (q *readQuery) isOfOne() bool {
+func (q *readQuery) isPlain() bool {
 	filters := len(q.match) + len(q.places) + len(q.runs) + len(q.workflows)
 	if len(q.series) != 1 || filters > 0 || q.latest {
 		return false
@@ -2661,12 +2661,12 @@ func (q *readQuery) statement() string {
 		order = byKnown
 	}
 	windows := windowsOfAll
-	if q.isOfOne() {
+	if q.isPlain() {
 		windows = windowOfKey
 		if q.series[0].ID != "" {
 			windows = windowOfID
 		}
-		return selectBlocks + windows + fromValues + order + andBlocks + order + allRows + order +
+		return selectBlocks + windows + fromValues + order + andBlocks + order + endRows + order +
 			shownNow
 	}
 	switch {
@@ -2682,16 +2682,16 @@ func (q *readQuery) statement() string {
 		conditions = ofQuery + ofWorkflows
 	}
 	if q.latest && q.lead < 0 && q.daysAhead < 0 { // SQL knows nothing of these
-		windows = latestStart + conditions + latestOr + conditions + latestCheck + conditions +
+		windows = latestStart + conditions + latestUnion + conditions + latestCheck + conditions +
 			latestEnd + windows + latestClose
 	}
 	rows := conditions + order
-	return selectBlocks + windows + fromValues + rows + andBlocks + rows + allRows + order + shown
+	return selectBlocks + windows + fromValues + rows + andBlocks + rows + endRows + order + shown
 }
 
 // args are the arguments of statement.
 func (q *readQuery) args(c Caller) []any {
-	if q.isOfOne() {
+	if q.isPlain() {
 		name := cmp.Or(string(q.series[0].Key), string(q.series[0].ID))
 		return []any{c.tenant, q.start, q.end, name}
 	}
@@ -2750,7 +2750,7 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		finish = l.finish
 	}
 	err = s.readBlocks(ctx, nil, q.statement(), q.args(c), &read)
-	if err == nil && q.isOfOne() && read.last.of.ID == "" {
+	if err == nil && q.isPlain() && read.last.of.ID == "" {
 		read.unknown = q.series[0]
 	}
 	switch {
@@ -3296,8 +3296,8 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 	return intervals, err
 }
 
-// readOf asks for what there is at the times of what is corrected, which for one series is a plain
-// read of a window.
+// readOf asks for what there is at the times of what is corrected. Of one series within 32 days
+// that is a plain read of a window.
 func readOf(stored []corrected) readQuery {
 	q := anyValue
 	q.start = lastTime
