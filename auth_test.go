@@ -1705,7 +1705,7 @@ func TestSQLIsNotAssembled(t *testing.T) { // S18
 	// The position of the SQL among the arguments of what runs it.
 	position := map[string]int{
 		"QueryContext": 1, "ExecContext": 1, "QueryRowContext": 1, "PrepareContext": 1,
-		"prepare": 2, "exec": 1, "execAll": 1, "eachRow": 2, "readBlocks": 2, "oneRow": 2, "change": 2, "changeOne": 3, "lose": 3,
+		"prepare": 2, "exec": 1, "execAll": 1, "eachRow": 2, "oneRow": 2, "change": 2, "changeOne": 3, "lose": 3,
 	}
 	found := 0
 	for _, file := range mustSources(t) {

@@ -1135,6 +1135,7 @@ func (c *boundedConn) Read(p []byte) (int, error) {
 func (s *store) prepare(ctx context.Context, tx *sql.Tx, query string) (*sql.Stmt, error) {
 	known, found := s.statements.Load(query)
 	if !found {
+		// #nosec G701 -- a query consists of constants: TestSQLIsNotAssembled
 		prepared, err := s.db.PrepareContext(ctx, query)
 		if err != nil {
 			return nil, err
@@ -2749,7 +2750,7 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		read.emit = l.add
 		finish = l.finish
 	}
-	err = s.readBlocks(ctx, nil, q.statement(), q.args(c), &read)
+	err = s.readBlocks(ctx, c, nil, q, &read)
 	if err == nil && q.isPlain() && read.last.of.ID == "" {
 		read.unknown = q.series[0]
 	}
@@ -2782,12 +2783,12 @@ func (s *store) checkRuns(ctx context.Context, c Caller, q readQuery) error {
 		})
 }
 
-// readBlocks runs a query of blocks, in tx unless that is nil, and has them read.
-func (s *store) readBlocks(ctx context.Context, tx *sql.Tx, query string, args []any,
+// readBlocks has the blocks read which q is about, in tx unless that is nil.
+func (s *store) readBlocks(ctx context.Context, c Caller, tx *sql.Tx, q readQuery,
 	read *blockReader) error {
 	read.last = &version{of: &series{}}
 	read.heldBefore = read.memory.held
-	err := s.eachRow(ctx, tx, query, args, func(rows *sql.Rows) error {
+	err := s.eachRow(ctx, tx, q.statement(), q.args(c), func(rows *sql.Rows) error {
 		return read.next(ctx, rows)
 	})
 	if err != nil {
@@ -3283,8 +3284,7 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		}
 		return memory.reach(ctx, read.heldBefore+read.bytes+kept*versionCopies)
 	}
-	q := readOf(stored)
-	err = s.readBlocks(ctx, tx, q.statement(), q.args(c), &read)
+	err = s.readBlocks(ctx, c, tx, readOf(stored), &read)
 	for i, v := range from {
 		if v != nil {
 			stored[i].Run = v.RunID
