@@ -3707,7 +3707,7 @@ const selectCorrections = `
 	  AND ($6 OR s.series_key LIKE ANY ($7::text[]) OR s.series_id IN (
 	           SELECT "ID" FROM json_to_recordset($8) AS named ("ID" uuid)))
 	  AND ($9 = '' OR lower(v.changed_by) = lower($9)) AND ($10 = '' OR $10 = ANY (v.tags))
-	ORDER BY v.change_time DESC LIMIT $11`
+	ORDER BY v.change_time DESC, v.value_id DESC LIMIT $11`
 
 // ListCorrections calls emit, with the value before it, for each of the tenant's corrections that q
 // asks for, the newest first. An unknown series is notFound. An error of emit ends it.
