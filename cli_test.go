@@ -684,8 +684,7 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	s.stop()
 	makeVersion4(t, s.db)
 	// Version 3 had arrays in rows of one value as well.
-	mustExec(t, s.db, `
-		UPDATE values_table SET valid_to = valid_from, valid_times = ARRAY[valid_from], "values" = ARRAY[value], value = NULL
+	mustExec(t, s.db, `UPDATE values_table SET valid_to = valid_from, valid_times = ARRAY[valid_from], "values" = ARRAY[value], value = NULL
 		WHERE valid_to IS NULL;
 		ALTER TABLE values_table DROP value, ALTER valid_to SET NOT NULL, ALTER valid_times SET NOT NULL,
 			ALTER "values" SET NOT NULL`)
@@ -742,7 +741,8 @@ func TestTablesOfAnEarlierVersionAreUpgradedInPlace(t *testing.T) {
 	}
 }
 
-// makeVersion4 makes tables of version 4, without views: those had the id of a series in each row of values, and in its key.
+// makeVersion4 makes the tables those of version 4, which had the id of a series in each row of values, and in its key. It
+// drops the views.
 func makeVersion4(t *testing.T, db *sql.DB) {
 	t.Helper()
 	mustExec(t, db, `ALTER TABLE values_table ADD series_id uuid;

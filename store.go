@@ -2468,18 +2468,14 @@ func (m *merger) flush(bound timestamp, emit func(*element) error) error {
 // overlap them: fromValues with conditions and an order, andBlocks with the same, and all in order.
 // $1 is the tenant; $2 and $3 are the window; the others are those of ofQuery.
 const (
-	// tenantBlocks are the tenant's rows of values_table, those of one value with arrays of one, as
-	// in the view value_blocks. Either half has an index of its own.
+	// tenantBlocks are the tenant's rows of values_table, those of one value with an array of one,
+	// as in the view value_blocks. Either half has an index of its own.
 	tenantBlocks = `(
-			SELECT series_number, run_id, run_order, version, known_time, change_time, changed_by,
-			       annotation, tags, valid_from, valid_from AS valid_to,
-			       ARRAY[valid_from] AS valid_times, valid_time_ends, ARRAY[value] AS "values",
-			       old_value
+			SELECT series_number, run_id, known_time, change_time, valid_from,
+			       valid_from AS valid_to, ARRAY[value] AS "values"
 			FROM values_table WHERE tenant_id = $1 AND valid_to IS NULL
 			UNION ALL
-			SELECT series_number, run_id, run_order, version, known_time, change_time, changed_by,
-			       annotation, tags, valid_from, valid_to, valid_times, valid_time_ends, "values",
-			       old_value
+			SELECT series_number, run_id, known_time, change_time, valid_from, valid_to, "values"
 			FROM values_table WHERE tenant_id = $1 AND valid_to IS NOT NULL) AS v`
 
 	// ofQuery is what a block v must fulfil whatever its time: bounds of known_time, as_of and
@@ -2489,11 +2485,13 @@ const (
 				  AND v.change_time <= $6 AND v.change_time > $7
 				  AND ($8::uuid[] IS NULL OR v.run_id = ANY ($8))`
 
-	// notWithdrawn is what its run must be. That is looked up for each block: NOT EXISTS might read
-	// all withdrawals first.
-	notWithdrawn = `(
+	// notWithdrawn is what its run must be, and notWithdrawnNow the same as of now. That is looked
+	// up for each block: NOT EXISTS might read all withdrawals first.
+	notWithdrawn    = withdrawalOf + ` AND d.change_time <= $6) IS NULL`
+	notWithdrawnNow = withdrawalOf + `) IS NULL`
+	withdrawalOf    = `(
 			SELECT d.change_time FROM withdrawals_table d
-			WHERE d.tenant_id = $1 AND d.run_id = v.run_id AND d.change_time <= $6) IS NULL`
+			WHERE d.tenant_id = $1 AND d.run_id = v.run_id`
 
 	// What it must fulfil as well. To look runs up costs a little even where nobody asks for it.
 	anyWorkflow = ` AND $9::text[] IS NULL`
@@ -2510,8 +2508,7 @@ const (
 		ORDER BY series_key COLLATE "C"`
 
 	// windowOfKey and windowOfID have the window of one series, by its key or id $4, if there is
-	// one. notWithdrawnNow is notWithdrawn as of now. They are for reads that ask for nothing else,
-	// which most do: what nobody asks for takes time too.
+	// one. They are for plain reads, which most are: what nobody asks for takes time too.
 	windowOfKey = windowOfOne + `s.series_key = $4`
 	windowOfID  = windowOfOne + `s.series_id = $4`
 	windowOfOne = `
@@ -2519,9 +2516,6 @@ const (
 		       '' AS wanted_id, '' AS wanted_key,
 		       $2::timestamptz AS window_start, $3::timestamptz AS window_end
 		FROM series_table s WHERE s.tenant_id = $1 AND `
-	notWithdrawnNow = `(
-			SELECT d.change_time FROM withdrawals_table d
-			WHERE d.tenant_id = $1 AND d.run_id = v.run_id) IS NULL`
 
 	// windowsOfNamed has one window of each series that $10, JSON, names by id or key. What there
 	// is not comes first, with the name and no series.
@@ -2661,15 +2655,15 @@ func (q *readQuery) statement() string {
 	if q.overlapping {
 		order = byKnown
 	}
-	windows := windowsOfAll
 	if q.isPlain() {
-		windows = windowOfKey
+		window := windowOfKey
 		if q.series[0].ID != "" {
-			windows = windowOfID
+			window = windowOfID
 		}
-		return selectBlocks + windows + fromValues + order + andBlocks + order + endRows + order +
+		return selectBlocks + window + fromValues + order + andBlocks + order + endRows + order +
 			shownNow
 	}
+	windows := windowsOfAll
 	switch {
 	case len(q.places) > 0:
 		windows = windowsOfPlaces
@@ -3779,7 +3773,7 @@ const (
 	listSeriesWithStats = listSeriesStart + `,
 		       replace(iso_time(min(v.valid_from)), '.000000', '') AS first_valid_time,
 		       replace(iso_time(max(v.valid_to)), '.000000', '') AS last_valid_time,
-		       coalesce(sum(cardinality(v.valid_times)), 0) AS "values",
+		       coalesce(sum(cardinality(v."values")), 0) AS "values",
 		       iso_time(max(v.change_time)) AS last_change_time
 		FROM ` + tenantBlocks + ` WHERE v.series_number = s.series_number` + listSeriesEnd
 )

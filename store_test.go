@@ -1158,21 +1158,12 @@ func TestLatestLooksBehindNULLs(t *testing.T) {
 // The latest value of a busy series costs about what reading its last hours costs, whatever was before.
 func TestLatestDoesNotReadTheHistory(t *testing.T) {
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
+	dsn := mustDatabaseWithTables(t)
 	s := mustPlannedStore(t, dsn)
 	c := Caller{tenant: tenantA}
 	const runs = 400
 	for run := range runs { // one each hour, of two days
-		u := &upload{workflowID: "w", start: hour1(0), known: hour1(run), digest: make([]byte, 32)}
-		rows := &seriesRows{}
-		for i := range 48 {
-			rows.points = append(rows.points, point{time: hour1(run + i), value: 1})
-			rows.numbers = append(rows.numbers, int32(i))
-		}
-		u.createSeries = true
-		u.series = map[seriesRef]*seriesRows{{Key: "s3"}: rows}
-		if _, err := s.Upload(context.Background(), c, u); err != nil {
+		if err := uploadHours(s.store, c, hour1(run), run, 48, "s3"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1188,19 +1179,16 @@ func TestLatestDoesNotReadTheHistory(t *testing.T) {
 // A window of single values costs what lies in it, and not what lies in the 768 hours before.
 func TestWindowOfSingleValuesReadsNoOthers(t *testing.T) {
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
+	dsn := mustDatabaseWithTables(t)
 	s := mustPlannedStore(t, dsn)
 	c := Caller{tenant: tenantA}
+	var keys []string // many series, so that the values of one lie apart
+	for n := range 40 {
+		keys = append(keys, fmt.Sprintf("s%d", n))
+	}
 	const uploads = 300
-	for i := range uploads { // of one value each hour, of many series, so that those of one lie apart
-		u := &upload{workflowID: "w", start: hour1(i), digest: make([]byte, 32), createSeries: true,
-			series: map[seriesRef]*seriesRows{}}
-		for n := range 40 {
-			u.series[seriesRef{Key: label(fmt.Sprintf("s%d", n))}] =
-				&seriesRows{points: []point{{time: hour1(i), value: 1}}, numbers: []int32{0}}
-		}
-		if _, err := s.Upload(context.Background(), c, u); err != nil {
+	for i := range uploads { // one each hour
+		if err := uploadHours(s.store, c, hour1(i), i, 1, keys...); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -2615,13 +2603,18 @@ func claimOf(c Caller) *claim { return &claim{of: newShares(1<<30, 1<<30), calle
 
 // uploadTo uploads a day of hourly values of some series.
 func uploadTo(s *store, c Caller, known timestamp, keys ...string) error {
+	return uploadHours(s, c, known, 0, 24, keys...)
+}
+
+// uploadHours uploads so many hourly values of some series, from the first hour on.
+func uploadHours(s *store, c Caller, known timestamp, first, hours int, keys ...string) error {
 	u := &upload{workflowID: "w", start: hour1(0), known: known, digest: make([]byte, 32)}
 	u.createSeries = true
 	u.series = map[seriesRef]*seriesRows{}
 	for _, key := range keys {
 		rows := &seriesRows{}
-		for h := range 24 {
-			rows.points = append(rows.points, point{time: hour1(h), value: 1})
+		for h := range hours {
+			rows.points = append(rows.points, point{time: hour1(first + h), value: 1})
 		}
 		u.series[seriesRef{Key: label(key)}] = rows
 	}
@@ -2900,8 +2893,7 @@ func comparePlans(t *testing.T, request plannedRequest, got, want []plan) {
 // What a read has to hold of runs that overlap is counted.
 func TestMergeOfARunsVersionsIsCounted(t *testing.T) { // S34
 	t.Parallel()
-	dsn := mustDatabase(t)
-	mustCreateTables(t, dsn)
+	dsn := mustDatabaseWithTables(t)
 	s := mustPlannedStore(t, dsn)
 	c := Caller{tenant: tenantA}
 	for run := range 2 * claimStep / (24 * elementBytes) {
