@@ -2745,9 +2745,6 @@ func (s *store) Read(ctx context.Context, c Caller, q readQuery, memory *claim,
 		finish = l.finish
 	}
 	err = s.readBlocks(ctx, c, nil, q, &read)
-	if err == nil && q.isPlain() && read.last.of.ID == "" {
-		read.unknown = q.series[0]
-	}
 	switch {
 	case read.unknown != seriesRef{} && q.asOf == lastTime:
 		return s.suggestSeries(ctx, c, nil, read.unknown)
@@ -2787,6 +2784,9 @@ func (s *store) readBlocks(ctx context.Context, c Caller, tx *sql.Tx, q readQuer
 	})
 	if err != nil {
 		return err
+	}
+	if q.isPlain() && read.last.of.ID == "" {
+		return s.suggestSeries(ctx, c, tx, q.series[0])
 	}
 	return read.flush(lastTime, read.emit)
 }
@@ -3110,9 +3110,10 @@ type target struct {
 // corrected is a value as it stands after a correction, or as it stood before.
 type corrected struct {
 	target
-	Tenant  string `json:"tenant_id"`
-	Version int    `json:"version"`
-	ValueID int64  `json:"value_id,omitempty"` // if it was stored
+	ref     seriesRef // by which it is read
+	Tenant  string    `json:"tenant_id"`
+	Version int       `json:"version"`
+	ValueID int64     `json:"value_id,omitempty"` // if it was stored
 
 	value, old float64 // old is of the version before; NULL if there was none
 	annotation *string
@@ -3136,11 +3137,11 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 	}
 	defer leave()
 	err = s.inTx(ctx, func(tx *sql.Tx) error {
-		stored, err := s.findTargets(ctx, c, tx, corrections)
+		stored, keys, err := s.findTargets(ctx, c, tx, corrections)
 		if err != nil {
 			return err
 		}
-		now, valueIDs, err := s.lockSeries(ctx, c, tx, stored)
+		now, valueIDs, err := s.lockSeries(ctx, c, tx, keys)
 		if err != nil {
 			return err
 		}
@@ -3184,29 +3185,25 @@ func (s *store) Correct(ctx context.Context, c Caller, corrections []correction,
 const maxSeriesLocks = 100
 
 // lockSeries has corrections of the same series wait for each other, so that each sees the one
-// before, and for withdrawals. What is about many series has all of the tenant's wait. Advisory
-// locks need no UPDATE privilege. Two texts with the same hash would merely wait. It returns a
-// stamp of a moment after the wait.
-func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, stored []corrected) (
+// before, and for withdrawals. Keys are those of the series, one for each correction. What is about
+// many series has all of the tenant's wait. Advisory locks need no UPDATE privilege. Two texts with
+// the same hash would merely wait. It returns a stamp of a moment after the wait.
+func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, keys []string) (
 	now timestamp, valueIDs pq.Int64Array, err error) {
-	var ids []string
-	for _, v := range stored {
-		ids = append(ids, v.Series)
-	}
-	slices.Sort(ids) // in one order, whoever locks, so that nobody waits for each other
-	if len(slices.Compact(slices.Clone(ids))) > maxSeriesLocks {
+	slices.Sort(keys) // in one order, whoever locks, so that nobody waits for each other
+	if len(slices.Compact(slices.Clone(keys))) > maxSeriesLocks {
 		if err := s.lockTenant(ctx, c, tx); err != nil {
 			return 0, nil, err
 		}
-		return s.stamp(ctx, tx, len(stored))
+		return s.stamp(ctx, tx, len(keys))
 	}
 	// OFFSET 0 has the locks taken before the clock is read.
 	err = s.eachRow(ctx, tx, `
 		SELECT clock_timestamp(), nextval('values_table_value_id_seq')
 		FROM (SELECT pg_advisory_xact_lock_shared(hashtextextended($1, 0)),
-		             pg_advisory_xact_lock(hashtextextended($1 || id, 0))
-		      FROM unnest($2::text[]) AS id OFFSET 0) AS locked`,
-		[]any{c.tenant, pq.Array(ids)}, func(rows *sql.Rows) error {
+		             pg_advisory_xact_lock(hashtextextended($1 || key, 0))
+		      FROM unnest($2::text[]) AS key OFFSET 0) AS locked`,
+		[]any{c.tenant, pq.Array(keys)}, func(rows *sql.Rows) error {
 			var moment time.Time
 			var id int64
 			err := rows.Scan(&moment, &id)
@@ -3223,23 +3220,31 @@ func (s *store) lockTenant(ctx context.Context, c Caller, tx *sql.Tx) error {
 	return err
 }
 
-// findTargets returns what each correction is about, as yet without a run.
+// findTargets returns what each correction is about, as yet without a run, and its series' key. One
+// series that is named by its key, as most are, has no id yet: the read finds it.
 func (s *store) findTargets(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction) (
-	[]corrected, error) {
+	stored []corrected, keys []string, err error) {
 	refs := []seriesRef{}
 	for _, x := range corrections {
+		t := target{Time: x.point.time, end: x.point.end}
+		v := corrected{target: t, ref: x.ref, Tenant: c.tenant, value: math.NaN()}
+		stored = append(stored, v)
 		refs = append(refs, x.ref)
+		keys = append(keys, string(x.ref.Key))
+	}
+	if q := readOf(stored); q.isPlain() && refs[0].ID == "" {
+		return stored, keys, nil
 	}
 	named, err := s.findSeries(ctx, c, tx, refs)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	stored := []corrected{}
-	for i, x := range corrections {
-		t := target{Series: named[i].ID, Time: x.point.time, end: x.point.end}
-		stored = append(stored, corrected{target: t, Tenant: c.tenant, value: math.NaN()})
+	for i, x := range named {
+		stored[i].Series = x.ID
+		stored[i].ref = seriesRef{ID: uuid(x.ID)}
+		keys[i] = x.Key
 	}
-	return stored, nil
+	return stored, keys, nil
 }
 
 // findStored completes stored, what each correction is about, by the rule and the query of any
@@ -3247,10 +3252,7 @@ func (s *store) findTargets(ctx context.Context, c Caller, tx *sql.Tx, correctio
 // meets a run's interval that begins at its time.
 func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
 	stored []corrected, memory *claim) (intervals map[target]bool, err error) {
-	wanted := map[target][]int{} // which corrections are about it
-	for i, v := range stored {
-		wanted[v.target] = append(wanted[v.target], i)
-	}
+	var wanted map[target][]int
 	intervals = map[target]bool{}
 	from := make([]*version, len(corrections))
 	kept := int64(0) // bytes of these
@@ -3259,6 +3261,9 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 	})
 	read := blockReader{merger: merger{everyRun: namesRun}, lead: -1, memory: memory}
 	read.emit = func(e *element) error {
+		if wanted == nil {
+			wanted = byTarget(stored, e.from.of)
+		}
 		begins := target{Series: e.from.of.ID, Time: e.time}
 		if e.end != 0 && namesRun && wanted[begins] != nil {
 			begins.Run = e.from.RunID
@@ -3279,6 +3284,9 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		return memory.reach(ctx, read.heldBefore+read.bytes+kept*versionCopies)
 	}
 	err = s.readBlocks(ctx, c, tx, readOf(stored), &read)
+	if wanted == nil { // nothing is stored there
+		byTarget(stored, read.last.of)
+	}
 	for i, v := range from {
 		if v != nil {
 			stored[i].Run = v.RunID
@@ -3290,6 +3298,18 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 	return intervals, err
 }
 
+// byTarget returns which of stored are about each target. If their series was named by its key, it
+// has been found now.
+func byTarget(stored []corrected, found *series) map[target][]int {
+	wanted := map[target][]int{}
+	for i := range stored {
+		v := &stored[i]
+		v.Series = cmp.Or(v.Series, found.ID)
+		wanted[v.target] = append(wanted[v.target], i)
+	}
+	return wanted
+}
+
 // readOf asks for what there is at the times of what is corrected. Of one series within 32 days
 // that is a plain read of a window.
 func readOf(stored []corrected) readQuery {
@@ -3299,12 +3319,12 @@ func readOf(stored []corrected) readQuery {
 	for _, v := range stored {
 		q.start = min(q.start, v.Time)
 		q.end = max(q.end, v.Time+1)
-		if v.Series != stored[0].Series || q.end-q.start > maxBlockSpan {
+		if v.ref != stored[0].ref || q.end-q.start > maxBlockSpan {
 			q = anyValue
 			q.places = stored
 			return q
 		}
-		q.series = []seriesRef{{ID: uuid(v.Series)}}
+		q.series = []seriesRef{v.ref}
 	}
 	return q
 }
@@ -3426,10 +3446,15 @@ const versionsPerStatement = 100
 // is gone, nothing is stored.
 func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx, versions []corrected,
 	now timestamp) error {
+	var series, runs, tags []string
+	var numbers, valueIDs pq.Int64Array
 	var points, before []point
 	var annotations []*string
-	var tags []string
 	for _, v := range versions {
+		series = append(series, v.Series)
+		runs = append(runs, v.Run)
+		numbers = append(numbers, int64(v.Version))
+		valueIDs = append(valueIDs, v.ValueID)
 		points = append(points, point{v.Time, v.end, v.value})
 		before = append(before, point{value: v.old})
 		annotations = append(annotations, v.annotation)
@@ -3440,24 +3465,25 @@ func (s *store) insertCorrected(ctx context.Context, c Caller, tx *sql.Tx, versi
 		       known_time, change_time, changed_by, annotation, tags, valid_from,
 		       valid_time_ends, value, old_value) OVERRIDING SYSTEM VALUE
 		SELECT r.tenant_id, s.series_number, r.run_id, n.value_id, r.run_order, n.version,
-		       r.known_time, $10::timestamptz, nullif($2, ''), n.annotation,
+		       r.known_time, $3::timestamptz, nullif($2, ''), n.annotation,
 		       CASE WHEN json_typeof(n.tags) = 'array'
 		            THEN ARRAY(SELECT json_array_elements_text(n.tags)) END,
 		       n.valid_time, nullif(ARRAY[n.valid_time_end], '{NULL}'), n.value, n.old_value
-		FROM ROWS FROM (
-			json_to_recordset($3)
-			    AS (series_id uuid, run_id uuid, version integer, value_id bigint),
-			unnest($4::timestamptz[]), unnest($5::timestamptz[]), unnest($6::float8[]),
-			unnest($7::text[]), unnest($8::json[]), unnest($9::float8[]))
-		AS n (series_id, run_id, version, value_id, valid_time, valid_time_end, value, annotation,
-		      tags, old_value)
+		FROM unnest($4::uuid[], $5::uuid[], $6::integer[], $7::bigint[], $8::timestamptz[],
+		            $9::timestamptz[], $10::float8[], $11::float8[], $12::text[], $13::json[])
+		AS n (series_id, run_id, version, value_id, valid_time,
+		      valid_time_end, value, old_value, annotation, tags)
 		CROSS JOIN LATERAL (
 			SELECT * FROM runs_table WHERE tenant_id = $1 AND run_id = n.run_id OFFSET 0) AS r
 		CROSS JOIN LATERAL (
 			SELECT series_number FROM series_table
 			WHERE tenant_id = $1 AND series_id = n.series_id OFFSET 0) AS s`,
-		c.tenant, c.email, asJSON(versions), encodeTimes(points), encodeEnds(points),
-		encodeValues(points), pq.Array(annotations), pq.Array(tags), encodeValues(before), now)
+		c.tenant, c.email, now,
+		pq.Array(series), pq.Array(runs),
+		numbers, valueIDs,
+		encodeTimes(points), encodeEnds(points),
+		encodeValues(points), encodeValues(before),
+		pq.Array(annotations), pq.Array(tags))
 	if err == nil && stored < int64(len(versions)) {
 		return errErased
 	}

@@ -3572,6 +3572,7 @@ func TestCorrectionsWaitOnlyForTheirSeries(t *testing.T) {
 	put := func(n int, value string) string {
 		return `{"updates":[` + strings.ReplaceAll(strings.Join(updates[:n], ","), `"value":1`, `"value":`+value) + `]}`
 	}
+	byID := strings.Replace(put(1, "6"), `"series_key":"s0"`, `"series_id":"`+run.SeriesIDs["s0"]+`"`, 1)
 	const corrections = `pg_advisory_xact_lock_shared(hashtextextended($1 || left($2, 0), 0))`
 	const series = corrections + `, pg_advisory_xact_lock(hashtextextended($1 || $2, 0))`
 	const withdrawal = `pg_advisory_xact_lock(hashtextextended($1 || left($2, 0), 0))`
@@ -3581,6 +3582,10 @@ func TestCorrectionsWaitOnlyForTheirSeries(t *testing.T) {
 		waits              bool
 	}{
 		{"a correction of the series", series, "s0", "PUT", "/values", put(1, "1"), true},
+		{"a correction of the series, for one that names it by its id", series, "s0", "PUT", "/values", byID, true},
+		{"a correction of another series, for one that names it by its id", series, "s1", "PUT", "/values", byID, false},
+		{"a correction of the series, for one with a space before its key", series, "s0", "PUT", "/values",
+			strings.Replace(put(1, "7"), `"s0"`, `" s0"`, 1), true},
 		{"a correction of another series", series, "s1", "PUT", "/values", put(1, "2"), false},
 		{"a withdrawal", withdrawal, "s0", "PUT", "/values", put(1, "3"), true},
 		{"a correction of as many series as have locks of their own", series, "s100", "PUT", "/values", put(maxSeriesLocks, "4"), false},
@@ -3593,7 +3598,7 @@ func TestCorrectionsWaitOnlyForTheirSeries(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer other.Rollback()
-			if _, err := other.Exec(`SELECT `+c.atWork, tenantA, run.SeriesIDs[c.of]); err != nil {
+			if _, err := other.Exec(`SELECT `+c.atWork, tenantA, c.of); err != nil {
 				t.Fatal(err)
 			}
 			status := make(chan int)
