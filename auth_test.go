@@ -415,7 +415,7 @@ func TestDeactivationHoldsForEveryLaterRequestUnderLoad(t *testing.T) { // S9
 	}
 	t.Cleanup(stopAndWait) // the clients must not outlive a test that fails
 	failed := func() bool { return wrong.Load() > 0 || t.Failed() }
-	const rounds = 200
+	const rounds = 80
 	for round := 0; round < rounds && !failed(); round++ {
 		s.mustDeactivate(t, "a@example.com")
 		phase.Add(1)
