@@ -1971,7 +1971,7 @@ func TestCallersExitsAndSQLAreWhereTheyBelong(t *testing.T) {
 // there is to read, and the figures for each line keep anybody from meeting that by dense code.
 const (
 	// The aim is 24,000 tokens and 4,200 lines: what is over it has to be earned yet, or to go.
-	maxTokens         = 39_880
+	maxTokens         = 39_850
 	maxSourceLines    = 6_990
 	maxAuthLines      = 320
 	maxSchemaLines    = 260

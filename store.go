@@ -2774,7 +2774,8 @@ func (s *store) checkRuns(ctx context.Context, c Caller, q readQuery) error {
 		})
 }
 
-// readBlocks has the blocks read which q is about, in tx unless that is nil.
+// readBlocks has the blocks read which q is about, in tx unless that is nil. It refuses the unknown
+// series of a plain read.
 func (s *store) readBlocks(ctx context.Context, c Caller, tx *sql.Tx, q readQuery,
 	read *blockReader) error {
 	read.last = &version{of: &series{}}
@@ -3186,8 +3187,13 @@ const maxSeriesLocks = 100
 
 // lockSeries has corrections of the same series wait for each other, so that each sees the one
 // before, and for withdrawals. Keys are those of the series, one for each correction. What is about
-// many series has all of the tenant's wait. Advisory locks need no UPDATE privilege. Two texts with
-// the same hash would merely wait. It returns a stamp of a moment after the wait.
+// many series has all of the tenant's wait. Around a change of the key, which is rare, the index
+// corrections_by_version refuses what waits for nobody. Advisory locks need no UPDATE privilege.
+// It returns a stamp of a moment after the wait.
+//
+// Clients choose keys, and could choose one for its hash. So a series' lock is of another kind than
+// a tenant's, and has a hash of the tenant beside that of the key: at worst tenants wait for
+// themselves.
 func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, keys []string) (
 	now timestamp, valueIDs pq.Int64Array, err error) {
 	slices.Sort(keys) // in one order, whoever locks, so that nobody waits for each other
@@ -3201,7 +3207,7 @@ func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, keys []str
 	err = s.eachRow(ctx, tx, `
 		SELECT clock_timestamp(), nextval('values_table_value_id_seq')
 		FROM (SELECT pg_advisory_xact_lock_shared(hashtextextended($1, 0)),
-		             pg_advisory_xact_lock(hashtextextended($1 || key, 0))
+		             pg_advisory_xact_lock(hashtext($1), hashtext(key))
 		      FROM unnest($2::text[]) AS key OFFSET 0) AS locked`,
 		[]any{c.tenant, pq.Array(keys)}, func(rows *sql.Rows) error {
 			var moment time.Time
@@ -3220,8 +3226,8 @@ func (s *store) lockTenant(ctx context.Context, c Caller, tx *sql.Tx) error {
 	return err
 }
 
-// findTargets returns what each correction is about, as yet without a run, and its series' key. One
-// series that is named by its key, as most are, has no id yet: the read finds it.
+// findTargets returns what each correction is about, as yet without a run, and its series' key. If
+// all name one series by its key, as most do, it has no id yet: a plain read finds it.
 func (s *store) findTargets(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction) (
 	stored []corrected, keys []string, err error) {
 	refs := []seriesRef{}
@@ -3252,7 +3258,6 @@ func (s *store) findTargets(ctx context.Context, c Caller, tx *sql.Tx, correctio
 // meets a run's interval that begins at its time.
 func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, corrections []correction,
 	stored []corrected, memory *claim) (intervals map[target]bool, err error) {
-	var wanted map[target][]int
 	intervals = map[target]bool{}
 	from := make([]*version, len(corrections))
 	kept := int64(0) // bytes of these
@@ -3260,17 +3265,25 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		return x.of != runName{}
 	})
 	read := blockReader{merger: merger{everyRun: namesRun}, lead: -1, memory: memory}
-	read.emit = func(e *element) error {
-		if wanted == nil {
-			wanted = byTarget(stored, e.from.of)
+	// wanted says which corrections are about it. The read has told by then which series it is.
+	wanted := sync.OnceValue(func() map[target][]int {
+		byTarget := map[target][]int{}
+		for i := range stored {
+			v := &stored[i]
+			v.Series = cmp.Or(v.Series, read.last.of.ID)
+			byTarget[v.target] = append(byTarget[v.target], i)
 		}
+		return byTarget
+	})
+	read.emit = func(e *element) error {
 		begins := target{Series: e.from.of.ID, Time: e.time}
-		if e.end != 0 && namesRun && wanted[begins] != nil {
+		if e.end != 0 && namesRun && wanted()[begins] != nil {
 			begins.Run = e.from.RunID
 			intervals[begins] = true
 			kept += elementBytes // of which versionCopies are what the map takes
 		}
-		for _, i := range wanted[target{Series: e.from.of.ID, Time: e.time, end: e.end}] {
+		here := target{Series: e.from.of.ID, Time: e.time, end: e.end}
+		for _, i := range wanted()[here] {
 			if !corrections[i].of.names(e.from) || from[i] != nil && from[i].supersedes(e.from) {
 				continue
 			}
@@ -3284,9 +3297,7 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		return memory.reach(ctx, read.heldBefore+read.bytes+kept*versionCopies)
 	}
 	err = s.readBlocks(ctx, c, tx, readOf(stored), &read)
-	if wanted == nil { // nothing is stored there
-		byTarget(stored, read.last.of)
-	}
+	wanted() // perhaps nothing is stored there
 	for i, v := range from {
 		if v != nil {
 			stored[i].Run = v.RunID
@@ -3296,18 +3307,6 @@ func (s *store) findStored(ctx context.Context, c Caller, tx *sql.Tx, correction
 		}
 	}
 	return intervals, err
-}
-
-// byTarget returns which of stored are about each target. If their series was named by its key, it
-// has been found now.
-func byTarget(stored []corrected, found *series) map[target][]int {
-	wanted := map[target][]int{}
-	for i := range stored {
-		v := &stored[i]
-		v.Series = cmp.Or(v.Series, found.ID)
-		wanted[v.target] = append(wanted[v.target], i)
-	}
-	return wanted
 }
 
 // readOf asks for what there is at the times of what is corrected. Of one series within 32 days

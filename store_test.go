@@ -3365,6 +3365,23 @@ func TestManyCorrectionsAreOneRequest(t *testing.T) { // S23
 	}
 }
 
+// A correction waits for PostgreSQL most of its time.
+func TestCorrectionBySeriesKeyTakesThreeStatements(t *testing.T) {
+	t.Parallel()
+	s := mustPlannedStore(t, mustDatabaseWithTables(t))
+	c := Caller{tenant: tenantA}
+	if err := uploadTo(s.store, c, hour1(0), "s3"); err != nil {
+		t.Fatal(err)
+	}
+	s.taken()
+	if err := correctAt(s, c, hour1(5), 0, 7); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(s.taken()); n != 3 { // for the lock, what is stored, and the new row
+		t.Errorf("a correction took %d statements", n)
+	}
+}
+
 func TestConcurrentCorrectionsOfOneValueAreAllKept(t *testing.T) {
 	t.Parallel()
 	s, key := mustTenant(t)
@@ -3568,13 +3585,15 @@ func TestCorrectionsWaitOnlyForTheirSeries(t *testing.T) {
 		rows = append(rows, fmt.Sprintf(`{"valid_time":"2025-01-01","value_key":"s%d","value":0}`, i))
 		updates = append(updates, fmt.Sprintf(`{"valid_time":"2025-01-01","series_key":"s%d","value":1}`, i))
 	}
+	rows = append(rows, `{"valid_time":"2025-01-01","value_key":"old","value":0}`)
 	run := s.mustUpload(t, key, runWith("", rows...))
+	mustExec(t, s.db, `UPDATE series_table SET series_key = ' old' WHERE series_key = 'old'`) // of before keys were trimmed
 	put := func(n int, value string) string {
 		return `{"updates":[` + strings.ReplaceAll(strings.Join(updates[:n], ","), `"value":1`, `"value":`+value) + `]}`
 	}
 	byID := strings.Replace(put(1, "6"), `"series_key":"s0"`, `"series_id":"`+run.SeriesIDs["s0"]+`"`, 1)
 	const corrections = `pg_advisory_xact_lock_shared(hashtextextended($1 || left($2, 0), 0))`
-	const series = corrections + `, pg_advisory_xact_lock(hashtextextended($1 || $2, 0))`
+	const series = corrections + `, pg_advisory_xact_lock(hashtext($1), hashtext($2))` // no other tenant's, whatever the key
 	const withdrawal = `pg_advisory_xact_lock(hashtextextended($1 || left($2, 0), 0))`
 	for _, c := range []struct {
 		name, atWork, of   string
@@ -3586,6 +3605,8 @@ func TestCorrectionsWaitOnlyForTheirSeries(t *testing.T) {
 		{"a correction of another series, for one that names it by its id", series, "s1", "PUT", "/values", byID, false},
 		{"a correction of the series, for one with a space before its key", series, "s0", "PUT", "/values",
 			strings.Replace(put(1, "7"), `"s0"`, `" s0"`, 1), true},
+		{"a correction of a series whose key begins with a space", series, " old", "PUT", "/values",
+			strings.Replace(put(1, "8"), `"s0"`, `" old"`, 1), true},
 		{"a correction of another series", series, "s1", "PUT", "/values", put(1, "2"), false},
 		{"a withdrawal", withdrawal, "s0", "PUT", "/values", put(1, "3"), true},
 		{"a correction of as many series as have locks of their own", series, "s100", "PUT", "/values", put(maxSeriesLocks, "4"), false},
