@@ -2596,7 +2596,7 @@ const (
 
 	// Of each window the blocks that overlap it, and of each block what lies in it: lo to hi.
 	// width_bucket is a binary search, and times are valid_times unpacked once for all that looks
-	// into them: OFFSET 0 keeps PostgreSQL from unpacking them for each. Rows of one value and
+	// into them: the order keeps PostgreSQL from unpacking them for each. Rows of one value and
 	// blocks come from an index each, in order, and are merged. A block spans 768 hours at most, so
 	// both bounds on valid_from make a range of its index.
 	selectBlocks = `
@@ -2611,17 +2611,15 @@ const (
 	LEFT JOIN LATERAL (
 		SELECT *, width_bucket(w.window_start - interval '1 microsecond', times) + 1 AS lo,
 		       width_bucket(w.window_end - interval '1 microsecond', times) AS hi
-		FROM (
-			SELECT *, coalesce(valid_times, ARRAY[valid_from]) || '{}' AS times,
-			       coalesce("values", ARRAY[value]) AS numbers
-			FROM (` + rowsOfWindow + `
+		FROM ((
+			SELECT ARRAY[valid_from] AS times, ARRAY[value] AS numbers` + ofWindow + `
 				  AND v.valid_to IS NULL AND v.valid_from >= w.window_start`
-	andBlocks = `) UNION ALL ` + rowsOfWindow + `
+	andBlocks = `) UNION ALL (
+			SELECT valid_times || '{}' AS times, "values" AS numbers` + ofWindow + `
 				  AND v.valid_to >= w.window_start
 				  AND v.valid_from >= w.window_start - interval '768 hours'`
-	rowsOfWindow = `(
-				SELECT run_id, run_order, version, changed_by, annotation, tags, known_time,
-				       change_time, valid_from, value, valid_times, valid_time_ends, "values"
+	ofWindow = `, valid_time_ends, run_id, run_order, version,
+				       changed_by, annotation, tags, known_time, change_time, valid_from
 				FROM values_table v
 				WHERE v.tenant_id = $1 AND v.series_number = w.series_number
 				  AND v.valid_from < w.window_end`
@@ -2630,7 +2628,7 @@ const (
 	byKnown   = ` ORDER BY known_time, valid_from`
 	shown     = `) AS v WHERE ` + notWithdrawn + endBlocks + orUnknown
 	shownNow  = `) AS v WHERE ` + notWithdrawnNow + endBlocks
-	endBlocks = ` OFFSET 0) AS v OFFSET 0) AS b ON true`
+	endBlocks = ` OFFSET 0) AS b ON true`
 
 	// orUnknown leaves out a window without blocks, unless it has no series.
 	orUnknown = ` WHERE b.version IS NOT NULL OR w.series_id IS NULL`
