@@ -3366,7 +3366,7 @@ func TestManyCorrectionsAreOneRequest(t *testing.T) { // S23
 }
 
 // A correction waits for PostgreSQL most of its time.
-func TestCorrectionBySeriesKeyTakesThreeStatements(t *testing.T) {
+func TestOneSeriesByKeyIsCorrectedInThreeStatements(t *testing.T) {
 	t.Parallel()
 	s := mustPlannedStore(t, mustDatabaseWithTables(t))
 	c := Caller{tenant: tenantA}
