@@ -3190,8 +3190,8 @@ const maxSeriesLocks = 100
 // It returns a stamp of a moment after the wait.
 //
 // Clients choose keys, and could choose one for its hash. So a series' lock is of another kind than
-// a tenant's, and has a hash of the tenant beside that of the key: at worst tenants wait for
-// themselves.
+// a tenant's, and has a hash of the tenant beside that of the key. Two tenants with one hash would
+// wait for each other; but no client chooses its tenant.
 func (s *store) lockSeries(ctx context.Context, c Caller, tx *sql.Tx, keys []string) (
 	now timestamp, valueIDs pq.Int64Array, err error) {
 	slices.Sort(keys) // in one order, whoever locks, so that nobody waits for each other
@@ -3313,6 +3313,7 @@ func readOf(stored []corrected) readQuery {
 	q := anyValue
 	q.start = lastTime
 	q.end = firstTime
+	q.series = []seriesRef{stored[0].ref}
 	for _, v := range stored {
 		q.start = min(q.start, v.Time)
 		q.end = max(q.end, v.Time+1)
@@ -3321,7 +3322,6 @@ func readOf(stored []corrected) readQuery {
 			q.places = stored
 			return q
 		}
-		q.series = []seriesRef{v.ref}
 	}
 	return q
 }
